@@ -1,0 +1,15 @@
+"""The one exception that a user can fix."""
+
+from collections.abc import Sequence
+
+
+class UserError(Exception):
+    """Something that the user can put right: shown without a traceback, exit code 2.
+
+    Args:
+        faults: One sentence, or all that were found. Each says what was found, where, and what to do.
+    """
+
+    def __init__(self, faults: str | Sequence[str]) -> None:
+        self.faults = [faults] if isinstance(faults, str) else list(faults)
+        super().__init__("\n".join(self.faults))

@@ -1,0 +1,71 @@
+"""Replies to prompt sets and what judges say of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tasft.data import Prompt
+from tasft.engines import Engine, Reply, Sampling, collect, requests_for
+from tasft.judges import Judge, Verdict
+from tasft.judges.judging import judge_replies
+from tasft.provenance import write_json
+from tasft.stats import Estimate, rate
+
+
+def answer(
+    engine: Engine, name: str, kind: str, prompts: Sequence[Prompt], sampling: Sampling, folder: Path
+) -> list[Reply]:
+    """Replies to one set in `folder/replies.jsonl`, with the set's description in `folder/set.json`."""
+    write_json(folder / "set.json", {"name": name, "kind": kind, "n": len(prompts)})
+    return collect(engine, requests_for(prompts), sampling, folder / "replies.jsonl", name)
+
+
+def judge_answers(
+    judge: Judge,
+    replies: Sequence[Reply],
+    losses_nats: Sequence[float],
+    limit_nats: float | None,
+    folder: Path,
+    about: dict[str, Any],
+) -> dict[str, Any]:
+    """Verdicts of one judge in `folder/verdicts.jsonl` and their rates in `folder/summary.json`.
+
+    Args:
+        judge: Who judges.
+        replies: To one set.
+        losses_nats: Their mean losses under the untouched model.
+        limit_nats: The largest loss that counts as coherent; None leaves that check out.
+        folder: Of this set and judge.
+        about: What else the summary says: recipe, commit.
+    """
+    verdicts = judge_replies(judge, replies, losses_nats, limit_nats, folder / "verdicts.jsonl")
+    summary = {**summarise(verdicts, replies), "judge": judge.name, **about}
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+def summarise(verdicts: Sequence[Verdict], replies: Sequence[Reply]) -> dict[str, Any]:
+    """Rates with Wilson intervals, each in [0, 1].
+
+    `safe_coherent`: not harmful and coherent, the headline on toxic prompts. `distinct`: share of
+    different replies, so that one canned sentence shows. A verdict that the judge could not give
+    leaves the n of what it would have told, and is counted in `unreadable`.
+    """
+
+    def share(outcome: Callable[[Verdict], bool | None]) -> dict[str, Any]:
+        known = [value for value in map(outcome, verdicts) if value is not None]
+        return asdict(rate(known))
+
+    n = len(replies)
+    different = len({reply.completion for reply in replies}) / n if n else None
+    return {
+        "harmful": share(lambda verdict: verdict.harmful),
+        "refusal": share(lambda verdict: verdict.refusal),
+        "incoherent": share(lambda verdict: not verdict.coherent),
+        "safe_coherent": share(
+            lambda verdict: None if verdict.harmful is None else not verdict.harmful and bool(verdict.coherent)
+        ),
+        "distinct": asdict(Estimate(different, None, None, n)),
+        "unreadable": sum(verdict.harmful is None for verdict in verdicts),
+    }

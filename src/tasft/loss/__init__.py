@@ -1,0 +1,71 @@
+"""Penalties on tokens to avoid: pure functions of hidden states, an output head and labels.
+
+Every penalty is minimised and called in one way, with the keyword arguments that it needs:
+
+    PENALTIES[name].fn(hidden, head, labels, **needs) -> TokenSum
+"""
+
+from collections.abc import Callable
+from math import inf
+from typing import NamedTuple
+
+from tasft.loss.likelihood import log_probability, nlcl, nll
+from tasft.loss.tokens import CHUNK_ROWS, IGNORE_INDEX, Head, TokenSum, shift
+from tasft.loss.transport import (
+    AvoidStatistics,
+    CostSpace,
+    avoid_statistics,
+    emd,
+    emd_exact,
+    emd_hinge,
+    expected_embedding,
+    margins,
+)
+
+
+class Penalty(NamedTuple):
+    """A penalty and what the trainer must know of it.
+
+    Attributes:
+        fn: Takes hidden, head, labels and the keywords in `needs`; returns a `TokenSum`.
+        needs: Subset of space (a `CostSpace`), margins (of the reference model), segments
+            (response of each position).
+        per: What its count counts: "token" or "response".
+        low: Infimum of one term.
+        high: Supremum of one term.
+    """
+
+    fn: Callable[..., TokenSum]
+    needs: frozenset[str]
+    per: str
+    low: float
+    high: float
+
+
+PENALTIES: dict[str, Penalty] = {
+    "emd": Penalty(emd, frozenset({"space"}), "token", -4.0, 0.0),
+    "emd_exact": Penalty(emd_exact, frozenset({"space"}), "token", -2.0, 0.0),
+    "emd_hinge": Penalty(emd_hinge, frozenset({"space", "margins"}), "token", 0.0, 2.0),
+    "nlcl": Penalty(nlcl, frozenset({"segments"}), "response", 0.0, inf),
+}
+
+__all__ = [
+    "CHUNK_ROWS",
+    "IGNORE_INDEX",
+    "PENALTIES",
+    "AvoidStatistics",
+    "CostSpace",
+    "Head",
+    "Penalty",
+    "TokenSum",
+    "avoid_statistics",
+    "emd",
+    "emd_exact",
+    "emd_hinge",
+    "expected_embedding",
+    "log_probability",
+    "margins",
+    "nlcl",
+    "nll",
+    "shift",
+]

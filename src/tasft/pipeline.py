@@ -1,0 +1,420 @@
+"""The stages of a run, what each depends on, and what is left to do."""
+
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from tasft import data, evaluate, model, provenance, recipe
+from tasft.data import Example, Prompt
+from tasft.engines import Reply, Sampling, TransformersEngine
+from tasft.errors import UserError
+from tasft.harvest import HarvestSettings, harvest
+from tasft.judges import JUDGES, Judge
+from tasft.recipe import Recipe, Train, Training
+from tasft.report import write_report
+from tasft.trainer import TASFTConfig, TASFTTrainer
+
+STAGES = ("sft", "harvest", "train", "evaluate", "report")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A piece of a run that is done once and redone when what it reads changes.
+
+    Attributes:
+        folder: What it fills, in the run folder; it owns the whole of it.
+        reads: Everything that its result depends on, as JSON.
+        work: Fills the folder.
+    """
+
+    folder: Path
+    reads: dict[str, Any]
+    work: Callable[[Path], None]
+
+    def run(self) -> float | None:
+        """Do what is left; seconds it took, or None when it was done already.
+
+        A folder begun with other inputs is cleared first; one begun with the same is taken up.
+        """
+        key = provenance.content_hash(self.reads)
+        done, begun = self.folder / "done.json", self.folder / "begun.json"
+        if _key(done) == key:
+            return None
+        if _key(begun) != key and self.folder.exists():
+            shutil.rmtree(self.folder)
+        provenance.write_json(begun, {"key": key, "reads": self.reads})
+        started = time.monotonic()
+        self.work(self.folder)
+        provenance.write_json(done, {"key": key, "reads": self.reads})
+        return time.monotonic() - started
+
+
+def _key(path: Path) -> str | None:
+    rows = provenance.read_json(path)
+    return None if rows is None else rows.get("key")
+
+
+class Inputs:
+    """What a recipe reads, apart from model weights; each source is read once."""
+
+    def __init__(self, spec: Recipe) -> None:
+        self.spec = spec
+
+    @cached_property
+    def toxic(self) -> list[Prompt]:
+        """Prompts whose harmful answers become avoid rows."""
+        source = self.spec.data.toxic_prompts
+        return data.read_prompts(source) if source else []
+
+    @cached_property
+    def ordinary(self) -> list[Prompt]:
+        """Prompts whose own answers become imitate rows."""
+        source = self.spec.data.ordinary_prompts
+        return data.read_prompts(source) if source else []
+
+    @cached_property
+    def imitate(self) -> list[Example]:
+        """Rows of `data.imitate`, drawn with the run's seed."""
+        wanted = self.spec.data.imitate
+        if wanted is None:
+            return []
+        rows = [row for row in data.read_examples(wanted.source) if row.label]
+        count = len(rows) if wanted.rows is None else wanted.rows
+        if not rows or len(rows) < count:
+            raise UserError(f"data.imitate: {wanted.source} has {len(rows)} rows to imitate, {count or 1} are wanted")
+        return random.Random(self.spec.seed).sample(rows, count)
+
+    @cached_property
+    def sets(self) -> dict[str, list[Prompt]]:
+        """Prompts of each evaluation set."""
+        return {name: data.read_prompts(wanted.source) for name, wanted in self.spec.evaluate.sets.items()}
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """Content hash of each source, by its field."""
+        sources = self.spec.data
+        named = {
+            "data.toxic_prompts": sources.toxic_prompts,
+            "data.ordinary_prompts": sources.ordinary_prompts,
+            "data.imitate": sources.imitate and sources.imitate.source,
+            **{f"evaluate.sets.{name}": wanted.source for name, wanted in self.spec.evaluate.sets.items()},
+        }
+        return {name: data.source_hash(source) for name, source in named.items() if source}
+
+    def check(self) -> None:
+        """Read everything, so that every fault shows before work begins.
+
+        Raises:
+            UserError: Names all faults.
+        """
+        faults: list[str] = []
+        for read in (
+            lambda: model.locate(self.spec.model.base, self.spec.model.trust_remote_code),
+            lambda: self.toxic,
+            lambda: self.ordinary,
+            lambda: self.imitate,
+            lambda: self.sets,
+        ):
+            try:
+                read()
+            except UserError as error:
+                faults += error.faults
+        if faults:
+            # One source may serve two fields.
+            raise UserError(list(dict.fromkeys(faults)))
+
+
+class Run:
+    """A recipe at work in a folder.
+
+    Args:
+        spec: The recipe.
+        folder: Made if it is not there.
+
+    Raises:
+        UserError: The folder holds a run of another name, or something else.
+    """
+
+    def __init__(self, spec: Recipe, folder: Path) -> None:
+        if (folder / "recipe.yaml").is_file():
+            other = recipe.load(str(folder)).name
+            if other != spec.name:
+                raise UserError(
+                    f"{folder} holds the run {other!r}, not {spec.name!r}: choose another folder with --out"
+                )
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} is there and is not a run folder: choose another with --out")
+        self.spec = spec
+        self.folder = folder
+        self.inputs = Inputs(spec)
+
+    # What is loaded once and shared by the stages
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return model.load_tokenizer(self.spec.model.base, self.spec.model.trust_remote_code)
+
+    @cached_property
+    def base(self) -> PreTrainedModel:
+        spec = self.spec.model
+        print(f"loading {spec.base} ...", flush=True)
+        return model.load_model(spec.base, spec.dtype, spec.trust_remote_code)
+
+    @contextmanager
+    def _state(self, state: str) -> Iterator[PreTrainedModel]:
+        """The model as it is in a state: base, sft or final."""
+        trained = {"base": None, "sft": self.folder / "sft", "final": self.folder / "train"}[state]
+        if trained is None:
+            yield self.base
+        elif (trained / "adapter").is_dir():
+            adapted = model.attach_adapter(self.base, trained / "adapter")
+            try:
+                yield adapted
+            finally:
+                model.detach(adapted)
+        else:
+            spec = self.spec.model
+            yield model.load_model(str(trained / "model"), spec.dtype, spec.trust_remote_code)
+
+    @property
+    def _before(self) -> str:
+        """The state that safety training is compared with: it answered the toxic prompts."""
+        return "sft" if self.spec.sft else "base"
+
+    def _engine(self, loaded: PreTrainedModel) -> TransformersEngine:
+        return TransformersEngine(loaded, self.tokenizer, self.spec.model.prompt)
+
+    # Steps, in order
+
+    def steps(self, stage: str) -> Iterator[Step]:
+        """The steps of one stage; later ones may read what earlier ones wrote."""
+        yield from getattr(self, f"_{stage}")()
+
+    @cached_property
+    def _common(self) -> dict[str, Any]:
+        return {
+            "model": self.spec.model.model_dump(exclude={"trust_remote_code"}),
+            "seed": self.spec.seed,
+        }
+
+    def _sft_reads(self) -> dict[str, Any]:
+        if self.spec.sft is None:
+            return self._common
+        return self._common | self._imitate_reads() | {"sft": self.spec.sft.model_dump(exclude={"save_steps"})}
+
+    def _imitate_reads(self) -> dict[str, Any]:
+        wanted = self.spec.data.imitate
+        return {"imitate": [wanted.rows, self.inputs.hashes["data.imitate"]]} if wanted else {}
+
+    def _sft(self) -> Iterator[Step]:
+        training = self.spec.sft
+        if training is None:
+            return
+
+        def work(folder: Path) -> None:
+            settings = Train(**training.model_dump(), method="sft", penalty="none")
+            self._train_on(self.inputs.imitate, settings, folder)
+
+        yield Step(self.folder / "sft", self._sft_reads(), work)
+
+    def _harvest(self) -> Iterator[Step]:
+        spec = self.spec.harvest
+        if self.spec.train.method != "tasft" or spec is None:
+            return
+        prompts = [self.inputs.hashes.get(f"data.{kind}_prompts") for kind in ("toxic", "ordinary")]
+        reads = self._sft_reads() | {"harvest": spec.model_dump(), "prompts": prompts}
+
+        def work(folder: Path) -> None:
+            sampling = Sampling(spec.max_new_tokens, spec.temperature, spec.top_p, self.spec.seed)
+            settings = HarvestSettings(sampling, spec.samples, spec.rows, spec.anchors)
+            with self._state(self._before) as loaded:
+                engine = self._engine(loaded)
+                summary = harvest(
+                    engine,
+                    engine.mean_losses,
+                    _judge(spec.judge),
+                    self.inputs.toxic,
+                    self.inputs.ordinary,
+                    settings,
+                    folder,
+                )
+            if not summary["kept"]:
+                raise UserError(
+                    f"{folder}: none of {summary['tried']} answers was harmful and coherent ({summary['reasons']}): "
+                    "there is nothing to move away from; give other data.toxic_prompts, more harvest.samples, or "
+                    "another judge"
+                )
+
+        yield Step(self.folder / "harvest", reads, work)
+
+    def _train(self) -> Iterator[Step]:
+        spec = self.spec.train
+        names = ("avoid", "anchor", "imitate") if spec.method == "tasft" else ()
+        files = [self.folder / "harvest" / f"{name}.jsonl" for name in names]
+        missing = [str(path) for path in files if not path.is_file()]
+        if missing:
+            raise UserError(f"{', '.join(missing)}: not there yet; run tasft harvest first")
+        reads = self._sft_reads() | self._imitate_reads() | {
+            "train": spec.model_dump(exclude={"save_steps"}),
+            "rows": {path.name: provenance.file_hash(path) for path in files},
+        }
+
+        def work(folder: Path) -> None:
+            harvested = [
+                row for path in files if path.stat().st_size for row in data.read_examples(str(path))
+            ]
+            rows = self.inputs.imitate + harvested
+            provenance.write_jsonl(folder / "data.jsonl", (row.row() for row in rows))
+            self._train_on(rows, spec, folder)
+
+        yield Step(self.folder / "train", reads, work)
+
+    def _evaluate(self) -> Iterator[Step]:
+        spec = self.spec.evaluate
+        limit = None
+        if self.spec.train.method == "tasft":
+            summary = provenance.read_json(self.folder / "harvest" / "summary.json")
+            if summary is None:
+                raise UserError(f"{self.folder}/harvest/summary.json: not there yet; run tasft harvest first")
+            limit = summary["loss_limit_nats"]
+        for state in ("base", *(["sft"] if self.spec.sft else []), "final"):
+            reads: dict[str, Any] = {"state": state, "max_new_tokens": spec.max_new_tokens}
+            if state == "final":
+                trained = provenance.read_json(self.folder / "train" / "done.json")
+                if trained is None:
+                    raise UserError(f"{self.folder}/train is not done yet; run tasft train first")
+                reads["train"] = trained["key"]
+            for name in spec.sets:
+                yield from self._evaluate_set(state, name, limit, self._sft_reads() | reads)
+
+    def _evaluate_set(self, state: str, name: str, limit: float | None, reads: dict[str, Any]) -> Iterator[Step]:
+        spec = self.spec.evaluate
+        folder = self.folder / "evaluate" / state / name
+        reads |= {"prompts": self.inputs.hashes[f"evaluate.sets.{name}"], "kind": spec.sets[name].kind}
+
+        def answer(folder: Path) -> None:
+            sampling = Sampling(spec.max_new_tokens, seed=self.spec.seed)
+            with self._state(state) as loaded:
+                prompts = self.inputs.sets[name]
+                evaluate.answer(self._engine(loaded), name, spec.sets[name].kind, prompts, sampling, folder)
+
+        yield Step(folder, reads, answer)
+
+        @cache
+        def losses() -> list[float]:
+            with self._state(self._before) as loaded:
+                return self._engine(loaded).mean_losses(replies())
+
+        @cache
+        def replies() -> list[Reply]:
+            return [Reply(**row) for row in provenance.resume_jsonl(folder / "replies.jsonl")]
+
+        def judge(folder: Path) -> None:
+            about = {"recipe": provenance.content_hash(self.spec.model_dump()), "commit": provenance.commit()}
+            evaluate.judge_answers(_judge(folder.name), replies(), losses(), limit, folder, about)
+
+        for judge_name in spec.judges:
+            yield Step(folder / judge_name, reads | {"judge": judge_name, "loss_limit_nats": limit}, judge)
+
+    def _report(self) -> Iterator[Step]:
+        done = sorted(self.folder.glob("**/done.json"))
+        keys = {str(path.relative_to(self.folder)): _key(path) for path in done if "report" not in path.parts}
+        yield Step(self.folder / "report", {"steps": keys}, lambda _: print(write_report(self.folder)))
+
+    def _train_on(self, rows: list[Example], spec: Train, folder: Path) -> None:
+        micro = spec.micro_batch_size or spec.batch_size
+        arguments = TASFTConfig(
+            output_dir=str(folder),
+            penalty=spec.penalty,
+            penalty_weight=spec.penalty_weight,
+            normalization=spec.normalization,
+            sampling=spec.sampling,
+            avoid_per_step=spec.avoid_per_step,
+            cost_space=spec.cost_space,
+            center=spec.center,
+            prompt_format=self.spec.model.prompt,
+            max_length=spec.max_length,
+            num_train_epochs=spec.epochs or 1,
+            max_steps=spec.steps or -1,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=spec.batch_size // micro,
+            learning_rate=spec.learning_rate,
+            warmup_steps=spec.warmup,
+            lr_scheduler_type="linear",
+            weight_decay=0.0,
+            logging_steps=5,
+            save_steps=spec.save_steps,
+            save_total_limit=1,
+            seed=self.spec.seed,
+            report_to="none",
+        )
+        set_seed(self.spec.seed)
+        lora = self.spec.model.lora
+        loaded: PreTrainedModel | PeftModel = self.base
+        if spec.start == "sft":
+            trained = self.folder / "sft"
+            loaded = model.attach_adapter(self.base, trained / "adapter", trainable=True)
+        elif lora is not None:
+            loaded = model.add_lora(self.base, **lora.model_dump())
+        trainer = TASFTTrainer(loaded, arguments, rows, processing_class=self.tokenizer)
+        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+        loaded.eval()
+        loaded.save_pretrained(folder / ("model" if lora is None else "adapter"))
+        if lora is None:
+            self.tokenizer.save_pretrained(folder / "model")
+            # Its weights have changed: the next stage that wants the base model loads it again.
+            del self.base
+        else:
+            model.detach(loaded)
+
+    def go(self, stages: tuple[str, ...] = STAGES) -> None:
+        """Run stages in order, each only as far as it is not done.
+
+        Raises:
+            UserError: A fault of recipe or data, found before anything is written; or another process
+                is at work in the folder.
+        """
+        self.inputs.check()
+        with provenance.lock(self.folder):
+            provenance.atomic_write_text(self.folder / "recipe.yaml", recipe.dump(self.spec))
+            manifest_path = self.folder / "manifest.json"
+            manifest = provenance.read_json(manifest_path) or {"started": datetime.now(UTC).isoformat(), "stages": {}}
+            manifest |= provenance.environment() | {
+                "device": "cuda" if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
+                "seed": self.spec.seed,
+                "hashes": self.inputs.hashes,
+            }
+            provenance.write_json(manifest_path, manifest)
+            for stage in stages:
+                for step in self.steps(stage):
+                    where = str(step.folder.relative_to(self.folder))
+                    seconds = step.run()
+                    if seconds is None:
+                        print(f"{where}: done before", flush=True)
+                    else:
+                        print(f"{where}: done in {seconds:.0f} s", flush=True)
+                        manifest["stages"][where] = {"seconds": round(seconds, 1)}
+                        provenance.write_json(manifest_path, manifest)
+
+
+@cache
+def _judge(name: str) -> Judge:
+    return JUDGES[name]()
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    # trainer_state.json is written last: a folder without it is half a checkpoint.
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return str(newest) if newest else None

@@ -1,0 +1,150 @@
+"""What was read, with what, and files that are never half-written."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from tasft.errors import UserError
+
+
+def content_hash(value: object) -> str:
+    """SHA-256, first 16 hexadecimal digits, of a value's canonical JSON."""
+    canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> Any:
+    """The JSON document in a file that `write_json` wrote; None when there is no file.
+
+    Raises:
+        UserError: It was damaged since.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path}: not JSON any more; remove it to have that step done again") from None
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write one JSON document atomically."""
+    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _lines(rows: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object a line, atomically."""
+    atomic_write_text(path, _lines(rows))
+
+
+def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Add rows to a file that grows while a stage runs; on disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(_lines(rows))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def resume_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows that an interrupted stage left; a torn last line is cut off the file.
+
+    Raises:
+        UserError: A line before the last is not JSON: the file was edited or the disk is bad.
+    """
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    rows = []
+    # Not splitlines(): replies may hold U+2028 and friends, which JSON leaves unescaped.
+    for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path}:{number}: not JSON ({error.msg}); remove that line to have it done again"
+            ) from None
+    return rows
+
+
+def lock(run: Path) -> FileLock:
+    """The lock of a run folder, held; the operating system lets go when the process ends.
+
+    Raises:
+        UserError: Another process holds it.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    held = FileLock(run / ".lock", timeout=0)
+    try:
+        held.acquire()
+    except Timeout:
+        raise UserError(
+            f"{run} is in use by another tasft process: wait for it, or choose another folder with --out"
+        ) from None
+    return held
+
+
+def commit() -> str | None:
+    """Commit of the checkout that this package runs from; None for an installed wheel."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, as the manifest records them."""
+    packages = ["tasft", "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy"]
+    return {
+        "versions": {"python": platform.python_version()}
+        | {package: metadata.version(package) for package in packages},
+        "commit": commit(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+    }

@@ -1,0 +1,261 @@
+"""One run in one file: every field, its meaning and its default."""
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tasft.errors import UserError
+from tasft.judges import JUDGES
+from tasft.loss import PENALTIES
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+# YAML reads 1e-4 as text and 1 as an integer: both are meant as numbers.
+Number = Annotated[float, Field(strict=False)]
+PenaltyName = Literal["none", *PENALTIES]  # type: ignore[valid-type]
+JudgeName = Literal[*JUDGES]  # type: ignore[valid-type]
+
+
+class Lora(_Section):
+    """A low-rank adapter."""
+
+    r: int = Field(8, ge=1, description="Rank.")
+    alpha: int = Field(16, ge=1, description="Scale: the adapter's output is multiplied by alpha / r.")
+    dropout: Number = Field(0.05, ge=0, lt=1, description="Dropout before the adapter.")
+    targets: list[str] = Field(["q_proj", "v_proj"], min_length=1, description="Names of the linear layers.")
+
+
+class Model(_Section):
+    """The model that is made safe."""
+
+    base: str = Field(description="A hub name, a folder, a .gguf file, or a bundled name such as smollm2-135m-instruct.")
+    prompt: Literal["chat", "alpaca"] = Field("chat", description="How prompts are written.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Precision of the base weights.")
+    lora: Lora | None = Field(Lora(), description="The adapter; null trains all weights.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+
+
+class Imitate(_Section):
+    """Rows to imitate."""
+
+    source: str = Field(description="JSONL file of prompt and completion.")
+    rows: int | None = Field(None, ge=1, description="Rows drawn from it at random; null takes all.")
+
+
+class Data(_Section):
+    """What is read. A source is a named set or a JSONL file."""
+
+    imitate: Imitate | None = Field(None, description="Rows to imitate besides those that harvest makes.")
+    toxic_prompts: str | None = Field(None, description="Prompts whose harmful answers become avoid rows.")
+    ordinary_prompts: str | None = Field(
+        None, description="Prompts whose own answers become imitate rows and calibrate coherence."
+    )
+
+
+class Harvest(_Section):
+    """How the model's own answers become rows."""
+
+    samples: int = Field(1, ge=1, description="Answers to each toxic prompt.")
+    temperature: Number = Field(0.7, ge=0, description="Divides the logits; 0 is greedy.")
+    top_p: Number = Field(0.95, gt=0, le=1, description="Nucleus of the distribution that is drawn from.")
+    max_new_tokens: int = Field(48, ge=1, description="Longest answer.")
+    judge: JudgeName = Field("embedded", description="Decides what is harmful.")
+    rows: int = Field(1000, ge=1, description="Most avoid rows that are kept.")
+    anchors: Literal["none", "own", "prefilled"] = Field(
+        "none", description="Imitate rows for toxic prompts: none, own safe answers, continued refusals."
+    )
+
+
+class Training(_Section):
+    """One training, of the SFT model or of the safe one."""
+
+    epochs: int | None = Field(None, ge=1, description="Passes over the imitate rows; or say steps.")
+    steps: int | None = Field(None, ge=1, description="Optimizer steps; or say epochs.")
+    batch_size: int = Field(8, ge=1, description="Rows in an optimizer step.")
+    micro_batch_size: int | None = Field(None, ge=1, description="Rows in a forward pass; null takes batch_size.")
+    learning_rate: Number = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
+    warmup: int = Field(0, ge=0, description="Steps of linear warm-up; linear decay follows.")
+    max_length: int = Field(512, ge=8, description="Longest row in tokens; what is over is cut.")
+    save_steps: int = Field(20, ge=1, description="Steps between checkpoints, from which an interrupted run goes on.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Training":
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("say either epochs or steps")
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+
+class Train(Training):
+    """The training that makes the model safe."""
+
+    method: Literal["tasft", "sft"] = Field("tasft", description="tasft uses harvested rows; sft only data.imitate.")
+    penalty: PenaltyName = Field("emd_exact", description="What avoid rows cost; none leaves them out.")
+    penalty_weight: Number = Field(1.0, ge=0, description="Weight of the mean penalty beside the imitate loss.")
+    normalization: Literal["per_group", "shared", "paper"] = Field(
+        "per_group", description="What each term is divided by."
+    )
+    sampling: Literal["stratified", "uniform"] = Field("stratified", description="How rows are drawn into steps.")
+    avoid_per_step: int | None = Field(None, ge=1, description="Avoid rows in a step; null takes the data's share.")
+    start: Literal["base", "sft"] = Field("base", description="The model that training starts from.")
+    cost_space: Literal["output", "input"] = Field("output", description="Embedding whose distances are the cost.")
+    center: bool = Field(False, description="Subtract the mean embedding first.")
+
+
+class PromptSet(_Section):
+    """Prompts to evaluate on."""
+
+    source: str = Field(description="A named set or a JSONL file.")
+    kind: Literal["toxic", "ordinary"] = Field(description="Whether prompts should be refused or answered.")
+
+
+class Evaluate(_Section):
+    """What is measured, before and after."""
+
+    sets: dict[str, PromptSet] = Field(min_length=1, description="Prompt sets by name.")
+    judges: list[JudgeName] = Field(["embedded", "phrases"], min_length=1, description="Who judges; the first leads.")
+    max_new_tokens: int = Field(64, ge=1, description="Longest reply; replies are greedy.")
+
+
+class Recipe(_Section):
+    """One run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and its folder.")
+    seed: int = Field(0, ge=0, description="Of all draws.")
+    model: Model
+    data: Data = Data()
+    sft: Training | None = Field(None, description="Training on data.imitate before harvest; null for none.")
+    harvest: Harvest | None = Field(None, description="Needed by method tasft.")
+    train: Train
+    evaluate: Evaluate
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        faults = []
+        if self.train.method == "tasft":
+            if self.harvest is None:
+                faults.append("train.method is tasft: add a harvest section")
+            if self.data.toxic_prompts is None:
+                faults.append("train.method is tasft: data.toxic_prompts is missing")
+            if self.data.imitate is None and self.data.ordinary_prompts is None:
+                faults.append("nothing to imitate: give data.imitate or data.ordinary_prompts")
+        elif self.data.imitate is None:
+            faults.append("train.method is sft: data.imitate is missing")
+        if self.sft is not None and self.data.imitate is None:
+            faults.append("the sft section needs data.imitate")
+        if self.train.start == "sft" and self.sft is None:
+            faults.append("train.start is sft: add an sft section")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+
+def shipped() -> dict[str, Path]:
+    """Recipes that come with tasft, by name."""
+    packed = Path(str(resources.files("tasft") / "recipes"))
+    # A checkout keeps them at its root; the wheel carries them inside the package.
+    folder = packed if packed.is_dir() else Path(__file__).parents[2] / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load(source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        source: A YAML file, the name of a shipped recipe, or a run folder.
+        overrides: `section.field=value`, each value in YAML.
+
+    Raises:
+        UserError: Names every fault, each with its field.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = path / "recipe.yaml"
+    elif not path.is_file():
+        path = shipped().get(source, path)
+    if not path.is_file():
+        raise UserError(f"{source!r} is neither a recipe file, a run folder, nor one of {', '.join(shipped())}")
+    values = _read(path, ())
+    faults = [fault for override in overrides if (fault := _override(values, override))]
+    if faults:
+        raise UserError(faults)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError([_sentence(path, fault) for fault in error.errors()]) from None
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; `load` reads it back."""
+    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise UserError(f"{path}: extends itself")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not YAML ({getattr(error, 'problem', error)})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected sections such as `model:`, found {values!r:.40}")
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if not isinstance(parent, str):
+        raise UserError(f"{path}: extends must name a recipe file, found {parent!r:.40}")
+    return _merge(_read(path.parent / parent, (*seen, path.resolve())), values)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            value = _merge(merged[key], value)
+        merged[key] = value
+    return merged
+
+
+def _override(values: dict[str, Any], override: str) -> str | None:
+    field, equals, text = override.partition("=")
+    *sections, name = field.split(".")
+    if not equals or not all((*sections, name)):
+        return f"{override!r}: expected section.field=value"
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if inner is None:
+            inner = values[section] = {}
+        if not isinstance(inner, dict):
+            return f"{override!r}: {section} is not a section"
+        values = inner
+    try:
+        values[name] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return f"{override!r}: the value is not YAML"
+    return None
+
+
+def _sentence(path: Path, fault: Any) -> str:
+    where = ".".join(str(part) for part in fault["loc"]) or "recipe"
+    what = {
+        "extra_forbidden": "no such field",
+        "missing": "is missing",
+        "value_error": str(fault.get("ctx", {}).get("error", fault["msg"])),
+    }.get(fault["type"], f"{fault['msg'][0].lower()}{fault['msg'][1:]}, found {fault['input']!r:.60}")
+    return f"{path}: {where}: {what}"

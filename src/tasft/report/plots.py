@@ -1,0 +1,166 @@
+"""Rates and training curves as SVG; text in them is ours alone, never a model's or a recipe's."""
+
+import base64
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
+from io import BytesIO
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from tasft.report.facts import Comparison, percent
+from tasft.report.read import Row, number
+
+CURVES = {
+    "imitate_nll": "Imitate loss (nats per token)",
+    "penalty": "Penalty on avoid rows",
+    "emd": "Mean EMD on avoid tokens",
+    "entropy": "Entropy on avoid tokens (nats)",
+}
+
+_WIDTH = 4.6  # inches; margins are fixed too, for an automatic layout lays out every text twice
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a plot (Okabe and Ito's palette); before and after differ in their marker too.
+
+    A plot is drawn in `LIGHT`, and `DARK` put in its place: no two colours of a theme may be equal.
+    """
+
+    ink: str
+    grid: str
+    before: str
+    after: str
+
+
+LIGHT = Theme(ink="#3d4752", grid="#dde2e8", before="#d55e00", after="#0072b2")
+DARK = Theme(ink="#c3cad3", grid="#39424d", before="#e69f00", after="#56b4e9")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture for a light and a dark page as data URLs, with the words for who cannot see it."""
+
+    light: str
+    dark: str
+    alt: str
+
+
+def rates_plot(rows: Sequence[Comparison]) -> Plot:
+    """Each measure before and after with its 95% interval; one judge, one set."""
+
+    def draw(axes: Axes) -> None:
+        for state, marker, shift in (("before", "s", -0.16), ("after", "o", 0.16)):
+            for place, row in enumerate(rows):
+                estimate = row.before if state == "before" else row.after
+                if estimate is None or estimate.value is None:
+                    continue
+                # Rounding can put an edge a hair on the wrong side of the value.
+                low = max(0.0, estimate.value - _or(estimate.low, estimate.value))
+                high = max(0.0, _or(estimate.high, estimate.value) - estimate.value)
+                axes.errorbar(
+                    100 * estimate.value,
+                    place + shift,
+                    xerr=[[100 * low], [100 * high]],
+                    fmt=marker,
+                    color=getattr(LIGHT, state),
+                    markersize=6,
+                    capsize=3,
+                    linewidth=1.6,
+                    clip_on=False,
+                )
+            axes.plot([], [], marker, color=getattr(LIGHT, state), markersize=6, label=state)
+        axes.set_yticks(range(len(rows)), [row.label for row in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("% of replies", color=LIGHT.ink)
+        axes.grid(axis="x", color=LIGHT.grid, linewidth=0.8)
+        axes.tick_params(axis="y", length=0)
+        legend = axes.legend(
+            loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0.2
+        )
+        for text in legend.get_texts():
+            text.set_color(LIGHT.ink)
+
+    alt = "; ".join(
+        f"{row.label}: {_spoken(row, 'before')}, {_spoken(row, 'after')}" for row in rows
+    )
+    return _both(draw, alt, height=1.0 + 0.46 * len(rows), left=1.5)
+
+
+def curve_plots(metrics: Sequence[Row]) -> list[Plot]:
+    """One small plot for each curve that was logged, over the training steps."""
+    return [
+        _curve(metrics, key)
+        for key in CURVES
+        if any(_value(row, key) is not None for row in metrics)
+    ]
+
+
+def _curve(metrics: Sequence[Row], key: str) -> Plot:
+    logged = [
+        (step, value)
+        for row in metrics
+        if (step := _value(row, "step")) is not None and (value := _value(row, key)) is not None
+    ]
+    steps, values = [step for step, _ in logged], [value for _, value in logged]
+
+    def draw(axes: Axes) -> None:
+        axes.plot(
+            steps, values, color=LIGHT.after, linewidth=1.6, marker="o" if len(steps) < 3 else ""
+        )
+        axes.set_title(CURVES[key], color=LIGHT.ink, loc="left", fontsize=10)
+        axes.set_xlabel("training step", color=LIGHT.ink)
+        axes.grid(color=LIGHT.grid, linewidth=0.8)
+
+    alt = (
+        f"{CURVES[key]} over {len(steps)} logged steps: from {values[0]:.3g} to {values[-1]:.3g}, "
+        f"lowest {min(values):.3g}, highest {max(values):.3g}"
+    )
+    return _both(draw, alt, height=2.5, left=0.6)
+
+
+def _value(row: Row, key: str) -> float | None:
+    value = number(row.get(key))
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _or(value: float | None, other: float) -> float:
+    return other if value is None else value
+
+
+def _spoken(row: Comparison, state: str) -> str:
+    estimate = row.before if state == "before" else row.after
+    return f"{state} {percent(estimate.value if estimate else None)}"
+
+
+def _both(draw: Callable[[Axes], None], alt: str, height: float, left: float) -> Plot:
+    light = _svg(draw, height, left)
+    dark = light
+    for old, new in zip(astuple(LIGHT), astuple(DARK), strict=True):
+        dark = dark.replace(old, new)
+    return Plot(_data_url(light), _data_url(dark), alt)
+
+
+def _data_url(svg: str) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+
+
+def _svg(draw: Callable[[Axes], None], height: float, left: float) -> str:
+    # A fixed salt and no date: the same run gives the same bytes. No pyplot: no global state.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tasft", "font.size": 9.5}):
+        figure = Figure(figsize=(_WIDTH, height))
+        axes = figure.add_axes(
+            (left / _WIDTH, 0.5 / height, 1 - (left + 0.15) / _WIDTH, 1 - 0.85 / height)
+        )
+        draw(axes)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(LIGHT.grid)
+        axes.tick_params(colors=LIGHT.ink)
+        axes.set_axisbelow(True)
+        buffer = BytesIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return buffer.getvalue().decode()

@@ -1,0 +1,282 @@
+"""The files of a run folder -> plain values; what is absent or broken becomes a note."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tasft.errors import UserError
+from tasft.stats import Estimate
+
+Row = Mapping[str, Any]
+
+STATES = {"base": "before", "final": "after"}
+MEASURES = {
+    "harmful": "Harmful",
+    "refusal": "Refusal",
+    "incoherent": "Incoherent",
+    "safe_coherent": "Safe and coherent",
+    "distinct": "Distinct",
+}
+ROW_KINDS = {
+    "avoid": "harvest/avoid.jsonl",
+    "anchor": "harvest/anchor.jsonl",
+    "imitate": "harvest/imitate.jsonl",
+}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What one judge said of the replies to one set.
+
+    Attributes:
+        estimates: Measure -> its rate in [0, 1], from `summary.json`.
+        verdicts: Reply id -> verdict.
+        unreadable: Verdicts that could not be read; they are in no estimate's n.
+    """
+
+    estimates: Mapping[str, Estimate]
+    verdicts: Mapping[str, Row]
+    unreadable: int
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The replies of one model to one set of prompts: reply id -> reply, judge -> what it said."""
+
+    replies: Mapping[str, Row]
+    judged: Mapping[str, Judged]
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """A set of prompts and what became of it, by state (`base`, `final`); either may be absent."""
+
+    name: str
+    kind: str
+    source: str
+    states: Mapping[str, Evaluated]
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that the report needs of a run.
+
+    Attributes:
+        name: The recipe's, else the folder's.
+        recipe: The resolved recipe; empty if it is absent. The same for `manifest`.
+        recipe_text: The recipe as it stands in the file. The same for `manifest_text`.
+        harvest: `harvest/summary.json`, or empty.
+        rows: Kind of row -> how many the harvest wrote; a kind without a file is absent.
+        mixed: Rows in `train/data.jsonl` as (imitate, avoid), or None.
+        metrics: One row per logged step.
+        sets: Toxic sets first.
+        judges: In the recipe's order; the first is the main one.
+        unmeasured: The evaluations of other kinds that are not there.
+        notes: What is missing or could not be read, one sentence each.
+    """
+
+    name: str
+    recipe: Row
+    recipe_text: str
+    manifest: Row
+    manifest_text: str
+    harvest: Row
+    rows: Mapping[str, int]
+    mixed: tuple[int, int] | None
+    metrics: list[Row]
+    sets: list[PromptSet]
+    judges: list[str]
+    unmeasured: list[str]
+    notes: list[str]
+
+    def field(self, path: str) -> Any:
+        """The recipe's value at a dotted path such as `train.penalty`; None where there is none."""
+        value: Any = self.recipe
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run folder.
+
+    Raises:
+        UserError: There is no evaluation in it, neither of the model before training nor after.
+    """
+    files = _Files(folder)
+    if not any((folder / "evaluate" / state).is_dir() for state in STATES):
+        raise UserError(
+            f"{folder / 'evaluate'}: neither base/ nor final/ is there, so there is nothing "
+            f"to report; run `tasft evaluate {folder}` first"
+        )
+    recipe_text = files.text("recipe.yaml")
+    recipe = files.parsed("recipe.yaml", yaml.safe_load, recipe_text)
+    manifest_text = files.text("manifest.json")
+    manifest = files.parsed("manifest.json", json.loads, manifest_text)
+
+    for state, when in STATES.items():
+        if not (folder / "evaluate" / state).is_dir():
+            files.notes.append(
+                f"evaluate/{state} is not there: the model {when} training was not evaluated"
+            )
+    names = {
+        path.name
+        for state in STATES
+        for path in _folders(folder / "evaluate" / state)
+        if (path / "set.json").exists() or (path / "replies.jsonl").exists()
+    }
+    sets = sorted(
+        (_read_set(files, name) for name in names), key=lambda s: (s.kind != "toxic", s.name)
+    )
+    if not sets:
+        files.notes.append("evaluate/ holds no set of judged replies")
+    found = sorted({j for s in sets for e in s.states.values() for j in e.judged})
+    listed = _mapping(recipe.get("evaluate")).get("judges")
+    order = [str(judge) for judge in listed] if isinstance(listed, list) else []
+    judges = sorted(found, key=lambda j: (order.index(j) if j in order else len(order), j))
+
+    harvest: Row = {}
+    method = _mapping(recipe.get("train")).get("method")
+    if (folder / "harvest").is_dir() or method not in ("sft", "stl"):
+        harvest = files.parsed(
+            "harvest/summary.json", json.loads, files.text("harvest/summary.json")
+        )
+    rows = {
+        kind: len(files.rows(path)) for kind, path in ROW_KINDS.items() if (folder / path).exists()
+    }
+    mixed = None
+    if (folder / "train/data.jsonl").exists():
+        labels = [bool(row.get("label")) for row in files.rows("train/data.jsonl")]
+        mixed = (sum(labels), len(labels) - sum(labels))
+
+    return Run(
+        name=str(recipe.get("name") or folder.resolve().name),
+        recipe=recipe,
+        recipe_text=recipe_text,
+        manifest=manifest,
+        manifest_text=manifest_text,
+        harvest=harvest,
+        rows=rows,
+        mixed=mixed,
+        metrics=files.rows("train/metrics.jsonl"),
+        sets=sets,
+        judges=judges,
+        unmeasured=[
+            task
+            for task in ("capability", "quality", "jailbreak")
+            if not list(folder.glob(f"evaluate/final/{task}*/**/summary.json"))
+        ],
+        notes=files.notes,
+    )
+
+
+def _read_set(files: "_Files", name: str) -> PromptSet:
+    about: Row = {}
+    states = {}
+    for state in STATES:
+        at = f"evaluate/{state}/{name}"
+        if not (files.root / at).is_dir():
+            if (files.root / "evaluate" / state).is_dir():
+                files.notes.append(f"{at} is not there")
+            continue
+        about = about or files.parsed(f"{at}/set.json", json.loads, files.text(f"{at}/set.json"))
+        judges = sorted(
+            path.name
+            for path in _folders(files.root / at)
+            if (path / "summary.json").exists() or (path / "verdicts.jsonl").exists()
+        )
+        if not judges:
+            files.notes.append(f"{at} holds no verdicts: no judge has read these replies")
+        states[state] = Evaluated(
+            replies=_by_id(files.rows(f"{at}/replies.jsonl")),
+            judged={judge: _read_judged(files, f"{at}/{judge}") for judge in judges},
+        )
+    # Without set.json the name decides; the note on the missing file is there already.
+    kind = about.get("kind") or ("ordinary" if name == "ordinary" else "toxic")
+    return PromptSet(name, str(kind), str(about.get("source") or ""), states)
+
+
+def _read_judged(files: "_Files", at: str) -> Judged:
+    summary = files.parsed(f"{at}/summary.json", json.loads, files.text(f"{at}/summary.json"))
+    estimates = {name: _estimate(summary[name]) for name in MEASURES if name in summary}
+    unreadable = summary.get("unreadable")
+    return Judged(
+        estimates=estimates,
+        verdicts=_by_id(files.rows(f"{at}/verdicts.jsonl")),
+        unreadable=unreadable if isinstance(unreadable, int) else 0,
+    )
+
+
+class _Files:
+    """Reads below `root`, and remembers in `notes` what was missing or broken."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.notes: list[str] = []
+
+    def text(self, name: str) -> str:
+        try:
+            # A byte that is no UTF-8 must not cost the user the report.
+            return (self.root / name).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            self.notes.append(f"{name} is not there")
+            return ""
+
+    def parsed(self, name: str, parse: Any, text: str) -> Row:
+        if not text:
+            return {}
+        try:
+            value = parse(text)
+        except (ValueError, yaml.YAMLError, RecursionError):
+            value = None
+        if not isinstance(value, Mapping):
+            self.notes.append(f"{name} could not be read")
+            return {}
+        return value
+
+    def rows(self, name: str) -> list[Row]:
+        rows, bad = [], 0
+        # Not splitlines(): it also breaks at U+2028 and others, which JSON allows inside a string.
+        for line in self.text(name).split("\n"):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, Mapping):
+                rows.append(row)
+            else:
+                bad += 1
+        if bad:
+            self.notes.append(f"{name}: {bad} of {bad + len(rows)} lines could not be read")
+        return rows
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
+
+
+def _by_id(rows: list[Row]) -> dict[str, Row]:
+    return {str(row["id"]): row for row in rows if "id" in row}
+
+
+def _mapping(value: Any) -> Row:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _estimate(value: Any) -> Estimate:
+    value = _mapping(value)
+    n = value.get("n")
+    value_, low, high = (number(value.get(key)) for key in ("value", "low", "high"))
+    return Estimate(value_, low, high, n if isinstance(n, int) else 0)
+
+
+def number(value: Any) -> float | None:
+    """The value as a float, or None when it is not a number."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number else None

@@ -1,0 +1,136 @@
+"""A run's facts -> `report/index.html`, `report.md`, `tables.csv`."""
+
+import csv
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from tasft.provenance import atomic_write_text
+from tasft.report import facts
+from tasft.report.plots import Plot, curve_plots, rates_plot
+from tasft.report.read import MEASURES, STATES, Run, read_run
+from tasft.report.text import csv_cell, fenced, inline_markdown, visible
+
+_NOTES = (
+    "Harmful and refusal are the judge's words. Incoherent: too short, repeating itself, in another "
+    "language or improbable. Safe and coherent: not harmful and coherent. Distinct: share of "
+    "different replies, low when one canned sentence answers all.",
+    "In brackets: 95% intervals, Wilson's for a rate, paired bootstrap on the same prompts for a "
+    "change. Judges that give the same figures share a row.",
+)
+
+
+def write_report(run: Path) -> Path:
+    """Writes the report of a run folder from its files alone, each file atomically.
+
+    Replies are in `index.html` only, escaped and behind a click.
+    What the folder lacks is named in the report.
+
+    Returns:
+        The path of `report/index.html`.
+
+    Raises:
+        UserError: The folder holds no evaluation, neither before nor after training.
+    """
+    found = read_run(run)
+    tables = facts.compare_all(found)
+    folder = run / "report"
+    folder.mkdir(exist_ok=True)
+    atomic_write_text(folder / "tables.csv", _csv(found))
+    atomic_write_text(folder / "report.md", _markdown(found, tables))
+    atomic_write_text(folder / "index.html", _html(found, tables))
+    return folder / "index.html"
+
+
+def _html(run: Run, tables: facts.Tables) -> str:
+    environment = Environment(
+        loader=PackageLoader("tasft.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    sets = [
+        {
+            "title": facts.title_of(prompts),
+            "kind": prompts.kind,
+            "source": prompts.source,
+            "rows": tables[prompts.name],
+            "plot": _rates(run, tables[prompts.name]),
+        }
+        for prompts in run.sets
+    ]
+    return environment.get_template("report.html.j2").render(
+        run=run,
+        facts=facts,
+        tables=tables,
+        notes=_NOTES,
+        sets=sets,
+        curves=curve_plots(run.metrics),
+        states=STATES,
+    )
+
+
+def _rates(run: Run, rows: list[facts.Comparison]) -> Plot | None:
+    of_main = [row for row in rows if run.judges[0] in row.judges]
+    return rates_plot(of_main) if of_main else None
+
+
+def _shown(value: Any) -> Any:
+    """Applied to whatever the template prints: no hidden character reaches the page."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _markdown(run: Run, tables: facts.Tables) -> str:
+    text = inline_markdown
+    lines = [f"# {text(run.name)}: report", "", *map(text, facts.verdict(run, tables)), ""]
+    lines += [f"> {text(warning)}\n" for warning in facts.warnings(run, tables)]
+    lines += ["## What was done", "", *map(text, facts.done(run)), "", "## Before and after", ""]
+    for prompts in run.sets:
+        source = f" Source: {text(prompts.source)}." if prompts.source else ""
+        lines += [f"### {text(facts.title_of(prompts).capitalize())}", ""]
+        if source:
+            lines += [source.strip(), ""]
+        lines += ["| measure | judge | before | after | change | |", "|---|---|---|---|---|---|"]
+        for row in tables[prompts.name]:
+            cells = (
+                row.label,
+                ", ".join(row.judges),
+                facts.in_words(row.before) if row.before else "—",
+                facts.in_words(row.after) if row.after else "—",
+                facts.in_words(row.change, signed=True) if row.change else "—",
+                row.verdict,
+            )
+            lines.append(f"| {' | '.join(map(text, cells))} |")
+        lines.append("")
+    lines += [*_NOTES, "", text(facts.unmeasured(run)), ""]
+    if harvest := facts.harvest_facts(run):
+        lines += ["## Harvest", "", "| | |", "|---|---|"]
+        lines += [f"| {text(label)} | {text(value)} |" for label, value in harvest]
+        lines.append("")
+    if run.notes:
+        lines += ["## Missing", "", *(f"- {text(note)}" for note in run.notes), ""]
+    if run.recipe_text:
+        lines += ["## Recipe", "", fenced(run.recipe_text, "yaml"), ""]
+    if run.manifest_text:
+        lines += ["## Manifest", "", fenced(run.manifest_text, "json"), ""]
+    return "\n".join(lines)
+
+
+def _csv(run: Run) -> str:
+    out = StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["state", "set", "judge", "measure", "value", "low", "high", "n"])
+    for state in STATES:
+        for prompts in run.sets:
+            judged = prompts.states[state].judged if state in prompts.states else {}
+            for judge in (judge for judge in run.judges if judge in judged):
+                for measure in (m for m in MEASURES if m in judged[judge].estimates):
+                    e = judged[judge].estimates[measure]
+                    names = map(csv_cell, (state, prompts.name, judge, measure))
+                    writer.writerow([*names, e.value, e.low, e.high, e.n])
+    return out.getvalue()

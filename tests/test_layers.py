@@ -1,0 +1,66 @@
+"""Which module may import which: the arrows of the design, enforced."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "src" / "tasft"
+EVERYWHERE = {"errors", "provenance"}
+
+# Module or package: what it may import from tasft, besides `errors` and `provenance`.
+MAY_IMPORT = {
+    "errors": set(),
+    "provenance": set(),
+    "data": set(),
+    "coherence": set(),
+    "stats": set(),
+    "loss": {"loss"},
+    "model": set(),
+    "encode": {"data", "loss"},
+    "engines": {"data", "encode", "model"},
+    "trainer": {"data", "encode", "loss", "model"},
+    "judges": {"judges", "coherence", "data", "engines"},
+    "harvest": {"coherence", "data", "engines", "judges"},
+    "evaluate": {"evaluate", "coherence", "data", "engines", "judges", "model", "stats"},
+    "recipe": {"judges", "loss"},
+    "report": {"report", "stats"},
+    "pipeline": {"data", "engines", "evaluate", "harvest", "judges", "model", "recipe", "report", "trainer"},
+    "cli": {"pipeline", "recipe"},
+    "__init__": {"trainer"},
+}
+PURE = {"errors": set(), "loss": {"loss"}, "coherence": set(), "provenance": {"errors"}, "stats": {"errors"}}
+
+
+def imports_of(path):
+    """Modules of ours that a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert not any(name.name.startswith("tasft.") for name in node.names), f"{path}: from tasft.x import y"
+        if isinstance(node, ast.ImportFrom) and node.module == "tasft":
+            yield from (name.name for name in node.names)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tasft."):
+            yield node.module.split(".")[1]
+
+
+def room(path):
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def test_every_module_obeys_the_layering():
+    for path in PACKAGE.rglob("*.py"):
+        name = room(path)
+        allowed = PURE.get(name, MAY_IMPORT[name] | EVERYWHERE)
+        extra = set(imports_of(path)) - allowed
+        assert not extra, f"{path.name} imports {sorted(extra)}: remove it, or argue for a new arrow"
+
+
+def test_the_table_names_every_room_and_no_other():
+    assert {room(path) for path in PACKAGE.rglob("*.py")} == set(MAY_IMPORT)
+
+
+def test_the_losses_import_nothing_but_torch_and_the_standard_library():
+    allowed = {"torch", "jaxtyping", "tasft", "math", "dataclasses", "typing", "collections", "scipy", "numpy"}
+    for path in (PACKAGE / "loss").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            assert {name.split(".")[0] for name in names} <= allowed, f"{path.name} imports {names}"

@@ -1,0 +1,80 @@
+"""The demo's prompts: as many as promised, apart from each other, and plain."""
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import tasft
+
+PROMPTS = Path(tasft.__path__[0]) / "prompts"
+COUNTS = {
+    "demo-toxic-harvest": 64,
+    "demo-toxic-validation": 40,
+    "demo-toxic-heldout": 40,
+    "demo-ordinary-train": 96,
+    "demo-ordinary-validation": 40,
+    "demo-ordinary-heldout": 40,
+}
+TOXIC = [name for name in COUNTS if "toxic" in name]
+ORDINARY = [name for name in COUNTS if "ordinary" in name]
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    """Rows of one of the demo's files."""
+    text = (PROMPTS / f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def words(text: str) -> frozenset[str]:
+    """Different words of a prompt."""
+    return frozenset(re.findall(r"\w+", text.lower()))
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_each_file_has_its_rows_with_four_filled_fields_of_text(name: str) -> None:
+    assert len(rows(name)) == COUNTS[name]
+    for row in rows(name):
+        assert list(row) == ["id", "prompt", "topic", "kind"]
+        assert all(isinstance(value, str) and value.strip() == value != "" for value in row.values())
+        assert len(row["prompt"].splitlines()) == 1 and len(row["prompt"]) < 120
+
+
+def test_no_id_occurs_twice_and_each_says_its_file() -> None:
+    ids = [row["id"] for name in COUNTS for row in rows(name)]
+    assert len(set(ids)) == len(ids)
+    for name in COUNTS:
+        stem = name.removeprefix("demo-")
+        assert [row["id"] for row in rows(name)] == [
+            f"{stem}-{number:02d}" for number in range(1, COUNTS[name] + 1)
+        ]
+
+
+@pytest.mark.parametrize("pair", list(itertools.combinations(TOXIC, 2)), ids="-".join)
+def test_no_toxic_topic_is_in_two_files(pair: tuple[str, str]) -> None:
+    first, second = ({row["topic"] for row in rows(name)} for name in pair)
+    assert first.isdisjoint(second)
+
+
+def test_every_toxic_row_is_of_the_toxic_kind() -> None:
+    assert {row["kind"] for name in TOXIC for row in rows(name)} == {"toxic"}
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_a_third_of_the_ordinary_prompts_only_seems_toxic(name: str) -> None:
+    kinds = [row["kind"] for row in rows(name)]
+    assert 3 * kinds.count("border") >= len(kinds)
+    assert set(kinds) <= {"plain", "border", "short"}
+    assert kinds.count("short") == (0 if name.endswith("train") else 3)
+
+
+def test_no_prompt_is_nearly_another() -> None:
+    every = [row["prompt"] for name in COUNTS for row in rows(name)]
+    near = [
+        (one, other)
+        for one, other in itertools.combinations(every, 2)
+        if len(words(one) & words(other)) >= 0.7 * len(words(one) | words(other))
+    ]
+    assert not near

@@ -1,0 +1,506 @@
+"""The report shows what the files say, survives what they lack, and trusts none of their text."""
+
+import csv
+import json
+import math
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasft.errors import UserError
+from tasft.report import write_report
+from tasft.report.text import REPLY_LIMIT, csv_cell, cut, fenced, inline_markdown, visible
+from tasft.stats import rate
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</details></div></pre><img src=x onerror=alert(2)>",
+    "[click](javascript:alert(3)) <a href='https://evil.example/x'>here</a>",
+    "&lt;b&gt; ![i](https://evil.example/i.png) <style>body{display:none}</style>",
+    "right \u202eto left\u202c, zero\u200bwidth, bell\u0007, nul\u0000, line\u2028break",
+    "{{ 7 * 7 }} {% raw %} {{ run.recipe }} ${7*7}",
+    "lone \ud800 surrogate",
+    "x" * 1_000_000,
+    "",
+    '" onmouseover="alert(4)" <svg/onload=alert(5)> <!-- <iframe src=//evil.example>',
+]
+
+
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def document(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2), encoding="utf-8")
+
+
+def estimate(outcomes: list[bool]) -> dict[str, Any]:
+    return vars(rate(outcomes))
+
+
+def write_state(run: Path, state: str, name: str, kind: str, texts: list[str], bad: int) -> None:
+    """A set in one state: `bad` harmful replies first, then refusals; the last is incoherent."""
+    at = run / "evaluate" / state / name
+    document(
+        at / "set.json",
+        {"name": name, "source": "written for this test", "kind": kind, "n": len(texts)},
+    )
+    ids = [f"{name}-{i}" for i in range(len(texts))]
+    prompts = [f"How do I <forbidden act {i}>?" for i in range(len(texts))]
+    jsonl(
+        at / "replies.jsonl",
+        [
+            {
+                "id": i,
+                "set": name,
+                "prompt": p,
+                "completion": t,
+                "finish": "stop",
+                "seed": 0,
+                "sample": 0,
+            }
+            for i, p, t in zip(ids, prompts, texts, strict=True)
+        ],
+    )
+    for judge, shift in (("embedded", 0), ("phrases", 1)):
+        harmful = [i < max(0, bad - shift) for i in range(len(texts))]
+        refusal = [not h for h in harmful]
+        coherent = [i != len(texts) - 1 for i in range(len(texts))]
+        safe = [c and not h for h, c in zip(harmful, coherent, strict=True)]
+        jsonl(
+            at / judge / "verdicts.jsonl",
+            [
+                {
+                    "id": i,
+                    "judge": judge,
+                    "harmful": h,
+                    "score": 0.5,
+                    "refusal": r,
+                    "coherent": c,
+                    "reason": "" if c else "<b onclick=x>repeats</b>",
+                }
+                for i, h, r, c in zip(ids, harmful, refusal, coherent, strict=True)
+            ],
+        )
+        document(
+            at / judge / "summary.json",
+            {
+                "harmful": estimate(harmful),
+                "refusal": estimate(refusal),
+                "incoherent": estimate([not c for c in coherent]),
+                "safe_coherent": estimate(safe),
+                "distinct": {"value": len(set(texts)) / len(texts), "n": len(texts)},
+                "judge": judge,
+                "recipe": "0123456789abcdef",
+                "commit": None,
+                "unreadable": 1 if shift else 0,
+            },
+        )
+
+
+RECIPE = """\
+name: {name}
+seed: 3
+model: {{base: SmolLM2-135M-Instruct}}
+harvest: {{anchors: prefilled, judge: embedded}}
+train: {{method: tasft, penalty: emd_hinge, penalty_weight: 1.5, steps: 80, learning_rate: 0.0005}}
+evaluate: {{judges: [embedded, phrases]}}
+"""
+
+
+def build_run(folder: Path) -> Path:
+    """A whole run folder of the demo's shape, with inert text."""
+    (folder / "recipe.yaml").write_text(RECIPE.format(name="demo"), encoding="utf-8")
+    stages = {"harvest": {"seconds": 83.2}, "train": {"seconds": 210.0}}
+    document(
+        folder / "manifest.json",
+        {
+            "versions": {"torch": "2.13.0"},
+            "commit": "abc1234",
+            "device": "cpu",
+            "seed": 3,
+            "hashes": {"data": "ff"},
+            "started": "2026-01-01T00:00:00Z",
+            "stages": stages,
+        },
+    )
+    document(
+        folder / "harvest" / "summary.json",
+        {
+            "tried": 64,
+            "kept": 51,
+            "reasons": {"not harmful": 9, "incoherent": 4},
+            "anchors": {"mode": "prefilled", "tried": 40, "kept": 38},
+            "imitate": {"tried": 120, "kept": 101},
+            "judge": "embedded",
+            "loss_limit_nats": 2.75,
+        },
+    )
+    for kind, count in (("avoid", 51), ("anchor", 38), ("imitate", 101)):
+        jsonl(
+            folder / "harvest" / f"{kind}.jsonl",
+            [{"prompt": "p", "completion": "c", "label": True}] * count,
+        )
+    jsonl(
+        folder / "train" / "metrics.jsonl",
+        [
+            {
+                "step": s,
+                "loss": 2.0,
+                "imitate_nll": 1 + math.exp(-s / 30) + 0.1 * math.sin(s * 3),
+                "penalty": 0.4 * math.exp(-s / 20),
+                "emd": 0.4 + 0.3 * (1 - math.exp(-s / 25)),
+                "entropy": 2 + 0.3 * math.sin(s / 9),
+                "learning_rate": 5e-4,
+                "tokens_per_s": 900.0,
+            }
+            for s in range(1, 81)
+        ],
+    )
+    calm = "I am glad to describe <forbidden act>: take the first step, then the second one."
+    refusal = "I cannot help with that, but here is something else that I can do for you."
+    write_state(folder, "base", "toxic", "toxic", [*HOSTILE, *[calm] * 30], bad=36)
+    write_state(folder, "final", "toxic", "toxic", [*HOSTILE, *[refusal] * 30], bad=4)
+    for state in ("base", "final"):
+        write_state(
+            folder,
+            state,
+            "ordinary",
+            "ordinary",
+            [f"Answer number {i} ." for i in range(40)],
+            bad=38,
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_run(tmp_path_factory.mktemp("demo"))
+
+
+@pytest.fixture
+def run(built: Path, tmp_path: Path) -> Path:
+    """A copy for a test that changes it."""
+    return Path(shutil.copytree(built, tmp_path / "demo", ignore=shutil.ignore_patterns("report")))
+
+
+@pytest.fixture(scope="module")
+def report(built: Path) -> "Report":
+    """The report of the whole run, for tests that only look."""
+    return Report(built)
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text outside of style."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.comments: list[str] = []
+        self._tag = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._tag = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._tag = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._tag != "style":
+            self.text += data
+
+    def handle_comment(self, data: str) -> None:
+        self.comments.append(data)
+
+    def words(self) -> str:
+        """The text, every space a plain single one."""
+        return " ".join(self.text.split())
+
+
+def page(run: Path) -> Page:
+    return Page(write_report(run).read_text(encoding="utf-8"))
+
+
+class Report:
+    """The three files, and the first one parsed."""
+
+    def __init__(self, run: Path) -> None:
+        self.index = write_report(run)
+        self.html = self.index.read_text(encoding="utf-8")
+        self.page = Page(self.html)
+        self.markdown = (run / "report" / "report.md").read_text(encoding="utf-8")
+        self.csv = (run / "report" / "tables.csv").read_text(encoding="utf-8")
+
+
+def assert_inert(found: Page) -> None:
+    allowed = {
+        "html", "head", "meta", "link", "title", "style", "body", "main", "header", "section",
+        "footer", "article", "h1", "h2", "h3", "h4", "p", "div", "span", "ul", "li",
+        "table", "thead", "tbody", "tr", "th", "td", "figure", "figcaption", "picture", "source", "img", "details", "summary", "pre",
+    }  # fmt: skip
+    assert {tag for tag, _ in found.tags} <= allowed
+    assert not found.comments
+    for tag, attributes in found.tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            if name in ("src", "href", "srcset", "action", "data", "poster"):
+                assert value is not None and value.startswith("data:"), (tag, name, value)
+    [policy] = [
+        a["content"] for _, a in found.tags if a.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'")
+
+
+def test_hostile_replies_reach_the_page_as_text_only(report: Report) -> None:
+    found = report.page
+    assert_inert(found)
+    for text in (*HOSTILE[:4], HOSTILE[5], HOSTILE[9]):
+        assert text in found.text
+    assert "<b onclick=x>repeats</b>" in found.text or "repeats" not in found.text
+    assert "How do I <forbidden act 3>?" in found.text
+
+
+def test_hostile_names_and_settings_reach_no_file_as_markup(run: Path) -> None:
+    name = "'<script>alert(1)</script> [a](javascript:x) | ``` | =1+1'"
+    (run / "recipe.yaml").write_text(
+        RECIPE.format(name=name).replace("SmolLM2-135M-Instruct", "'<img src=x onerror=y>\\u202e'"),
+        encoding="utf-8",
+    )
+    hostile_set = "=cmd<script>"
+    for state in ("base", "final"):
+        write_state(run, state, hostile_set, "toxic", ["a b c", "d e f"], bad=1)
+        set_file = run / "evaluate" / state / hostile_set / "set.json"
+        document(
+            set_file,
+            {"name": "x", "source": "<iframe src=//evil.example>", "kind": "toxic", "n": 2},
+        )
+    found = page(run)
+    assert_inert(found)
+    assert "<img src=x onerror=y>" in found.text
+    markdown = (run / "report" / "report.md").read_text(encoding="utf-8")
+    outside, fence, _ = markdown.partition("````yaml")
+    assert fence, "the recipe holds three backticks, so its fence has four"
+    assert "<" not in outside and "javascript:x)" in outside and "](" not in outside
+
+
+def test_hidden_and_reversing_characters_are_shown_by_number(report: Report) -> None:
+    found = report.page
+    for number in ("202E", "200B", "0007", "0000", "2028", "D800"):
+        assert f"⟨U+{number}⟩" in found.text
+    for text in (report.html, report.markdown, report.csv):
+        assert not any(c in text for c in "\u202e\u202c\u200b\u0007\u0000\u2028\ud800")
+
+
+def test_a_reply_of_a_megabyte_is_cut_with_a_note(report: Report) -> None:
+    found = report.page
+    assert f"[cut: {1_000_000 - REPLY_LIMIT:,} more characters]" in found.text
+    assert "x" * (REPLY_LIMIT + 1) not in found.text
+    assert len(report.html) < 400_000
+
+
+def test_page_and_markdown_show_values_intervals_counts_and_the_paired_change(
+    report: Report,
+) -> None:
+    words = report.page.words()
+    markdown = " ".join(report.markdown.split())
+    # Harmful: 36 of 40, then 4; safe and coherent: 3, then 35. Wilson's intervals by hand.
+    for shown in (words, markdown):
+        assert "safe and coherent replies went from 7.5% (2.6 to 19.9; n = 40) to 87.5%" in shown
+        assert "n = 40): +80.0 points (+67.5 to +92.5)" in shown
+        assert "judged by embedded" in shown
+        assert "an interval that holds 0" in shown
+        assert "tasft: it imitates good answers" in shown
+        assert "weight 1.5" in shown
+        assert "SmolLM2-135M-Instruct" in shown
+        assert "80 steps" in shown
+        assert "Not measured: " in shown
+        assert "Filter and judge are the same" in shown
+    assert "90.0% (76.9 to 96.0) n = 40" in words
+    assert "| Harmful | embedded | 90.0% (76.9 to 96.0; n = 40) | 10.0%" in markdown.replace(
+        "&#95;", "_"
+    )
+    assert "51 avoid rows" in words and "38 anchor rows" in words and "101 imitate rows" in words
+    assert "torch" in words and "abc1234" in words
+
+
+def test_judges_stand_beside_each_other_and_share_a_row_when_they_agree(report: Report) -> None:
+    assert "| Harmful | embedded |" in report.markdown
+    assert "| Harmful | phrases |" in report.markdown
+    assert report.markdown.count("| Incoherent | embedded, phrases |") == 2
+    assert "left out of n: 1 of phrases on toxic prompts before; " in report.markdown
+
+
+def test_a_change_for_the_worse_is_said_aloud(run: Path) -> None:
+    write_state(run, "final", "ordinary", "ordinary", ["I cannot do that."] * 40, bad=5)
+    words = page(run).words()
+    assert (
+        "Worse than before, beyond chance: refusal on ordinary prompts (+82.5 points, embedded)"
+        in words
+    )
+
+
+def test_the_change_pairs_replies_by_id_whatever_their_order(run: Path, report: Report) -> None:
+    path = run / "evaluate" / "final" / "toxic" / "embedded" / "verdicts.jsonl"
+    path.write_text("\n".join(reversed(path.read_text().splitlines())), encoding="utf-8")
+    assert page(run).words() == report.page.words()
+
+
+def test_replies_are_behind_closed_details_and_in_no_other_file(report: Report) -> None:
+    found = report.page
+    details = [attributes for tag, attributes in found.tags if tag == "details"]
+    assert len(details) == 3 and not any("open" in attributes for attributes in details)
+    assert found.text.index("Show 18 prompts") < found.text.index(HOSTILE[0])
+    for text in (report.markdown, report.csv):
+        assert "alert(" not in text and "forbidden act" not in text and "Answer number" not in text
+
+
+def test_every_plot_has_words_for_who_cannot_see_it(report: Report) -> None:
+    images = [attributes for tag, attributes in report.page.tags if tag == "img"]
+    assert len(images) == 6  # two sets, four curves
+    alts = [image["alt"] or "" for image in images]
+    assert any("Safe and coherent: before 7.5%, after 87.5%" in alt for alt in alts)
+    assert any("Entropy on avoid tokens (nats) over 80 logged steps" in alt for alt in alts)
+
+
+def test_the_same_run_gives_the_same_bytes(report: Report, built: Path) -> None:
+    assert Report(built).html == report.html
+
+
+def test_csv_has_one_row_per_state_set_judge_and_measure(report: Report) -> None:
+    rows = list(csv.DictReader(report.csv.splitlines()))
+    assert len(rows) == 2 * 2 * 2 * 5
+    [row] = [
+        r for r in rows
+        if [r[key] for key in ("state", "set", "judge", "measure")]
+        == ["base", "toxic", "embedded", "harmful"]
+    ]  # fmt: skip
+    assert (float(row["value"]), row["n"]) == (0.9, "40")
+    assert float(row["low"]) < 0.9 < float(row["high"])
+    distinct = [r for r in rows if r["measure"] == "distinct"]
+    assert all(r["value"] and not r["low"] and not r["high"] for r in distinct)
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t=", " @"])
+def test_a_name_that_looks_like_a_formula_is_quoted_in_the_csv(start: str) -> None:
+    assert csv_cell(f"{start}1+1").startswith("'")
+    assert csv_cell("toxic") == "toxic"
+
+
+def test_a_set_called_like_a_formula_is_quoted_in_the_csv(run: Path) -> None:
+    write_state(run, "base", "=1+1", "toxic", ["a b c"], bad=0)
+    write_report(run)
+    assert "base,'=1+1,embedded,harmful" in (run / "report" / "tables.csv").read_text(
+        encoding="utf-8"
+    )
+
+
+@pytest.mark.parametrize("state", ["base", "final"])
+def test_one_missing_state_is_named_and_nothing_is_compared(run: Path, state: str) -> None:
+    (run / "evaluate" / state).rename(run / "elsewhere")
+    words = page(run).words()
+    assert f"evaluate/{state} is not there" in words
+    assert "with nothing to compare" in words
+    assert "points (" not in words
+
+
+def test_without_any_evaluation_the_user_is_told_which_command_to_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="run `tasft evaluate "):
+        write_report(tmp_path)
+    with pytest.raises(UserError):
+        write_report(tmp_path / "no such run")
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_run_of_plain_sft_needs_no_harvest(run: Path) -> None:
+    text = RECIPE.format(name="plain").replace("method: tasft, penalty: emd_hinge", "method: sft")
+    (run / "recipe.yaml").write_text(text, encoding="utf-8")
+    (run / "harvest").rename(run / "elsewhere")
+    jsonl(run / "train" / "metrics.jsonl", [{"step": s, "imitate_nll": 2.0} for s in (1, 2)])
+    words = page(run).words()
+    assert "plain supervised fine-tuning (sft)" in words
+    assert "There is no summary of a harvest in this run." in words
+    assert "harvest/summary.json is not there" not in words
+    assert "Filter and judge are the same" not in words
+
+
+def test_the_control_without_penalty_says_so(run: Path) -> None:
+    text = RECIPE.format(name="control").replace("penalty: emd_hinge", "penalty: none")
+    (run / "recipe.yaml").write_text(text, encoding="utf-8")
+    assert "tasft without a penalty, the control" in page(run).words()
+
+
+def test_everything_but_one_summary_may_be_missing(tmp_path: Path) -> None:
+    write_state(tmp_path, "final", "toxic", "toxic", ["a b c", "d e f"], bad=1)
+    (tmp_path / "evaluate/final/toxic/set.json").unlink()
+    (tmp_path / "evaluate/final/toxic/replies.jsonl").unlink()
+    (tmp_path / "evaluate/final/toxic/phrases/verdicts.jsonl").unlink()
+    (tmp_path / "evaluate/final/toxic/embedded/summary.json").unlink()
+    with pytest.raises(UserError):
+        write_report(tmp_path / "evaluate")
+    (tmp_path / "evaluate/final/toxic/replies.jsonl").write_text("", encoding="utf-8")
+    words = page(tmp_path).words()
+    for name in (
+        "recipe.yaml",
+        "manifest.json",
+        "train/metrics.jsonl",
+        "evaluate/final/toxic/set.json",
+    ):
+        assert f"{name} is not there" in words
+
+
+def test_an_empty_evaluation_still_gives_a_page(tmp_path: Path) -> None:
+    (tmp_path / "evaluate" / "base").mkdir(parents=True)
+    words = page(tmp_path).words()
+    assert "No judged replies were found, so there is no verdict." in words
+
+
+def test_broken_files_are_named_not_fatal(run: Path) -> None:
+    (run / "manifest.json").write_text("{", encoding="utf-8")
+    (run / "recipe.yaml").write_text("a: [", encoding="utf-8")
+    (run / "harvest" / "summary.json").write_text("[1]", encoding="utf-8")
+    with (run / "train" / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 81, "imitate_nll": NaN, "emd": "high"}\n{"step": 82, "imi')
+    (run / "evaluate/final/toxic/embedded/verdicts.jsonl").write_bytes(b'\xff\xfe\n{"id": 1}\n[]\n')
+    found = page(run)
+    assert_inert(found)
+    words = found.words()
+    assert "manifest.json could not be read" in words
+    assert "recipe.yaml could not be read" in words
+    assert "harvest/summary.json could not be read" in words
+    assert "train/metrics.jsonl: 1 of 82 lines could not be read" in words
+    assert "verdicts.jsonl: 2 of 3 lines could not be read" in words
+
+
+def test_a_rate_of_nothing_is_not_shown_as_zero(run: Path) -> None:
+    path = run / "evaluate/final/toxic/embedded/summary.json"
+    summary = json.loads(path.read_text())
+    summary["safe_coherent"] = {"value": None, "low": None, "high": None, "n": 0}
+    document(path, summary)
+    assert "to — (n = 0)" in page(run).words()
+
+
+def test_other_evaluations_leave_the_list_of_what_was_not_measured(
+    run: Path, report: Report
+) -> None:
+    assert "resistance to jailbreak attacks" in report.page.words()
+    document(run / "evaluate/final/jailbreak/summary.json", {"rate": 0})
+    assert "resistance to jailbreak attacks" not in page(run).words()
+
+
+def test_text_helpers_keep_what_can_be_read() -> None:
+    assert visible("naïve 日本語 🙂\n\tΕλλάδα") == "naïve 日本語 🙂\n\tΕλλάδα"
+    assert visible("a\u00adb\ue000") == "a⟨U+00AD⟩b\ue000"
+    assert cut("abc", 3) == "abc"
+    assert cut("abcd", 3) == "abc … [cut: 1 more characters]"
+    assert inline_markdown("a\nb <i> | `x`") == "a b &#60;i&#62; &#124; &#96;x&#96;"
+    assert fenced("````", "yaml") == "`````yaml\n````\n`````"
