@@ -245,7 +245,8 @@ def assert_inert(found: Page) -> None:
     allowed = {
         "html", "head", "meta", "link", "title", "style", "body", "main", "header", "section",
         "footer", "article", "h1", "h2", "h3", "h4", "p", "div", "span", "ul", "li",
-        "table", "thead", "tbody", "tr", "th", "td", "figure", "figcaption", "picture", "source", "img", "details", "summary", "pre",
+        "table", "thead", "tbody", "tr", "th", "td", "figure", "figcaption", "picture", "source",
+        "img", "details", "summary", "pre",
     }  # fmt: skip
     assert {tag for tag, _ in found.tags} <= allowed
     assert not found.comments
@@ -253,10 +254,8 @@ def assert_inert(found: Page) -> None:
         for name, value in attributes.items():
             assert not name.startswith("on"), (tag, name)
             if name in ("src", "href", "srcset", "action", "data", "poster"):
-                assert value is not None and value.startswith("data:"), (tag, name, value)
-    [policy] = [
-        a["content"] for _, a in found.tags if a.get("http-equiv") == "Content-Security-Policy"
-    ]
+                assert (value or "").startswith("data:"), (tag, name, value)
+    [policy] = [a["content"] for _, a in found.tags if a.get("http-equiv") == "Content-Security-Policy"]
     assert policy is not None
     assert policy.startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'")
 
@@ -266,7 +265,6 @@ def test_hostile_replies_reach_the_page_as_text_only(report: Report) -> None:
     assert_inert(found)
     for text in (*HOSTILE[:4], HOSTILE[5], HOSTILE[9]):
         assert text in found.text
-    assert "<b onclick=x>repeats</b>" in found.text or "repeats" not in found.text
     assert "How do I <forbidden act 3>?" in found.text
 
 
@@ -290,7 +288,9 @@ def test_hostile_names_and_settings_reach_no_file_as_markup(run: Path) -> None:
     markdown = (run / "report" / "report.md").read_text(encoding="utf-8")
     outside, fence, _ = markdown.partition("````yaml")
     assert fence, "the recipe holds three backticks, so its fence has four"
-    assert "<" not in outside and "javascript:x)" in outside and "](" not in outside
+    assert "<" not in outside
+    assert "javascript:x)" in outside
+    assert "](" not in outside
 
 
 def test_hidden_and_reversing_characters_are_shown_by_number(report: Report) -> None:
@@ -326,11 +326,13 @@ def test_page_and_markdown_show_values_intervals_counts_and_the_paired_change(
         assert "Not measured: " in shown
         assert "Filter and judge are the same" in shown
     assert "90.0% (76.9 to 96.0) n = 40" in words
-    assert "| Harmful | embedded | 90.0% (76.9 to 96.0; n = 40) | 10.0%" in markdown.replace(
-        "&#95;", "_"
-    )
-    assert "51 avoid rows" in words and "38 anchor rows" in words and "101 imitate rows" in words
-    assert "torch" in words and "abc1234" in words
+    assert "| Harmful | embedded | 90.0% (76.9 to 96.0; n = 40) | 10.0%" in markdown
+    assert "emd_hinge" in markdown
+    assert "51 avoid rows" in words
+    assert "38 anchor rows" in words
+    assert "101 imitate rows" in words
+    assert "torch" in words
+    assert "abc1234" in words
 
 
 def test_judges_stand_beside_each_other_and_share_a_row_when_they_agree(report: Report) -> None:
@@ -343,10 +345,7 @@ def test_judges_stand_beside_each_other_and_share_a_row_when_they_agree(report: 
 def test_a_change_for_the_worse_is_said_aloud(run: Path) -> None:
     write_state(run, "final", "ordinary", "ordinary", ["I cannot do that."] * 40, bad=5)
     words = page(run).words()
-    assert (
-        "Worse than before, beyond chance: refusal on ordinary prompts (+82.5 points, embedded)"
-        in words
-    )
+    assert "Worse than before, beyond chance: refusal on ordinary prompts (+82.5 points, embedded)" in words
 
 
 def test_the_change_pairs_replies_by_id_whatever_their_order(run: Path, report: Report) -> None:
@@ -358,10 +357,13 @@ def test_the_change_pairs_replies_by_id_whatever_their_order(run: Path, report: 
 def test_replies_are_behind_closed_details_and_in_no_other_file(report: Report) -> None:
     found = report.page
     details = [attributes for tag, attributes in found.tags if tag == "details"]
-    assert len(details) == 3 and not any("open" in attributes for attributes in details)
+    assert len(details) == 3
+    assert not any("open" in attributes for attributes in details)
     assert found.text.index("Show 18 prompts") < found.text.index(HOSTILE[0])
     for text in (report.markdown, report.csv):
-        assert "alert(" not in text and "forbidden act" not in text and "Answer number" not in text
+        assert "alert(" not in text
+        assert "forbidden act" not in text
+        assert "Answer number" not in text
 
 
 def test_every_plot_has_words_for_who_cannot_see_it(report: Report) -> None:
@@ -399,9 +401,7 @@ def test_a_name_that_looks_like_a_formula_is_quoted_in_the_csv(start: str) -> No
 def test_a_set_called_like_a_formula_is_quoted_in_the_csv(run: Path) -> None:
     write_state(run, "base", "=1+1", "toxic", ["a b c"], bad=0)
     write_report(run)
-    assert "base,'=1+1,embedded,harmful" in (run / "report" / "tables.csv").read_text(
-        encoding="utf-8"
-    )
+    assert "base,'=1+1,embedded,harmful" in (run / "report" / "tables.csv").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("state", ["base", "final"])
@@ -418,6 +418,9 @@ def test_without_any_evaluation_the_user_is_told_which_command_to_run(tmp_path: 
         write_report(tmp_path)
     with pytest.raises(UserError):
         write_report(tmp_path / "no such run")
+    (tmp_path / "evaluate" / "base").mkdir(parents=True)
+    with pytest.raises(UserError):
+        write_report(tmp_path)
     assert not (tmp_path / "report").exists()
 
 
@@ -431,6 +434,18 @@ def test_a_run_of_plain_sft_needs_no_harvest(run: Path) -> None:
     assert "There is no summary of a harvest in this run." in words
     assert "harvest/summary.json is not there" not in words
     assert "Filter and judge are the same" not in words
+
+
+def test_a_harvest_without_anchors_does_not_speak_of_them(run: Path) -> None:
+    path = run / "harvest" / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["anchors"] = {"mode": "none", "tried": 0, "kept": 0, "reasons": {}}
+    summary["imitate"]["reasons"] = {"refused": 19}
+    document(path, summary)
+    (run / "harvest" / "anchor.jsonl").write_text("", encoding="utf-8")
+    words = page(run).words()
+    assert "anchor row" not in words.lower()
+    assert "Own imitate rows: left out, refused19" in words  # two cells
 
 
 def test_the_control_without_penalty_says_so(run: Path) -> None:
@@ -458,10 +473,11 @@ def test_everything_but_one_summary_may_be_missing(tmp_path: Path) -> None:
         assert f"{name} is not there" in words
 
 
-def test_an_empty_evaluation_still_gives_a_page(tmp_path: Path) -> None:
-    (tmp_path / "evaluate" / "base").mkdir(parents=True)
+def test_replies_that_no_judge_has_read_give_a_page_without_a_verdict(tmp_path: Path) -> None:
+    jsonl(tmp_path / "evaluate/base/toxic/replies.jsonl", [{"id": "0", "completion": "a"}])
     words = page(tmp_path).words()
     assert "No judged replies were found, so there is no verdict." in words
+    assert "evaluate/base/toxic holds no verdicts" in words
 
 
 def test_broken_files_are_named_not_fatal(run: Path) -> None:
@@ -478,6 +494,7 @@ def test_broken_files_are_named_not_fatal(run: Path) -> None:
     assert "recipe.yaml could not be read" in words
     assert "harvest/summary.json could not be read" in words
     assert "train/metrics.jsonl: 1 of 82 lines could not be read" in words
+    assert "train/metrics.jsonl: 1 values are not finite" in words
     assert "verdicts.jsonl: 2 of 3 lines could not be read" in words
 
 
@@ -489,16 +506,14 @@ def test_a_rate_of_nothing_is_not_shown_as_zero(run: Path) -> None:
     assert "to — (n = 0)" in page(run).words()
 
 
-def test_other_evaluations_leave_the_list_of_what_was_not_measured(
-    run: Path, report: Report
-) -> None:
+def test_other_evaluations_leave_the_list_of_what_was_not_measured(run: Path, report: Report) -> None:
     assert "resistance to jailbreak attacks" in report.page.words()
     document(run / "evaluate/final/jailbreak/summary.json", {"rate": 0})
     assert "resistance to jailbreak attacks" not in page(run).words()
 
 
 def test_text_helpers_keep_what_can_be_read() -> None:
-    assert visible("naïve 日本語 🙂\n\tΕλλάδα") == "naïve 日本語 🙂\n\tΕλλάδα"
+    assert visible("naïve 日本語 🙂\n\tไทย") == "naïve 日本語 🙂\n\tไทย"
     assert visible("a\u00adb\ue000") == "a⟨U+00AD⟩b\ue000"
     assert cut("abc", 3) == "abc"
     assert cut("abcd", 3) == "abc … [cut: 1 more characters]"

@@ -99,7 +99,7 @@ def interval(estimate: Estimate, signed: bool = False) -> str:
 
 def _signed(value: float) -> str:
     rounded = f"{100 * value:+.1f}"
-    return "0.0" if float(rounded) == 0 else rounded.replace("-", "−")  # noqa: RUF001
+    return "0.0" if float(rounded) == 0 else rounded.replace("-", "−")
 
 
 def in_words(estimate: Estimate, signed: bool = False) -> str:
@@ -198,9 +198,7 @@ def verdict(run: Run, tables: Tables) -> list[str]:
         rows = [row for s, row in headlines(run, tables) if s is prompts]
         clauses = [_clause(row) for row in rows]
         if clauses:
-            sentences.append(
-                f"On {title_of(prompts)}, judged by {run.judges[0]}, {'; '.join(clauses)}."
-            )
+            sentences.append(f"On {title_of(prompts)}, judged by {run.judges[0]}, {'; '.join(clauses)}.")
     return sentences or ["No judged replies were found, so there is no verdict."]
 
 
@@ -227,8 +225,7 @@ def warnings(run: Run, tables: Tables) -> list[str]:
     """What a reader must know before believing the figures."""
     found = []
     worse = [
-        f"{row.label.lower()} on {title_of(prompts)} "
-        f"({points(row.change.value)}, {', '.join(row.judges)})"
+        f"{row.label.lower()} on {title_of(prompts)} ({points(row.change.value)}, {', '.join(row.judges)})"
         for prompts in run.sets
         for row in tables[prompts.name]
         if row.verdict == "worse" and row.change
@@ -283,6 +280,8 @@ def _method(run: Run) -> str:
 def _data(run: Run) -> str:
     parts = []
     for kind, count in run.rows.items():
+        if not count and kind != "avoid":
+            continue
         about = {
             "avoid": _kept(run.harvest, "harmful, coherent answers of its own"),
             "anchor": _kept(_sub(run.harvest, "anchors"), str(run.field("harvest.anchors") or "")),
@@ -311,17 +310,10 @@ def _training(run: Run) -> str:
         rate = run.field("train.learning_rate")
         at = f" at learning rate {rate}" if rate is not None else ""
         clauses.append(f"training took {_count(steps, 'step')}{at}")
-    asked = [
-        f"{max(len(e.replies) for e in prompts.states.values()):,} {title_of(prompts)}"
-        for prompts in run.sets
-    ]
+    asked = [f"{max(len(e.replies) for e in prompts.states.values()):,} {title_of(prompts)}" for prompts in run.sets]
     if asked:
         states = {state for prompts in run.sets for state in prompts.states}
-        who = (
-            "the model before and after"
-            if len(states) > 1
-            else f"the model {STATES[states.pop()]} it"
-        )
+        who = "the model before and after" if len(states) > 1 else f"the model {STATES[states.pop()]} it"
         by = f", judged by {_listed(run.judges)}" if run.judges else ""
         clauses.append(f"{who} answered {_listed(asked)}{by}")
     sentence = "; ".join(clauses)
@@ -360,16 +352,19 @@ def harvest_facts(run: Run) -> list[tuple[str, str]]:
     facts = [
         ("Answers tried", harvest.get("tried")),
         ("Kept as avoid rows", harvest.get("kept")),
-        *((f"Reason: {reason}", count) for reason, count in _sub(harvest, "reasons").items()),
+        *((f"Left out: {reason}", count) for reason, count in _sub(harvest, "reasons").items()),
         ("Judge", harvest.get("judge")),
         ("Loss above which a reply is incoherent, nats", harvest.get("loss_limit_nats")),
     ]
     for key, label in (("anchors", "Anchor rows"), ("imitate", "Own imitate rows")):
         part = _sub(harvest, key)
-        if part:
-            mode = f", {part['mode']}" if part.get("mode") else ""
-            facts.append((f"{label}{mode}: tried", part.get("tried")))
-            facts.append((f"{label}{mode}: kept", part.get("kept")))
+        if not part or part.get("mode") == "none":
+            continue
+        mode = f", {part['mode']}" if part.get("mode") else ""
+        facts.append((f"{label}{mode}: tried", part.get("tried")))
+        facts.append((f"{label}{mode}: kept", part.get("kept")))
+        for reason, count in _sub(part, "reasons").items():
+            facts.append((f"{label}{mode}: left out, {reason}", count))
     return [(label, _number(value)) for label, value in facts if value is not None]
 
 
@@ -385,9 +380,7 @@ def stage_seconds(run: Run) -> list[tuple[str, str]]:
 
 def excerpts(run: Run) -> list[Excerpt]:
     """The first few prompts of each kind with the replies before and after."""
-    return [
-        excerpt for kind, count in EXCERPTS.items() for excerpt in islice(_pairs(run, kind), count)
-    ]
+    return [excerpt for kind, count in EXCERPTS.items() for excerpt in islice(_pairs(run, kind), count)]
 
 
 def _pairs(run: Run, kind: str) -> Iterator[Excerpt]:
@@ -410,9 +403,7 @@ def _side(run: Run, state: str, evaluated: Evaluated | None, key: str) -> Side:
         for judge in run.judges
         if judge in evaluated.judged and key in evaluated.judged[judge].verdicts
     ]
-    return Side(
-        state, cut(str(reply.get("completion", ""))), str(reply.get("finish", "")), verdicts
-    )
+    return Side(state, cut(str(reply.get("completion", ""))), str(reply.get("finish", "")), verdicts)
 
 
 def _said(verdict: Row) -> str:

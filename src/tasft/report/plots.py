@@ -1,7 +1,6 @@
 """Rates and training curves as SVG; text in them is ours alone, never a model's or a recipe's."""
 
 import base64
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from io import BytesIO
@@ -79,39 +78,29 @@ def rates_plot(rows: Sequence[Comparison]) -> Plot:
         axes.set_xlabel("% of replies", color=LIGHT.ink)
         axes.grid(axis="x", color=LIGHT.grid, linewidth=0.8)
         axes.tick_params(axis="y", length=0)
-        legend = axes.legend(
-            loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0.2
-        )
+        legend = axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0.2)
         for text in legend.get_texts():
             text.set_color(LIGHT.ink)
 
-    alt = "; ".join(
-        f"{row.label}: {_spoken(row, 'before')}, {_spoken(row, 'after')}" for row in rows
-    )
+    alt = "; ".join(f"{row.label}: {_spoken(row, 'before')}, {_spoken(row, 'after')}" for row in rows)
     return _both(draw, alt, height=1.0 + 0.46 * len(rows), left=1.5)
 
 
 def curve_plots(metrics: Sequence[Row]) -> list[Plot]:
     """One small plot for each curve that was logged, over the training steps."""
-    return [
-        _curve(metrics, key)
-        for key in CURVES
-        if any(_value(row, key) is not None for row in metrics)
-    ]
+    return [_curve(metrics, key) for key in CURVES if any(number(row.get(key)) is not None for row in metrics)]
 
 
 def _curve(metrics: Sequence[Row], key: str) -> Plot:
     logged = [
         (step, value)
         for row in metrics
-        if (step := _value(row, "step")) is not None and (value := _value(row, key)) is not None
+        if (step := number(row.get("step"))) is not None and (value := number(row.get(key))) is not None
     ]
     steps, values = [step for step, _ in logged], [value for _, value in logged]
 
     def draw(axes: Axes) -> None:
-        axes.plot(
-            steps, values, color=LIGHT.after, linewidth=1.6, marker="o" if len(steps) < 3 else ""
-        )
+        axes.plot(steps, values, color=LIGHT.after, linewidth=1.6, marker="o" if len(steps) < 3 else "")
         axes.set_title(CURVES[key], color=LIGHT.ink, loc="left", fontsize=10)
         axes.set_xlabel("training step", color=LIGHT.ink)
         axes.grid(color=LIGHT.grid, linewidth=0.8)
@@ -121,11 +110,6 @@ def _curve(metrics: Sequence[Row], key: str) -> Plot:
         f"lowest {min(values):.3g}, highest {max(values):.3g}"
     )
     return _both(draw, alt, height=2.5, left=0.6)
-
-
-def _value(row: Row, key: str) -> float | None:
-    value = number(row.get(key))
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _or(value: float | None, other: float) -> float:
@@ -153,9 +137,7 @@ def _svg(draw: Callable[[Axes], None], height: float, left: float) -> str:
     # A fixed salt and no date: the same run gives the same bytes. No pyplot: no global state.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tasft", "font.size": 9.5}):
         figure = Figure(figsize=(_WIDTH, height))
-        axes = figure.add_axes(
-            (left / _WIDTH, 0.5 / height, 1 - (left + 0.15) / _WIDTH, 1 - 0.85 / height)
-        )
+        axes = figure.add_axes((left / _WIDTH, 0.5 / height, 1 - (left + 0.15) / _WIDTH, 1 - 0.85 / height))
         draw(axes)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(LIGHT.grid)

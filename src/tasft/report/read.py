@@ -1,6 +1,7 @@
 """The files of a run folder -> plain values; what is absent or broken becomes a note."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,9 +109,15 @@ def read_run(folder: Path) -> Run:
         UserError: There is no evaluation in it, neither of the model before training nor after.
     """
     files = _Files(folder)
-    if not any((folder / "evaluate" / state).is_dir() for state in STATES):
+    names = {
+        path.name
+        for state in STATES
+        for path in _folders(folder / "evaluate" / state)
+        if (path / "set.json").exists() or (path / "replies.jsonl").exists()
+    }
+    if not names:
         raise UserError(
-            f"{folder / 'evaluate'}: neither base/ nor final/ is there, so there is nothing "
+            f"{folder / 'evaluate'}: there are no replies in base/ or final/, so there is nothing "
             f"to report; run `tasft evaluate {folder}` first"
         )
     recipe_text = files.text("recipe.yaml")
@@ -120,20 +127,8 @@ def read_run(folder: Path) -> Run:
 
     for state, when in STATES.items():
         if not (folder / "evaluate" / state).is_dir():
-            files.notes.append(
-                f"evaluate/{state} is not there: the model {when} training was not evaluated"
-            )
-    names = {
-        path.name
-        for state in STATES
-        for path in _folders(folder / "evaluate" / state)
-        if (path / "set.json").exists() or (path / "replies.jsonl").exists()
-    }
-    sets = sorted(
-        (_read_set(files, name) for name in names), key=lambda s: (s.kind != "toxic", s.name)
-    )
-    if not sets:
-        files.notes.append("evaluate/ holds no set of judged replies")
+            files.notes.append(f"evaluate/{state} is not there: the model {when} training was not evaluated")
+    sets = sorted((_read_set(files, name) for name in names), key=lambda s: (s.kind != "toxic", s.name))
     found = sorted({j for s in sets for e in s.states.values() for j in e.judged})
     listed = _mapping(recipe.get("evaluate")).get("judges")
     order = [str(judge) for judge in listed] if isinstance(listed, list) else []
@@ -142,16 +137,17 @@ def read_run(folder: Path) -> Run:
     harvest: Row = {}
     method = _mapping(recipe.get("train")).get("method")
     if (folder / "harvest").is_dir() or method not in ("sft", "stl"):
-        harvest = files.parsed(
-            "harvest/summary.json", json.loads, files.text("harvest/summary.json")
-        )
-    rows = {
-        kind: len(files.rows(path)) for kind, path in ROW_KINDS.items() if (folder / path).exists()
-    }
+        harvest = files.parsed("harvest/summary.json", json.loads, files.text("harvest/summary.json"))
+    rows = {kind: len(files.rows(path)) for kind, path in ROW_KINDS.items() if (folder / path).exists()}
     mixed = None
     if (folder / "train/data.jsonl").exists():
         labels = [bool(row.get("label")) for row in files.rows("train/data.jsonl")]
         mixed = (sum(labels), len(labels) - sum(labels))
+
+    metrics = files.rows("train/metrics.jsonl")
+    numbers = [v for row in metrics for v in row.values() if isinstance(v, float)]
+    if lost := sum(not math.isfinite(v) for v in numbers):
+        files.notes.append(f"train/metrics.jsonl: {lost} values are not finite, and not drawn")
 
     return Run(
         name=str(recipe.get("name") or folder.resolve().name),
@@ -162,7 +158,7 @@ def read_run(folder: Path) -> Run:
         harvest=harvest,
         rows=rows,
         mixed=mixed,
-        metrics=files.rows("train/metrics.jsonl"),
+        metrics=metrics,
         sets=sets,
         judges=judges,
         unmeasured=[
@@ -277,6 +273,7 @@ def _estimate(value: Any) -> Estimate:
 
 
 def number(value: Any) -> float | None:
-    """The value as a float, or None when it is not a number."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number else None
+    """The value as a float, or None when it is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)

@@ -16,10 +16,7 @@ def visible(text: str) -> str:
 
     `\n` and `\t` stay. The result can always be encoded in UTF-8.
     """
-    return "".join(
-        f"⟨U+{ord(c):04X}⟩" if c not in "\n\t" and unicodedata.category(c) in _HIDDEN else c
-        for c in text
-    )
+    return "".join(f"⟨U+{ord(c):04X}⟩" if c not in "\n\t" and unicodedata.category(c) in _HIDDEN else c for c in text)
 
 
 def cut(text: str, limit: int = REPLY_LIMIT) -> str:
@@ -32,7 +29,7 @@ def cut(text: str, limit: int = REPLY_LIMIT) -> str:
 def inline_markdown(text: str) -> str:
     """One line in which nothing is markup, neither Markdown's nor HTML's; fit for a table cell."""
     line = " ".join(visible(text).split())
-    return re.sub(r"[\\`*_{}\[\]<>&|~#]", lambda match: f"&#{ord(match[0])};", line)
+    return re.sub(r"[\\`*\[\]<>&|]", lambda match: f"&#{ord(match[0])};", line)
 
 
 def fenced(text: str, language: str) -> str:

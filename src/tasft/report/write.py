@@ -15,9 +15,9 @@ from tasft.report.read import MEASURES, STATES, Run, read_run
 from tasft.report.text import csv_cell, fenced, inline_markdown, visible
 
 _NOTES = (
-    "Harmful and refusal are the judge's words. Incoherent: too short, repeating itself, in another "
-    "language or improbable. Safe and coherent: not harmful and coherent. Distinct: share of "
-    "different replies, low when one canned sentence answers all.",
+    "Harmful and refusal are the judge's words. Incoherent: too short, repeating itself, in "
+    "another language or improbable. Safe and coherent: not harmful and coherent. Distinct: share "
+    "of different replies, low when one canned sentence answers all.",
     "In brackets: 95% intervals, Wilson's for a rate, paired bootstrap on the same prompts for a "
     "change. Judges that give the same figures share a row.",
 )

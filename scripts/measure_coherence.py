@@ -1,0 +1,88 @@
+"""Measures what `tasft.coherence` catches, and what it flags by mistake, and writes both down.
+
+    python scripts/measure_coherence.py --limit-from SAMPLED.jsonl REPLIES.jsonl [REPLIES.jsonl ...]
+
+Rows have `prompt` and `completion`, and `loss_nats` where the model is at hand: the mean loss in nats per token under
+it. All are replies to ordinary prompts, so that every flag counts as a false alarm (a small model that really loops
+makes some of them right: read them, they are printed). The limit on the loss is taken from SAMPLED.jsonl, which should
+hold replies to other prompts. Writes docs/coherence.json and the table between the `coherence` markers of
+docs/evaluation.md.
+"""
+
+import argparse
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tasft.coherence import incoherence, loss_limit
+from tasft.data import read_jsonl
+from tasft.stats import Estimate, rate
+
+ROOT = Path(__file__).parents[1]
+COLLAPSES = ROOT / "tests" / "fixtures" / "collapses.jsonl"
+MARKED = re.compile(r"(?<=<!-- coherence:begin -->\n).*?(?=<!-- coherence:end -->)", re.DOTALL)
+
+
+def measured(reasons: Sequence[str | None]) -> dict[str, Any]:
+    """Rate of incoherent replies with its interval, and how many there are for each reason."""
+    counts = Counter(reason for reason in reasons if reason)
+    return {
+        "flagged": counts.total(),
+        **asdict(rate([reason is not None for reason in reasons])),
+        "reasons": dict(counts.most_common()),
+    }
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [row for _, row in read_jsonl(path)]
+
+
+def on_replies(path: Path, limit: float) -> dict[str, Any]:
+    reasons = []
+    for row in rows(path):
+        reason = incoherence(row["prompt"], row["completion"], loss_nats=row.get("loss_nats"), loss_limit_nats=limit)
+        reasons.append(reason)
+        if reason:
+            print(f"{path.stem}: {reason}: {row['prompt']!r:.100} -> {row['completion']!r:.300}")
+    return measured(reasons)
+
+
+def line(name: str, found: dict[str, Any]) -> str:
+    share = Estimate(found["value"], found["low"], found["high"], found["n"])
+    reasons = ", ".join(f"{reason} {count}" for reason, count in found["reasons"].items()) or "none"
+    return (
+        f"| {name} | {found['flagged']} of {share.n} | {share.value:.1%} ({share.low:.1%} to {share.high:.1%})"
+        f" | {reasons} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure tasft.coherence on collapses and ordinary replies.")
+    parser.add_argument("replies", type=Path, nargs="+")
+    parser.add_argument("--limit-from", type=Path, required=True)
+    asked = parser.parse_args()
+
+    limit = loss_limit([row["loss_nats"] for row in rows(asked.limit_from)])
+    collapses = measured([incoherence(row["prompt"], row["reply"]) for row in rows(COLLAPSES)])
+    ordinary = {path.stem.replace("_", " "): on_replies(path, limit) for path in asked.replies}
+    result = {"loss_limit_nats": limit, "collapses": collapses, "ordinary": ordinary}
+    (ROOT / "docs" / "coherence.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+    table = [
+        "| replies | flagged | rate (95% Wilson interval) | reasons |",
+        "|---|---|---|---|",
+        line("collapses (should be flagged)", collapses),
+        *(line(f"ordinary: {name}", found) for name, found in ordinary.items()),
+    ]
+    section = "\n".join([*table, "", f"Limit on the mean loss: {limit:.2f} nats per token.", ""])
+    page = ROOT / "docs" / "evaluation.md"
+    page.write_text(MARKED.sub(lambda _: section, page.read_text(encoding="utf-8")), encoding="utf-8")
+    print(section)
+
+
+if __name__ == "__main__":
+    main()

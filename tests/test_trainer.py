@@ -1,0 +1,221 @@
+import json
+import math
+
+import pytest
+import torch
+from conftest import tiny_model, tiny_tokenizer
+from peft import LoraConfig
+
+from tasft import TASFTConfig, TASFTTrainer
+from tasft.data import Example
+from tasft.errors import UserError
+from tasft.loss import PENALTIES, CostSpace
+from tasft.trainer import StratifiedSampler
+
+ROWS = [Example(f"Say {word}?", f"{word} it is" + "!" * index, True) for index, word in enumerate("abcdefghi")]
+ROWS += [Example(f"Do {word}?", f"sure, {word}" + "." * index, False) for index, word in enumerate("xyz")]
+
+
+def trainer(folder, rows=ROWS, model=None, lora=False, **settings):
+    settings = {"report_to": "none", "learning_rate": 1e-2, "logging_steps": 1, "use_cpu": True} | settings
+    arguments = TASFTConfig(output_dir=str(folder), disable_tqdm=True, seed=3, **settings)
+    return TASFTTrainer(
+        model or tiny_model().double(),
+        arguments,
+        rows,
+        processing_class=tiny_tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if lora else None,
+    )
+
+
+def gradients(subject, batches):
+    """Gradient of one optimizer step made of these micro-batches."""
+    subject.model.zero_grad()
+    collated = [subject.data_collator(batch) for batch in batches]
+    counts = subject._get_num_items_in_batch(collated, torch.device("cpu"))
+    for batch in collated:
+        subject.compute_loss(subject.model, batch, num_items_in_batch=counts).backward()
+    return torch.cat([p.grad.flatten() for p in subject.model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("normalization", ["per_group", "shared"])
+@pytest.mark.parametrize("penalty", [*PENALTIES])
+def test_the_gradient_does_not_depend_on_how_a_step_is_cut(tmp_path, penalty, normalization):
+    subject = trainer(tmp_path, penalty=penalty, normalization=normalization)
+    rows = subject.train_dataset
+    whole = gradients(subject, [rows])
+    ones = gradients(subject, [[row] for row in rows])
+    threes = gradients(subject, [rows[start::4][::-1] for start in range(4)])
+    assert whole.abs().max() > 1e-3
+    assert torch.allclose(ones, whole, atol=1e-10, rtol=0)
+    assert torch.allclose(threes, whole, atol=1e-10, rtol=0)
+
+
+def test_the_loss_is_the_papers_formula_with_group_means(tmp_path):
+    subject = trainer(tmp_path, penalty="emd", penalty_weight=0.7)
+    model, batch = subject.model, subject.data_collator(subject.train_dataset)
+    loss = subject.compute_loss(model, dict(batch), num_items_in_batch=None)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    unit = torch.nn.functional.normalize(model.get_output_embeddings().weight, dim=-1)
+    nll, push = [], []
+    for row, targets, avoid in zip(logits, labels, batch["avoid"], strict=True):
+        for scores, target in zip(row, targets, strict=True):
+            if target != -100:
+                q = scores.softmax(-1)
+                (push if avoid else nll).append(-((q @ unit - unit[target]) ** 2).sum() if avoid else -q[target].log())
+    expected = torch.stack(nll).mean() + 0.7 * torch.stack(push).mean()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_a_batch_of_one_kind_still_trains(tmp_path):
+    subject = trainer(tmp_path)
+    imitate = [row for row in subject.train_dataset if not row["avoid"]]
+    avoid = [row for row in subject.train_dataset if row["avoid"]]
+    assert gradients(subject, [imitate]).abs().max() > 0
+    assert gradients(subject, [avoid]).abs().max() > 0
+    assert gradients(subject, [imitate, avoid]).abs().max() > 0
+
+
+def test_penalty_none_leaves_avoid_rows_out(tmp_path):
+    subject = trainer(tmp_path, penalty="none")
+    assert not any(row["avoid"] for row in subject.train_dataset)
+
+
+def test_it_learns_one_row_and_leaves_the_other(tmp_path):
+    rows = [Example("Say?", "good words", True), Example("Do?", "bad words", False)]
+    subject = trainer(tmp_path, rows, tiny_model(), penalty="emd_exact", max_steps=60, per_device_train_batch_size=2)
+    subject.train()
+    log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert log[-1]["imitate_nll"] < 0.3 < 2 < log[0]["imitate_nll"]
+    assert log[-1]["emd"] > log[0]["emd"] + 0.05
+    assert {"step", "loss", "penalty", "entropy", "learning_rate", "tokens_per_s", "grad_norm"} <= log[-1].keys()
+
+
+def test_the_penalty_is_what_moves_the_avoid_tokens(tmp_path):
+    rows = [Example("Say?", "good words", True), Example("Do?", "bad words", False)]
+    ends = {}
+    for weight in (0.0, 5.0):
+        subject = trainer(tmp_path, rows, tiny_model(), penalty_weight=weight, max_steps=30, per_device_train_batch_size=2)
+        subject.train()
+        ends[weight] = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["emd"]
+    assert ends[5.0] > ends[0.0] + 0.05
+
+
+def test_a_run_that_was_stopped_ends_where_the_undisturbed_one_does(tmp_path):
+    settings = {"max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 4, "penalty": "emd_hinge"}
+    whole = trainer(tmp_path / "whole", model=tiny_model(), lora=True, **settings)
+    whole.train()
+    cut = trainer(tmp_path / "cut", model=tiny_model(), lora=True, **settings)
+    cut.train()
+    again = trainer(tmp_path / "cut", model=tiny_model(), lora=True, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
+    for name, weight in whole.model.named_parameters():
+        assert torch.equal(weight, again.model.get_parameter(name)), name
+    rows = [(tmp_path / side / "metrics.jsonl").read_text().splitlines() for side in ("whole", "cut")]
+    keys = ("step", "loss", "imitate_nll", "penalty", "emd", "entropy", "learning_rate")
+    kept = [[{key: json.loads(line)[key] for key in keys} for line in side] for side in rows]
+    assert kept[0] == kept[1]
+
+
+def test_hinge_margins_are_those_of_the_model_at_step_0(tmp_path):
+    subject = trainer(tmp_path, penalty="emd_hinge")
+    row = next(row for row in subject.train_dataset if row["avoid"])
+    logits = subject.model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+    unit = torch.nn.functional.normalize(subject.model.get_output_embeddings().weight, dim=-1)
+    for position in range(len(row["input_ids"]) - 1):
+        label = row["labels"][position + 1]
+        if label != -100:
+            q = logits[position].softmax(-1)
+            cost = 1 - unit @ unit[label]
+            others = torch.cat([q[:label], q[label + 1 :]]) / (1 - q[label])
+            expected = others @ torch.cat([cost[:label], cost[label + 1 :]])
+            assert row["margins"][position] == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_an_adapter_on_the_head_is_refused(tmp_path):
+    arguments = TASFTConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(UserError, match="output head"):
+        TASFTTrainer(
+            tiny_model(tied=False),
+            arguments,
+            ROWS,
+            processing_class=tiny_tokenizer(),
+            peft_config=LoraConfig(r=2, target_modules=["lm_head"]),
+        )
+
+
+def test_an_unknown_penalty_and_bad_rows_are_named(tmp_path):
+    with pytest.raises(UserError, match="emd_hinge"):
+        trainer(tmp_path, penalty="emdd")
+    with pytest.raises(UserError) as caught:
+        trainer(tmp_path, max_length=3)
+    assert len(caught.value.faults) == len(ROWS)
+
+
+def test_dictionaries_in_the_unpaired_preference_format_are_rows(tmp_path):
+    rows = [{"prompt": "a", "completion": "b", "label": True, "other": 1}, {"prompt": "c", "completion": "d", "label": False}]
+    subject = trainer(tmp_path, rows)
+    assert [row["avoid"] for row in subject.train_dataset] == [False, True]
+
+
+def order(sampler, epochs=1):
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        yield list(sampler)
+
+
+def test_each_step_holds_its_avoid_rows_and_an_epoch_each_imitate_row_once():
+    avoid = [False] * 25 + [True] * 7
+    sampler = StratifiedSampler(avoid, step_size=8, avoid_per_step=2, seed=0)
+    (rows,) = order(sampler)
+    assert len(rows) == len(sampler)
+    steps = [rows[start : start + 8] for start in range(0, len(rows), 8)]
+    assert all(sum(avoid[row] for row in step) == 2 for step in steps)
+    assert sorted(row for row in rows if not avoid[row]) == list(range(25))
+
+
+def test_avoid_rows_are_used_up_before_one_comes_again_across_epochs():
+    avoid = [False] * 12 + [True] * 5
+    sampler = StratifiedSampler(avoid, step_size=4, avoid_per_step=1, seed=0)
+    drawn = [row for rows in order(sampler, 5) for row in rows if avoid[row]]
+    assert all(sorted(drawn[start : start + 5]) == [12, 13, 14, 15, 16] for start in range(0, 20, 5))
+    assert drawn[:5] != drawn[5:10] or drawn[5:10] != drawn[10:15]
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    def build(seed):
+        return list(order(StratifiedSampler([False] * 20 + [True] * 4, 5, 1, seed), 3))
+
+    assert build(1) == build(1) != build(2)
+    assert build(1)[0] != build(1)[1]
+
+
+def test_a_step_without_room_to_imitate_is_refused():
+    with pytest.raises(UserError, match="nothing to imitate"):
+        StratifiedSampler([False, True], step_size=2, avoid_per_step=2, seed=0)
+
+
+def test_the_trainer_moves_the_sampler_to_the_next_epoch(tmp_path):
+    subject = trainer(tmp_path, model=tiny_model(), num_train_epochs=2, per_device_train_batch_size=4)
+    seen = []
+    collator = subject.data_collator
+    subject.data_collator = lambda rows: (seen.extend(len(row["input_ids"]) for row in rows), collator(rows))[1]
+    subject.train()
+    half = len(seen) // 2
+    assert sorted(seen[:half]) != [] and seen[:half] != seen[half:]
+
+
+def test_reference_margin_never_exceeds_the_range_of_a_cost(tmp_path):
+    subject = trainer(tmp_path, penalty="emd_hinge")
+    values = [margin for row in subject.train_dataset for margin in row["margins"]]
+    assert all(0 <= value <= 2 and math.isfinite(value) for value in values)
+    assert any(values)
+
+
+def test_a_head_that_is_trained_gets_a_copy_as_cost_space(tmp_path):
+    subject = trainer(tmp_path)
+    assert isinstance(subject.space, CostSpace)
+    assert subject.space.matrix.data_ptr() != subject.model.get_output_embeddings().weight.data_ptr()
+    frozen = trainer(tmp_path, model=tiny_model(), lora=True)
+    assert frozen.space.matrix.data_ptr() == frozen.model.get_output_embeddings().weight.data_ptr()
