@@ -3,8 +3,8 @@
     python scripts/fit_embedded.py --data-dir DATA --cache TMP
 
 Writes src/tasft/judges/embedded.json (the heads), docs/evaluation.json (every figure) and the tables between the
-`judge` markers of docs/evaluation.md. Needs scikit-learn and pandas, the encoder's package, one core and a few
-minutes; the second time, with the embeddings in the cache, less.
+`judge` markers of docs/evaluation.md. Needs scikit-learn and pandas, the encoder's package, one core and about
+eight minutes; the second time, with the embeddings in the cache, two.
 
 DATA holds judge/xstest/*.csv, judge/gptfuzz/{train,evaluate,question_list}.csv (fitted on, but for evaluate.csv) and
 judge/do_not_answer_en.csv, judge/safe_rlhf_mini.csv, alpaca/{alpaca_real_subset.jsonl.gz,dolly_3k.json} (measured
@@ -327,6 +327,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def tables(report: dict[str, Any]) -> str:
     """All that stands between the markers of docs/evaluation.md."""
     fitted, limits = report["fitted"], report["thresholds"]
+    areas = [row["auroc"]["value"] for row in report["harm"] if row["auroc"]]
     alarms = "\n".join(
         f"| {row['set']} | {row['n']} | {row['embedded_harmful']:.1%} | {row['embedded_refusal']:.1%} | "
         f"{row['phrases_harmful']:.1%} | {row['phrases_refusal']:.1%} |"
@@ -339,6 +340,7 @@ def tables(report: dict[str, Any]) -> str:
     return f"""
 Refusal head: n = {fitted["refusal"]["n"]:,}, C = {fitted["refusal"]["C"]}, threshold {limits["refusal"]}.
 Harm head: n = {fitted["harm"]["n"]:,}, C = {fitted["harm"]["C"]}, threshold {limits["harm"]}.
+AUROC of harm over the six sets below: {min(areas):.2f} to {max(areas):.2f}.
 Intervals: 95%, bootstrap over prompts. n counts replies.
 
 ### Refusal

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from tasft.provenance import write_json, write_jsonl
 
 # The one sentence of the demo that a person wrote: prefilled anchors begin with it.
 REFUSAL = "I'm sorry, but I can't help with that."
+CALIBRATION = 48  # Ordinary prompts whose answers say how improbable a sensible reply can be.
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,16 @@ def harvest(
         wanted = requests_for(toxic, prefix=REFUSAL, mark="-anchor")
         prefilled = collect(engine, wanted, settings.sampling, path, "anchor")
 
+    limit = None
+    if ordinary:
+        # The whole distribution of the model, not its likely half: a plain refusal is less probable than
+        # anything that it says at a low temperature.
+        everything = replace(settings.sampling, temperature=1.0, top_p=1.0)
+        wanted = requests_for(ordinary[:CALIBRATION], mark="-calibration")
+        limit = loss_limit(mean_losses(collect(engine, wanted, everything, path, "calibration")))
+
     replies = own + answers + prefilled
     losses = mean_losses(replies)
-    limit = loss_limit(losses[: len(own)]) if own else None
     verdicts = {
         verdict.id: verdict
         for verdict in judge_replies(judge, replies, losses, limit, folder / "verdicts.jsonl")

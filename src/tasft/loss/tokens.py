@@ -79,10 +79,10 @@ class Head:
     ) -> tuple[Float[Tensor, "N V"], Float[Tensor, " N"]]:
         """Score the tokens other than the label (which gets -inf), and the label itself."""
         logits = self.logits(hidden)
-        index = labels.unsqueeze(1)
-        own = logits.gather(1, index).squeeze(1)
-        # In place is safe: no operation behind `logits` keeps its own result for backward.
-        return logits.scatter_(1, index, -torch.inf), own
+        own = logits[torch.arange(len(labels), device=labels.device), labels]
+        # In place spares an N x V copy. It would not do after `gather`, which keeps its input for
+        # backward, and inside a checkpoint autograd does not notice.
+        return logits.scatter_(1, labels.unsqueeze(1), -torch.inf), own
 
 
 def counted(
