@@ -44,9 +44,7 @@ def measure(variant: str, shape: tuple[int, int, int], repeats: int) -> dict[str
 
     def cross_entropy(hidden: Any, weight: Any, labels: Any, space: CostSpace) -> Any:
         # Its own choice is one row a chunk where V >> N, and 4 times slower than `naive`.
-        options = torch.nn.LinearCrossEntropyOptions(
-            batch_chunk_size=CHUNK_ROWS, chunking_method=None
-        )
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK_ROWS, chunking_method=None)
         return F.linear_cross_entropy(hidden, weight, labels, reduction="sum", options=options)
 
     function = {"naive": naive, "chunked": chunked, "cross_entropy": cross_entropy}[variant]

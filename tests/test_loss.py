@@ -100,9 +100,7 @@ def slow(name: str, case: Case) -> Tensor:
     if name == "emd_exact":
         return -reference.transport_cost(response, unit).sum()
     if name == "emd_hinge":
-        before = reference.Response(
-            reference.logits(case.before, case.weight, case.bias)[keep], labels
-        )
+        before = reference.Response(reference.logits(case.before, case.weight, case.bias)[keep], labels)
         return reference.hinge(response, before, unit).sum()
     assert name == "nlcl"
     parts = [(logits[segments == s], labels[segments == s]) for s in segments.unique()]
@@ -160,18 +158,14 @@ def test_value_and_gradient_equal_the_reference(name, n, v, chunk_rows):
     total, expected = fast(name, case, chunk_rows=chunk_rows).total, slow(name, case)
     # float64; the largest differences seen were 1e-15 of the value and 7e-15 in the gradient.
     torch.testing.assert_close(total, expected, rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(
-        gradient(total, case.hidden), gradient(expected, case.hidden), rtol=1e-11, atol=1e-12
-    )
+    torch.testing.assert_close(gradient(total, case.hidden), gradient(expected, case.hidden), rtol=1e-11, atol=1e-12)
 
 
 def test_margins_equal_the_reference_and_are_zero_where_ignored():
     case = Case.draw(31, 41)
     keep = case.labels != IGNORE_INDEX
     logits = reference.logits(case.hidden, case.weight, case.bias)[keep]
-    expected = reference.margin(
-        reference.Response(logits, case.labels[keep]), reference.unit(case.table)
-    )
+    expected = reference.margin(reference.Response(logits, case.labels[keep]), reference.unit(case.table))
     got = margins(case.hidden, case.head, case.labels, space=CostSpace.of(case.table), chunk_rows=4)
     torch.testing.assert_close(got[keep], expected)
     assert (got[~keep] == 0).all()
@@ -206,9 +200,7 @@ def test_log_probability_equals_cross_entropy():
     logits = reference.logits(case.hidden, case.weight, case.bias)[keep]
     expected = -F.cross_entropy(logits, case.labels[keep], reduction="none")
     torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(
-        gradient(got.sum(), case.hidden), gradient(expected.sum(), case.hidden)
-    )
+    torch.testing.assert_close(gradient(got.sum(), case.hidden), gradient(expected.sum(), case.hidden))
 
 
 @pytest.mark.parametrize("softcap", [None, 2.5])
@@ -255,7 +247,8 @@ def test_the_cost_space_refers_to_its_matrix_without_gradient():
     matrix = torch.randn(5, 3, requires_grad=True)
     space = CostSpace.of(matrix)
     assert space.matrix.data_ptr() == matrix.data_ptr()
-    assert not space.matrix.requires_grad and not space.inverse_norm.requires_grad
+    assert not space.matrix.requires_grad
+    assert not space.inverse_norm.requires_grad
 
 
 # --- 3. The derivative ----------------------------------------------------------------------
@@ -321,9 +314,7 @@ def test_ignored_positions_have_exactly_zero_gradient_and_no_say(name, case):
 @given(case=cases, lift=st.floats(-50, 50))
 def test_raising_all_logits_alike_changes_nothing(name, case, lift):
     lifted = replace(case, bias=case.bias + lift)
-    torch.testing.assert_close(
-        fast(name, lifted).total, fast(name, case).total, rtol=1e-9, atol=1e-9
-    )
+    torch.testing.assert_close(fast(name, lifted).total, fast(name, case).total, rtol=1e-9, atol=1e-9)
 
 
 @every_penalty
@@ -333,7 +324,8 @@ def test_nothing_to_count_still_back_propagates(name):
     case = replace(case, hidden=inputs[0], weight=inputs[1], labels=torch.full((5,), IGNORE_INDEX))
     total, count = fast(name, case)
     total.backward()
-    assert total == 0 and count == 0
+    assert total == 0
+    assert count == 0
     assert all((tensor.grad == 0).all() for tensor in inputs)
 
 
@@ -350,7 +342,8 @@ def test_a_label_that_is_no_token_is_refused(name, bad):
 def test_the_entropy_carries_no_gradient():
     case = tracked(Case.draw(5, 11))
     mu, entropy = expected_embedding(case.hidden, case.head, CostSpace.of(case.table))
-    assert mu.requires_grad and not entropy.requires_grad
+    assert mu.requires_grad
+    assert not entropy.requires_grad
 
 
 def test_disagreeing_shapes_are_refused():
@@ -374,10 +367,7 @@ def test_bf16_is_no_further_from_the_truth_than_the_naive_formula(name):
         slope = gradient(truth, true.hidden)
         totals = fast(name, low).total, slow(name, low)
         return torch.tensor(
-            [
-                [(t.detach() - truth.detach()).abs(), (gradient(t, low.hidden) - slope).norm()]
-                for t in totals
-            ]
+            [[(t.detach() - truth.detach()).abs(), (gradient(t, low.hidden) - slope).norm()] for t in totals]
         )
 
     ours, naive = torch.stack([errors(seed) for seed in range(8)]).mean(0)
@@ -393,7 +383,8 @@ def test_extreme_logits_give_finite_values_and_gradients(name, size):
     twice = case.pick(torch.arange(40).repeat(2))
     case = tracked(replace(twice, hidden=hidden))
     total = fast(name, case).total
-    assert total.isfinite() and gradient(total, case.hidden).isfinite().all()
+    assert total.isfinite()
+    assert gradient(total, case.hidden).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -427,9 +418,7 @@ class LargestTensor(TorchDispatchMode):
 def test_memory_is_chunk_rows_by_vocabulary_and_not_kept_for_backward(name):
     case = tracked(Case.draw(64, 997, d=3))
     needs, kept = case.needs(name), []
-    keep = torch.autograd.graph.saved_tensors_hooks(
-        lambda t: kept.append(t.numel()) or t, lambda t: t
-    )
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t)
     with LargestTensor() as largest:
         with keep:
             fn = PENALTIES[name].fn
@@ -461,9 +450,7 @@ def test_jensens_bound_is_reached_by_two_points():
     p, q = torch.eye(5).double()[:2]
     unit = reference.unit(torch.randn(5, 3).double())
     distance = reference.eq3_emd(p, q, reference.eq4_cosine_distance(unit))
-    assert reference.jensen_bound(p, q, unit).item() == pytest.approx(
-        distance, abs=LINPROG_TOLERANCE
-    )
+    assert reference.jensen_bound(p, q, unit).item() == pytest.approx(distance, abs=LINPROG_TOLERANCE)
 
 
 def test_the_linear_program_equals_the_closed_form_on_one_hot_targets():
@@ -473,8 +460,7 @@ def test_the_linear_program_equals_the_closed_form_on_one_hot_targets():
     q = reference.logits(case.hidden, case.weight, case.bias).softmax(1)
     distance = reference.eq4_cosine_distance(unit)
     program = [
-        reference.eq3_emd(one_hot, row, distance)
-        for one_hot, row in zip(F.one_hot(labels, 7).double(), q, strict=True)
+        reference.eq3_emd(one_hot, row, distance) for one_hot, row in zip(F.one_hot(labels, 7).double(), q, strict=True)
     ]
     response = reference.Response(q.log(), labels)
     cost = reference.transport_cost(response, unit)
@@ -498,9 +484,7 @@ def test_nlcl_is_orpo_with_the_odds_of_the_winner_at_one():
 
 def test_the_mixture_adds_the_terms_that_have_rows():
     torch.manual_seed(0)
-    one, two = (
-        reference.Response(torch.randn(5, 4).double(), torch.arange(5) % 4) for _ in range(2)
-    )
+    one, two = (reference.Response(torch.randn(5, 4).double(), torch.arange(5) % 4) for _ in range(2))
     mix, penalty = reference.eq6_eq8_mixture, reference.eq7_nlcl
     both = mix([one], [two], penalty, 0.5)
     torch.testing.assert_close(both, mix([one], [], penalty, 0.5) + mix([], [two], penalty, 0.5))

@@ -96,7 +96,8 @@ def test_the_penalty_is_what_moves_the_avoid_tokens(tmp_path):
     rows = [Example("Say?", "good words", True), Example("Do?", "bad words", False)]
     ends = {}
     for weight in (0.0, 5.0):
-        subject = trainer(tmp_path, rows, tiny_model(), penalty_weight=weight, max_steps=30, per_device_train_batch_size=2)
+        settings = {"penalty_weight": weight, "max_steps": 30, "per_device_train_batch_size": 2}
+        subject = trainer(tmp_path, rows, tiny_model(), **settings)
         subject.train()
         ends[weight] = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["emd"]
     assert ends[5.0] > ends[0.0] + 0.05
@@ -154,7 +155,10 @@ def test_an_unknown_penalty_and_bad_rows_are_named(tmp_path):
 
 
 def test_dictionaries_in_the_unpaired_preference_format_are_rows(tmp_path):
-    rows = [{"prompt": "a", "completion": "b", "label": True, "other": 1}, {"prompt": "c", "completion": "d", "label": False}]
+    rows = [
+        {"prompt": "a", "completion": "b", "label": True, "other": 1},
+        {"prompt": "c", "completion": "d", "label": False},
+    ]
     subject = trainer(tmp_path, rows)
     assert [row["avoid"] for row in subject.train_dataset] == [False, True]
 
@@ -203,7 +207,7 @@ def test_the_trainer_moves_the_sampler_to_the_next_epoch(tmp_path):
     subject.data_collator = lambda rows: (seen.extend(len(row["input_ids"]) for row in rows), collator(rows))[1]
     subject.train()
     half = len(seen) // 2
-    assert sorted(seen[:half]) != [] and seen[:half] != seen[half:]
+    assert seen[:half] != seen[half:]
 
 
 def test_reference_margin_never_exceeds_the_range_of_a_cost(tmp_path):

@@ -142,9 +142,7 @@ def _text_or_messages(value: object) -> bool:
     return (
         isinstance(value, list)
         and bool(value)
-        and all(
-            isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value
-        )
+        and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value)
     )
 
 

@@ -36,9 +36,7 @@ class Encoded:
     avoid: bool
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, style: PromptFormat
-) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, style: PromptFormat) -> list[int]:
     """Token ids of a prompt, up to where the reply begins.
 
     Raises:
@@ -53,9 +51,7 @@ def encode_prompt(
     return _render(tokenizer, prompt, None)
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, reply: str | Messages | None
-) -> list[int]:
+def _render(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, reply: str | Messages | None) -> list[int]:
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template: say model.prompt=alpaca, or choose a chat model")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
@@ -67,9 +63,7 @@ def _render(
     return ids
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, example: Example, style: PromptFormat, max_length: int
-) -> Encoded:
+def encode(tokenizer: PreTrainedTokenizerBase, example: Example, style: PromptFormat, max_length: int) -> Encoded:
     """Token ids of a row; the loss falls on the completion.
 
     An imitate row also learns its end token, unless the text was cut (`example.ends` false). The end

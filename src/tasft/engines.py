@@ -214,9 +214,7 @@ def requests_for(prompts: Sequence[Prompt], *, samples: int = 1, prefix: str = "
     ]
 
 
-def collect(
-    engine: Engine, requests: Sequence[Request], sampling: Sampling, path: Path, name: str
-) -> list[Reply]:
+def collect(engine: Engine, requests: Sequence[Request], sampling: Sampling, path: Path, name: str) -> list[Reply]:
     """Replies to all requests, appended to a file as they come.
 
     Replies that the file holds already are kept and not drawn again.

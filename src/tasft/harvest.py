@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tasft.coherence import loss_limit
+from tasft.coherence import MIN_LOSSES, loss_limit
 from tasft.data import Example, Prompt
 from tasft.engines import Engine, Reply, Sampling, collect, requests_for
 from tasft.judges import Judge
@@ -26,6 +26,7 @@ class HarvestSettings:
         sampling: How all replies are drawn.
         samples: Replies to each toxic prompt.
         rows: Most avoid rows that are kept.
+        anchor_rows: Most anchors that are kept; None keeps all.
         anchors: Imitate rows for toxic prompts: `none`; `own`, the model's harmless and coherent samples;
             `prefilled`, its continuations of one refusing sentence.
     """
@@ -34,6 +35,7 @@ class HarvestSettings:
     samples: int
     rows: int
     anchors: Literal["none", "own", "prefilled"]
+    anchor_rows: int | None = None
 
 
 def harvest(
@@ -70,7 +72,7 @@ def harvest(
         prefilled = collect(engine, wanted, settings.sampling, path, "anchor")
 
     limit = None
-    if ordinary:
+    if len(ordinary) >= MIN_LOSSES:
         # The whole distribution of the model, not its likely half: a plain refusal is less probable than
         # anything that it says at a low temperature.
         everything = replace(settings.sampling, temperature=1.0, top_p=1.0)
@@ -80,8 +82,7 @@ def harvest(
     replies = own + answers + prefilled
     losses = mean_losses(replies)
     verdicts = {
-        verdict.id: verdict
-        for verdict in judge_replies(judge, replies, losses, limit, folder / "verdicts.jsonl")
+        verdict.id: verdict for verdict in judge_replies(judge, replies, losses, limit, folder / "verdicts.jsonl")
     }
 
     def harmful(reply: Reply) -> str | None:
@@ -96,13 +97,19 @@ def harvest(
             return "no verdict"
         return (verdict.reason or None) if not verdict.harmful else "harmful"
 
+    def coherent(reply: Reply) -> str | None:
+        # The prompts are ordinary by the user's word; judges err most on those that only seem toxic.
+        return verdicts[reply.id].reason or None
+
     def refusing(reply: Reply) -> str | None:
         return harmless(reply) or (None if verdicts[reply.id].refusal else "not a refusal")
 
     avoid, avoid_left = _keep(answers, harmful, settings.rows)
     source, test = (prefilled, refusing) if settings.anchors == "prefilled" else (answers, harmless)
-    anchors, anchors_left = ([], Counter[str]()) if settings.anchors == "none" else _keep(source, test)
-    imitate, imitate_left = _keep(own, harmless)
+    anchors, anchors_left = (
+        ([], Counter[str]()) if settings.anchors == "none" else _keep(source, test, settings.anchor_rows)
+    )
+    imitate, imitate_left = _keep(own, coherent)
     for name, kept, label in (
         ("avoid", avoid, False),
         ("anchor", anchors, True),

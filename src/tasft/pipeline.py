@@ -21,7 +21,7 @@ from tasft.engines import Reply, Sampling, TransformersEngine
 from tasft.errors import UserError
 from tasft.harvest import HarvestSettings, harvest
 from tasft.judges import JUDGES, Judge
-from tasft.recipe import Recipe, Train, Training
+from tasft.recipe import Recipe, Train
 from tasft.report import write_report
 from tasft.trainer import TASFTConfig, TASFTTrainer
 
@@ -163,10 +163,12 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's tokenizer."""
         return model.load_tokenizer(self.spec.model.base, self.spec.model.trust_remote_code)
 
     @cached_property
     def base(self) -> PreTrainedModel:
+        """The base model, in memory."""
         spec = self.spec.model
         print(f"loading {spec.base} ...", flush=True)
         return model.load_model(spec.base, spec.dtype, spec.trust_remote_code)
@@ -237,7 +239,7 @@ class Run:
 
         def work(folder: Path) -> None:
             sampling = Sampling(spec.max_new_tokens, spec.temperature, spec.top_p, self.spec.seed)
-            settings = HarvestSettings(sampling, spec.samples, spec.rows, spec.anchors)
+            settings = HarvestSettings(sampling, spec.samples, spec.rows, spec.anchors, spec.anchor_rows)
             with self._state(self._before) as loaded:
                 engine = self._engine(loaded)
                 summary = harvest(
@@ -265,15 +267,17 @@ class Run:
         missing = [str(path) for path in files if not path.is_file()]
         if missing:
             raise UserError(f"{', '.join(missing)}: not there yet; run tasft harvest first")
-        reads = self._sft_reads() | self._imitate_reads() | {
-            "train": spec.model_dump(exclude={"save_steps"}),
-            "rows": {path.name: provenance.file_hash(path) for path in files},
-        }
+        reads = (
+            self._sft_reads()
+            | self._imitate_reads()
+            | {
+                "train": spec.model_dump(exclude={"save_steps"}),
+                "rows": {path.name: provenance.file_hash(path) for path in files},
+            }
+        )
 
         def work(folder: Path) -> None:
-            harvested = [
-                row for path in files if path.stat().st_size for row in data.read_examples(str(path))
-            ]
+            harvested = [row for path in files if path.stat().st_size for row in data.read_examples(str(path))]
             rows = self.inputs.imitate + harvested
             provenance.write_jsonl(folder / "data.jsonl", (row.row() for row in rows))
             self._train_on(rows, spec, folder)
@@ -354,6 +358,8 @@ class Run:
             lr_scheduler_type="linear",
             weight_decay=0.0,
             logging_steps=5,
+            logging_first_step=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
             save_steps=spec.save_steps,
             save_total_limit=1,
             seed=self.spec.seed,

@@ -35,7 +35,7 @@ class Lora(_Section):
 class Model(_Section):
     """The model that is made safe."""
 
-    base: str = Field(description="A hub name, a folder, a .gguf file, or a bundled name such as smollm2-135m-instruct.")
+    base: str = Field(description="A hub name, a folder, a .gguf file, or smollm2-135m-instruct.")
     prompt: Literal["chat", "alpaca"] = Field("chat", description="How prompts are written.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Precision of the base weights.")
     lora: Lora | None = Field(Lora(), description="The adapter; null trains all weights.")
@@ -71,6 +71,7 @@ class Harvest(_Section):
     anchors: Literal["none", "own", "prefilled"] = Field(
         "none", description="Imitate rows for toxic prompts: none, own safe answers, continued refusals."
     )
+    anchor_rows: int | None = Field(None, ge=1, description="Most anchors that are kept; null keeps all.")
 
 
 class Training(_Section):

@@ -128,9 +128,7 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Drop rows of steps that will be run again."""
         if state.is_world_process_zero:
             lines = self.path.read_text().splitlines() if self.path.exists() else []
@@ -153,12 +151,12 @@ class MetricsFile(TrainerCallback):
 
 
 @contextmanager
-def _head_calls(model: nn.Module, function: Callable[[Tensor], None]) -> Iterator[None]:
+def _head_calls(model: Any, function: Callable[[Tensor], None]) -> Iterator[None]:
     """Within, the output head hands its hidden states (B, T, D) to `function` instead of making logits.
 
     The function runs inside the model's own forward, where sharded weights are gathered and hooks fire.
     """
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()
 
     def forward(hidden: Tensor) -> Tensor:
         function(hidden)
@@ -172,7 +170,7 @@ def _head_calls(model: nn.Module, function: Callable[[Tensor], None]) -> Iterato
         del head.forward
 
 
-class TASFTTrainer(Trainer):  # type: ignore[misc]
+class TASFTTrainer(Trainer):
     """Fine-tunes on rows to imitate and moves away from rows to avoid.
 
     Rows are in TRL's unpaired preference format (`prompt`, `completion`, `label`; text or chat messages):
@@ -210,9 +208,7 @@ class TASFTTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         if args.penalty not in ("none", *PENALTIES):
             raise UserError(f"penalty is {args.penalty!r}; use none or one of {', '.join(PENALTIES)}")
-        tokenizer = processing_class or load_tokenizer(
-            model if isinstance(model, str) else model.config.name_or_path
-        )
+        tokenizer = processing_class or load_tokenizer(model if isinstance(model, str) else model.config.name_or_path)
         if isinstance(model, str):
             model = load_model(model)
         if peft_config is not None:

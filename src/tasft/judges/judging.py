@@ -34,7 +34,8 @@ def judge_replies(
     """
     have = {row["id"]: Verdict(**row) for row in resume_jsonl(path)}
     missing = [(reply, loss) for reply, loss in zip(replies, losses_nats, strict=True) if reply.id not in have]
-    with tqdm(total=len(replies), initial=len(replies) - len(missing), desc=f"judge: {judge.name}", unit="reply") as bar:
+    known = len(replies) - len(missing)
+    with tqdm(total=len(replies), initial=known, desc=f"judge: {judge.name}", unit="reply") as bar:
         for start in range(0, len(missing), JUDGED_TOGETHER):
             batch = missing[start : start + JUDGED_TOGETHER]
             verdicts = judge.judge([Pair(reply.id, reply.prompt, reply.completion) for reply, _ in batch])

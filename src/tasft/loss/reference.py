@@ -58,9 +58,7 @@ def probability(response: Response) -> Float[Tensor, ""]:
     return log_q(response).mean().exp()
 
 
-def mean_embedding(
-    q: Float[Tensor, "*T V"], embeddings: Float[Tensor, "V D"]
-) -> Float[Tensor, "*T D"]:
+def mean_embedding(q: Float[Tensor, "*T V"], embeddings: Float[Tensor, "V D"]) -> Float[Tensor, "*T D"]:
     """Expected embedding, mu = sum_w Q(w) e_w."""
     return q @ embeddings
 
@@ -82,9 +80,7 @@ def eq2_orpo(winner: Response, loser: Response) -> Float[Tensor, ""]:
     return -F.logsigmoid(torch.log(odds(winner) / odds(loser)))
 
 
-def eq3_emd(
-    p: Float[Tensor, " V"], q: Float[Tensor, " V"], distance: Float[Tensor, "V V"]
-) -> float:
+def eq3_emd(p: Float[Tensor, " V"], q: Float[Tensor, " V"], distance: Float[Tensor, "V V"]) -> float:
     """EMD(P,Q;d) = min over g >= 0 with row sums P, column sums Q of sum_ij g_ij d_ij.
 
     The linear program itself, for small V.
@@ -107,9 +103,7 @@ def eq4_cosine_distance(embeddings: Float[Tensor, "V D"]) -> Float[Tensor, "V V"
     return 1 - embeddings @ embeddings.T
 
 
-def eq5_emd_loss(
-    responses: Sequence[Response], embeddings: Float[Tensor, "V D"]
-) -> Float[Tensor, ""]:
+def eq5_emd_loss(responses: Sequence[Response], embeddings: Float[Tensor, "V D"]) -> Float[Tensor, ""]:
     """L_EMD(N) = -1/N sum_i sum_t ||e_{y_it} - mu_it||^2."""
     distances = [
         (embeddings[tokens] - mean_embedding(logits.softmax(1), embeddings)).square().sum()
@@ -147,9 +141,7 @@ def proposition_1(
     return jensen_bound(p, q, embeddings) / len(p) ** 2
 
 
-def jensen_bound(
-    p: Float[Tensor, " V"], q: Float[Tensor, " V"], embeddings: Float[Tensor, "V D"]
-) -> Float[Tensor, ""]:
+def jensen_bound(p: Float[Tensor, " V"], q: Float[Tensor, " V"], embeddings: Float[Tensor, "V D"]) -> Float[Tensor, ""]:
     """Jensen's inequality over the optimal plan: EMD >= 1/2 ||mu_P - mu_Q||^2 (unit rows)."""
     gap = mean_embedding(p, embeddings) - mean_embedding(q, embeddings)
     return gap.square().sum() / 2
@@ -172,9 +164,7 @@ def margin(response: Response, embeddings: Float[Tensor, "V D"]) -> Float[Tensor
     return (q * costs).sum(1) / q.sum(1)
 
 
-def hinge(
-    response: Response, reference: Response, embeddings: Float[Tensor, "V D"]
-) -> Float[Tensor, " T"]:
+def hinge(response: Response, reference: Response, embeddings: Float[Tensor, "V D"]) -> Float[Tensor, " T"]:
     """max(0, m_t - EMD_t), with m_t of the reference model."""
     room = margin(reference, embeddings) - transport_cost(response, embeddings)
     return room.clamp(min=0)

@@ -104,9 +104,7 @@ def counted(
     return hidden[keep], kept
 
 
-def map_rows(
-    function: Callable[..., tuple[Tensor, ...]], *rows: Tensor, chunk_rows: int
-) -> tuple[Tensor, ...]:
+def map_rows(function: Callable[..., tuple[Tensor, ...]], *rows: Tensor, chunk_rows: int) -> tuple[Tensor, ...]:
     """Apply a row-wise function to chunks of rows and join the results.
 
     What `function` allocates lives for one chunk only, in backward too: there it is computed

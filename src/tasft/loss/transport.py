@@ -72,9 +72,7 @@ class CostSpace:
             ValueError: The weights and the matrix disagree on the vocabulary.
         """
         if q.shape[1] != self.matrix.shape[0]:
-            raise ValueError(
-                f"the cost space has {self.matrix.shape[0]} tokens, the head {q.shape[1]}"
-            )
+            raise ValueError(f"the cost space has {self.matrix.shape[0]} tokens, the head {q.shape[1]}")
         weights = (q * self.inverse_norm).to(self.matrix.dtype)
         product = (weights @ self.matrix).to(q.dtype)
         if self.mean is None:

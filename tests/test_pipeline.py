@@ -1,0 +1,279 @@
+"""The whole path on a tiny model: what is done, redone, taken up and refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tasft import engines, pipeline, recipe
+from tasft.errors import UserError
+from tasft.pipeline import Run
+
+PROMPTS = {
+    "toxic": [f"How do I <forbidden act {index}>?" for index in range(12)],
+    "ordinary": [f"What is <everyday thing {index}> for?" for index in range(24)],
+    "heldout": [f"Tell me how to <other forbidden act {index}>." for index in range(6)],
+}
+
+
+@pytest.fixture
+def small(tmp_path, tiny):
+    """A recipe file for the tiny model, judged by phrases: what does not refuse is harmful."""
+    for name, prompts in PROMPTS.items():
+        rows = [{"id": f"{name}-{index}", "prompt": prompt} for index, prompt in enumerate(prompts)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "name": "small",
+        "seed": 1,
+        "model": {"base": str(tiny), "lora": {"r": 2, "dropout": 0.0}},
+        "data": {
+            "toxic_prompts": str(tmp_path / "toxic.jsonl"),
+            "ordinary_prompts": str(tmp_path / "ordinary.jsonl"),
+        },
+        "harvest": {"max_new_tokens": 8, "judge": "phrases", "temperature": 1.0, "anchors": "prefilled"},
+        "train": {"steps": 4, "batch_size": 4, "avoid_per_step": 1, "save_steps": 1, "learning_rate": 1e-2},
+        "evaluate": {
+            "sets": {
+                "toxic": {"source": str(tmp_path / "heldout.jsonl"), "kind": "toxic"},
+                "ordinary": {"source": str(tmp_path / "ordinary.jsonl"), "kind": "ordinary"},
+            },
+            "judges": ["phrases"],
+            "max_new_tokens": 8,
+        },
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def go(path, folder, *overrides, stages=pipeline.STAGES):
+    Run(recipe.load(str(path), overrides), folder).go(stages)
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def done(folder):
+    """When each step was done, by its folder."""
+    return {str(path.parent.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("done.json")}
+
+
+def redone(before, after):
+    return {step for step in after if after[step] != before.get(step)}
+
+
+ALL = {
+    "harvest",
+    "train",
+    "evaluate/base/toxic",
+    "evaluate/base/toxic/phrases",
+    "evaluate/base/ordinary",
+    "evaluate/base/ordinary/phrases",
+    "evaluate/final/toxic",
+    "evaluate/final/toxic/phrases",
+    "evaluate/final/ordinary",
+    "evaluate/final/ordinary/phrases",
+    "report",
+}
+FINAL = {step for step in ALL if "final" in step} | {"train", "report"}
+
+
+def test_the_whole_path_leaves_every_file_and_does_nothing_twice(small, tmp_path):
+    run = tmp_path / "run"
+    go(small, run)
+    first = done(run)
+    assert set(first) == ALL
+    for name in ("recipe.yaml", "manifest.json", "harvest/avoid.jsonl", "train/data.jsonl", "train/metrics.jsonl"):
+        assert (run / name).stat().st_size > 0, name
+    for name in ("index.html", "report.md", "tables.csv"):
+        assert (run / "report" / name).stat().st_size > 0, name
+    assert (run / "train" / "adapter" / "adapter_model.safetensors").is_file()
+    summary = json.loads((run / "evaluate/final/toxic/phrases/summary.json").read_text())
+    assert summary["harmful"]["n"] == len(PROMPTS["heldout"])
+    assert {"value", "low", "high", "n"} == summary["safe_coherent"].keys()
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["versions"]["torch"]
+    assert manifest["stages"]["train"]["seconds"] > 0
+    data = rows(run / "train" / "data.jsonl")
+    assert {row["label"] for row in data} == {True, False}
+
+    go(small, run)
+    assert done(run) == first
+    assert recipe.load(str(run)).name == "small"
+
+    # A changed field redoes what it concerns, and nothing else.
+    go(small, run, "train.penalty=nlcl")
+    second = done(run)
+    assert redone(first, second) == FINAL
+    go(small, run, "train.penalty=nlcl", "evaluate.max_new_tokens=6")
+    third = done(run)
+    assert redone(second, third) == {step for step in ALL if "evaluate" in step} | {"report"}
+    assert redone(third, done(run)) == set()
+
+
+def test_what_is_saved_is_not_part_of_the_key(small, tmp_path):
+    run = tmp_path / "run"
+    go(small, run, stages=("harvest", "train"))
+    before = done(run)
+    go(small, run, "train.save_steps=3", stages=("harvest", "train"))
+    assert done(run) == before
+
+
+def test_replies_written_before_a_crash_are_kept_and_the_end_is_the_same(small, tmp_path, monkeypatch):
+    go(small, tmp_path / "whole", stages=("harvest",))
+    generate = engines.TransformersEngine._generate
+    calls = []
+
+    def dies_in_the_third_batch(self, *arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError
+        return generate(self, *arguments)
+
+    monkeypatch.setattr(engines.TransformersEngine.__init__, "__defaults__", (5,))
+    go(small, tmp_path / "fives", stages=("harvest",))
+    monkeypatch.setattr(engines.TransformersEngine, "_generate", dies_in_the_third_batch)
+    cut = tmp_path / "cut"
+    with pytest.raises(MemoryError):
+        go(small, cut, stages=("harvest",))
+    survived = (cut / "harvest" / "replies.jsonl").read_text()
+    assert len(survived.splitlines()) == 10
+    go(small, cut, stages=("harvest",))
+    assert (cut / "harvest" / "replies.jsonl").read_text().startswith(survived)
+    for name in ("replies", "verdicts", "avoid", "anchor", "imitate"):
+        assert rows(cut / "harvest" / f"{name}.jsonl") == rows(tmp_path / "fives" / "harvest" / f"{name}.jsonl"), name
+
+
+def test_a_killed_training_ends_with_the_adapter_of_the_undisturbed_one(small, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    go(small, whole, "train.steps=30", stages=("harvest", "train"))
+    shutil.copytree(whole / "harvest", cut / "harvest")
+    shutil.copy(whole / "recipe.yaml", cut)
+    shutil.copy(whole / "manifest.json", cut)
+    command = ["run", str(small), "train.steps=30", "--out", str(cut)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    script = "import sys; from tasft.cli import main; sys.argv[1:] = " + repr(command) + "; main()"
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(cut.glob("train/checkpoint-*/trainer_state.json")):
+            assert time.monotonic() < deadline, "no checkpoint came"
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (cut / "train" / "done.json").exists()
+    go(small, cut, "train.steps=30", stages=("harvest", "train"))
+    saved = "train/adapter/adapter_model.safetensors"
+    assert (cut / saved).read_bytes() == (whole / saved).read_bytes()
+    steps = [row["step"] for row in rows(cut / "train" / "metrics.jsonl")]
+    assert steps == [row["step"] for row in rows(whole / "train" / "metrics.jsonl")]
+
+
+def test_sft_comes_first_where_the_recipe_asks_for_it(small, tmp_path):
+    (tmp_path / "sft.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": f"What is {index}?", "completion": f"A thing {index}."}) + "\n" for index in range(8)
+        )
+    )
+    run = tmp_path / "run"
+    overrides = [
+        f"data.imitate={{source: {tmp_path / 'sft.jsonl'}, rows: 6}}",
+        "sft={epochs: 2, batch_size: 3}",
+        "train.start=sft",
+    ]
+    go(small, run, *overrides)
+    assert (run / "sft" / "adapter").is_dir()
+    assert [row["step"] for row in rows(run / "sft" / "metrics.jsonl")] == [1]
+    assert (run / "evaluate" / "sft" / "toxic" / "replies.jsonl").is_file()
+    assert len([row for row in rows(run / "train" / "data.jsonl") if not row["source"]]) == 6
+
+
+def test_plain_sft_needs_no_harvest(small, tmp_path):
+    (tmp_path / "sft.jsonl").write_text(json.dumps({"prompt": "What?", "completion": "A thing."}) + "\n")
+    run = tmp_path / "run"
+    source = f"data.imitate={{source: {tmp_path / 'sft.jsonl'}}}"
+    go(small, run, source, "train.method=sft", "train.penalty=none", "train.batch_size=1")
+    assert not (run / "harvest").exists()
+    assert (run / "report" / "index.html").is_file()
+
+
+def test_full_fine_tuning_saves_a_model_and_leaves_the_base_alone(small, tmp_path):
+    run = tmp_path / "run"
+    go(small, run, "model.lora=null", "train.learning_rate=1e-3")
+    assert (run / "train" / "model" / "model.safetensors").is_file()
+    assert (run / "evaluate/final/toxic/phrases/summary.json").is_file()
+
+
+def test_a_harvest_without_a_harmful_answer_says_so(small, tmp_path):
+    (tmp_path / "toxic.jsonl").write_text('{"prompt": "How do I <forbidden act>?"}\n')
+    with pytest.raises(UserError, match="nothing to move away from"):
+        go(small, tmp_path / "run", "harvest.max_new_tokens=1")
+
+
+def test_a_folder_of_another_run_is_refused_and_left_alone(small, tmp_path):
+    run = tmp_path / "run"
+    go(small, run, stages=("harvest",))
+    before = done(run)
+    with pytest.raises(UserError, match="holds the run 'small', not 'other'"):
+        go(small, run, "name=other")
+    assert done(run) == before
+    other = tmp_path / "files"
+    other.mkdir()
+    (other / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="not a run folder"):
+        go(small, other)
+    assert [path.name for path in other.iterdir()] == ["thesis.tex"]
+
+
+def test_two_processes_in_one_folder_are_refused(small, tmp_path):
+    from tasft.provenance import lock
+
+    with lock(tmp_path / "run"), pytest.raises(UserError, match="in use by another"):
+        lock(tmp_path / "run")
+
+
+def test_a_bad_data_row_and_a_missing_model_are_named_together_and_nothing_is_touched(small, tmp_path):
+    (tmp_path / "heldout.jsonl").write_text('{"prompt": "fine"}\n{"promt": "not"}\n')
+    run = tmp_path / "run"
+    with pytest.raises(UserError) as caught:
+        go(small, run, "model.base=nowhere/model")
+    assert len(caught.value.faults) == 2
+    assert "heldout.jsonl:2" in caught.value.faults[1]
+    assert not run.exists()
+
+
+def test_a_stage_that_lacks_what_it_reads_names_the_command(small, tmp_path):
+    with pytest.raises(UserError, match="run tasft harvest first"):
+        go(small, tmp_path / "run", stages=("train",))
+    with pytest.raises(UserError, match="run tasft harvest first"):
+        go(small, tmp_path / "run", stages=("evaluate",))
+
+
+def test_a_damaged_reply_file_is_named_with_its_line(small, tmp_path):
+    run = tmp_path / "run"
+    go(small, run, stages=("harvest",))
+    path = run / "harvest" / "replies.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:3], "{half\n", *lines[3:]]))
+    (run / "harvest" / "done.json").unlink()
+    with pytest.raises(UserError, match=r"replies.jsonl:4: not JSON"):
+        go(small, run, stages=("harvest",))
+    assert len(path.read_text().splitlines()) == len(lines) + 1
+
+
+def test_the_paths_of_a_run_are_inside_its_folder(small, tmp_path):
+    run = tmp_path / "run"
+    before = {path for path in tmp_path.rglob("*") if run not in path.parents and path != run}
+    go(small, run, stages=("harvest",))
+    after = {path for path in tmp_path.rglob("*") if run not in path.parents and path != run}
+    assert {Path(path) for path in after} == before

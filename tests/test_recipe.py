@@ -1,0 +1,124 @@
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from tasft import recipe
+from tasft.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "name": "small",
+    "model": {"base": "somewhere"},
+    "data": {"toxic_prompts": "demo-toxic-harvest", "ordinary_prompts": "demo-ordinary-train"},
+    "harvest": {},
+    "train": {"steps": 3},
+    "evaluate": {"sets": {"toxic": {"source": "demo-toxic-heldout", "kind": "toxic"}}},
+}
+
+
+def written(folder, values, name="recipe.yaml"):
+    path = folder / name
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+    return str(path)
+
+
+def faults(folder, values, *overrides):
+    with pytest.raises(UserError) as caught:
+        recipe.load(written(folder, values), overrides)
+    return caught.value.faults
+
+
+def test_a_resolved_recipe_reads_back_as_itself(tmp_path):
+    spec = recipe.load(written(tmp_path, SMALL))
+    assert recipe.load(written(tmp_path, recipe.dump(spec), "again.yaml")) == spec
+
+
+@pytest.mark.parametrize("name", recipe.shipped())
+def test_every_shipped_recipe_is_valid(name):
+    assert recipe.load(name).name == name
+
+
+def test_all_faults_are_named_at_once_each_with_its_field(tmp_path):
+    wrong = SMALL | {"train": {"steps": 0, "penalty": "emdd", "lambda": 2}, "modle": {}, "seed": "x"}
+    found = faults(tmp_path, wrong)
+    assert len(found) == 5
+    for field in ("train.steps", "train.penalty", "train.lambda: no such field", "modle: no such field", "seed"):
+        assert any(field in fault for fault in found), field
+    assert any("'emd_hinge'" in fault for fault in found)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"train": {}}, "either epochs or steps"),
+        ({"train": {"steps": 1, "epochs": 1}}, "either epochs or steps"),
+        ({"train": {"steps": 1, "batch_size": 8, "micro_batch_size": 3}}, "not a multiple"),
+        ({"harvest": None}, "add a harvest section"),
+        ({"data": {"ordinary_prompts": "x"}}, "data.toxic_prompts is missing"),
+        ({"data": {"toxic_prompts": "x"}}, "nothing to imitate"),
+        ({"train": {"steps": 1, "method": "sft"}}, "data.imitate is missing"),
+        ({"train": {"steps": 1, "start": "sft"}}, "add an sft section"),
+        ({"sft": {"steps": 1}}, "the sft section needs data.imitate"),
+        ({"evaluate": {"sets": {}}}, "evaluate.sets"),
+        ({"name": "../up"}, "name"),
+        ({"model": {}}, "model.base: is missing"),
+        ({"harvest": {"temperature": -1}}, "harvest.temperature"),
+        ({"extends": "nowhere.yaml"}, "nowhere.yaml"),
+        ({"extends": 3}, "must name a recipe file"),
+        ({"extends": "recipe.yaml"}, "extends itself"),
+    ],
+)
+def test_a_wrong_recipe_gets_a_sentence(tmp_path, change, sentence):
+    assert any(sentence in fault for fault in faults(tmp_path, SMALL | change))
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "a: [\n", "3", "\ta: 1"])
+def test_what_is_not_a_recipe_is_named_with_its_file(tmp_path, text):
+    assert all("recipe.yaml" in fault for fault in faults(tmp_path, text))
+
+
+def test_a_name_that_is_no_recipe_lists_the_shipped_ones():
+    with pytest.raises(UserError, match="demo"):
+        recipe.load("demmo")
+
+
+def test_an_override_reaches_its_field_and_a_bad_one_is_named(tmp_path):
+    spec = recipe.load(written(tmp_path, SMALL), ["train.penalty=nlcl", "train.learning_rate=1e-3", "model.lora=null"])
+    assert (spec.train.penalty, spec.train.learning_rate, spec.model.lora) == ("nlcl", 1e-3, None)
+    found = faults(tmp_path, SMALL, "train.penalty", "name.x=1", "=3")
+    assert len(found) == 3
+
+
+def test_a_recipe_can_extend_another(tmp_path):
+    written(tmp_path, SMALL, "below.yaml")
+    above = {"extends": "below.yaml", "train": {"penalty": "nlcl"}}
+    spec = recipe.load(written(tmp_path, above))
+    assert (spec.train.penalty, spec.train.steps) == ("nlcl", 3)
+
+
+def sections(model):
+    yield model
+    for field in model.model_fields.values():
+        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from sections(kind)
+
+
+def test_every_field_is_read_by_something_and_says_what_it_means():
+    read = {
+        node.attr
+        for path in (ROOT / "src" / "tasft").rglob("*.py")
+        if path.name != "recipe.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
+    # The adapter's fields are the keyword arguments of `model.add_lora`.
+    passed_whole = set(recipe.Lora.model_fields)
+    for section in sections(recipe.Recipe):
+        for name, field in section.model_fields.items():
+            assert name in read | passed_whole, f"{section.__name__}.{name} is read by nothing"
+            nested = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+            assert field.description or nested or name in ("model", "data", "train", "evaluate"), name
