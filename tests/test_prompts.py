@@ -14,7 +14,7 @@ COUNTS = {
     "demo-toxic-harvest": 64,
     "demo-toxic-validation": 40,
     "demo-toxic-heldout": 40,
-    "demo-ordinary-train": 96,
+    "demo-ordinary-train": 144,
     "demo-ordinary-validation": 40,
     "demo-ordinary-heldout": 40,
 }

@@ -223,3 +223,10 @@ def test_a_head_that_is_trained_gets_a_copy_as_cost_space(tmp_path):
     assert subject.space.matrix.data_ptr() != subject.model.get_output_embeddings().weight.data_ptr()
     frozen = trainer(tmp_path, model=tiny_model(), lora=True)
     assert frozen.space.matrix.data_ptr() == frozen.model.get_output_embeddings().weight.data_ptr()
+
+
+def test_imitate_rows_come_in_the_same_order_with_and_without_rows_to_avoid():
+    """So that a run without a penalty is a control: it differs in nothing else."""
+    (both,) = order(StratifiedSampler([False] * 12 + [True] * 5, step_size=4, avoid_per_step=1, seed=0))
+    (alone,) = order(StratifiedSampler([False] * 12, step_size=3, avoid_per_step=1, seed=0))
+    assert [row for row in both if row < 12] == alone

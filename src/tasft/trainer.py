@@ -270,7 +270,7 @@ class TASFTTrainer(Trainer):
         rows = self.train_dataset if train_dataset is None else train_dataset
         avoid = [row["avoid"] for row in rows]
         step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        if self.args.sampling == "uniform" or not any(avoid):
+        if self.args.sampling == "uniform":
             return super()._get_train_sampler(train_dataset)
         share = sum(avoid) / len(avoid)
         per_step = self.args.avoid_per_step or max(1, round(share * step_size))
