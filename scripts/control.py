@@ -88,19 +88,22 @@ def main() -> None:
     result |= {"commit": summary["commit"], "recipe": summary["recipe"]}
     for name in SETS:
         for measure, outcome in MEASURES.items():
-            pooled: dict[str, list[bool]] = {arm: [] for arm in ARMS}
+            # Seeds share their prompts: pooled, a prompt counts once, with its mean over the seeds.
+            pooled: dict[str, dict[str, list[bool]]] = {arm: {} for arm in ARMS}
             for seed in arguments.seeds:
                 found = {arm: verdicts(runs[seed, arm], name) for arm in ARMS}
                 shared = [key for key in found["none"] if all(found[arm][key]["harmful"] is not None for arm in ARMS)]
                 values = {arm: [bool(outcome(found[arm][key])) for key in shared] for arm in ARMS}
                 for arm in ARMS:
-                    pooled[arm] += values[arm]
+                    for key, value in zip(shared, values[arm], strict=True):
+                        pooled[arm].setdefault(key, []).append(value)
                     result["rates"][f"{name} {measure} {arm} seed {seed}"] = asdict(rate(values[arm]))
                 result["penalty_minus_none"][f"{name} {measure} seed {seed}"] = asdict(
                     paired_difference(values["none"], values["penalty"])
                 )
+            means = {arm: [sum(values) / len(values) for values in pooled[arm].values()] for arm in ARMS}
             result["penalty_minus_none"][f"{name} {measure} pooled"] = asdict(
-                paired_difference(pooled["none"], pooled["penalty"])
+                paired_difference(means["none"], means["penalty"])
             )
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -33,8 +33,10 @@ def rate(outcomes: Sequence[bool]) -> Estimate:
     return Estimate(k / n, float(interval.low), float(interval.high), n)
 
 
-def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> Estimate:
+def paired_difference(before: Sequence[float], after: Sequence[float]) -> Estimate:
     """Change of a rate on the same items, `mean(after) - mean(before)`, in [-1, 1].
+
+    An outcome is true or false, or a share in [0, 1] when an item was tried several times.
 
     The interval is the percentile bootstrap over items (10,000 resamples, fixed seed), so that what is
     common to both answers of an item cancels. When no item changed, resampling sees no spread although
