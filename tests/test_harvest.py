@@ -74,6 +74,19 @@ def test_no_more_rows_than_wanted_are_kept(tmp_path):
     assert summary["reasons"]["more than wanted"] == 1
 
 
+def test_anchors_can_be_limited_and_the_sample_is_that_of_the_seed(tmp_path):
+    def sample(folder, limit):
+        settings = HarvestSettings(Sampling(8), 1, 100, "prefilled", limit)
+        harvest(Scripted(ANSWERS), lambda r: [1.0] * len(r), Words(), TOXIC, ORDINARY, settings, folder)
+        return [row["id"] for row in rows(folder / "anchor.jsonl")]
+
+    every = sample(tmp_path / "all", None)
+    some = sample(tmp_path / "two", 2)
+    assert len(every) > 2 == len(some)
+    assert set(some) < set(every)
+    assert sample(tmp_path / "again", 2) == some
+
+
 def test_own_anchors_are_safe_coherent_answers_to_toxic_prompts(tmp_path):
     run(tmp_path, ANSWERS, anchors="own")
     assert [row["id"] for row in rows(tmp_path / "anchor.jsonl")] == ["t3"]

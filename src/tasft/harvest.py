@@ -1,5 +1,6 @@
 """The model's own answers to toxic prompts, judged: rows to avoid, and rows that show where to go instead."""
 
+import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -104,11 +105,11 @@ def harvest(
     def refusing(reply: Reply) -> str | None:
         return harmless(reply) or (None if verdicts[reply.id].refusal else "not a refusal")
 
-    avoid, avoid_left = _keep(answers, harmful, settings.rows)
+    avoid, avoid_left = _keep(answers, harmful, settings.rows, settings.sampling.seed)
     source, test = (prefilled, refusing) if settings.anchors == "prefilled" else (answers, harmless)
-    anchors, anchors_left = (
-        ([], Counter[str]()) if settings.anchors == "none" else _keep(source, test, settings.anchor_rows)
-    )
+    if settings.anchors == "none":
+        source = []
+    anchors, anchors_left = _keep(source, test, settings.anchor_rows, settings.sampling.seed)
     imitate, imitate_left = _keep(own, coherent)
     for name, kept, label in (
         ("avoid", avoid, False),
@@ -124,7 +125,7 @@ def harvest(
         "reasons": dict(avoid_left),
         "anchors": {
             "mode": settings.anchors,
-            "tried": len(source) if settings.anchors != "none" else 0,
+            "tried": len(source),
             "kept": len(anchors),
             "reasons": dict(anchors_left),
         },
@@ -136,22 +137,26 @@ def harvest(
 
 
 def _keep(
-    replies: Sequence[Reply], fault: Callable[[Reply], str | None], most: int | None = None
+    replies: Sequence[Reply], fault: Callable[[Reply], str | None], most: int | None = None, seed: int = 0
 ) -> tuple[list[Reply], Counter[str]]:
-    """Replies without a fault, no (prompt, reply) twice, and how many were left out for what."""
-    kept: dict[tuple[str, str], Reply] = {}
+    """Replies without a fault, no (prompt, reply) twice, and how many were left out for what.
+
+    Of more than `most`, a random sample is kept: prompt files are often sorted by topic.
+    """
+    good: dict[tuple[str, str], Reply] = {}
     left: Counter[str] = Counter()
     for reply in replies:
-        why = fault(reply)
-        if why is None and (reply.prompt, reply.completion) in kept:
-            why = "duplicate"
-        if why is None and most is not None and len(kept) >= most:
-            why = "more than wanted"
+        why = fault(reply) or ("duplicate" if (reply.prompt, reply.completion) in good else None)
         if why is None:
-            kept[reply.prompt, reply.completion] = reply
+            good[reply.prompt, reply.completion] = reply
         else:
             left[why] += 1
-    return list(kept.values()), left
+    kept = list(good.values())
+    if most is not None and len(kept) > most:
+        left["more than wanted"] = len(kept) - most
+        chosen = set(random.Random(seed).sample(range(len(kept)), most))
+        kept = [reply for index, reply in enumerate(kept) if index in chosen]
+    return kept, left
 
 
 def _example(reply: Reply, label: bool, source: str) -> Example:
