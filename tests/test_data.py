@@ -49,6 +49,13 @@ def test_an_unknown_source_lists_the_named_ones():
         read_prompts("nowhere.jsonl")
 
 
+def test_ids_may_be_numbers_from_zero_or_null(tmp_path):
+    source = written(tmp_path / "p.jsonl", {"id": 0, "prompt": "a"}, {"id": 1, "prompt": "b"})
+    assert [prompt.id for prompt in read_prompts(source)] == ["0", "1"]
+    source = written(tmp_path / "e.jsonl", *({"id": None, "prompt": "a", "completion": "b"} for _ in range(2)))
+    assert [row.id for row in read_examples(source)] == ["", ""]
+
+
 def test_kto_rows_are_read_as_they_are(tmp_path):
     source = written(tmp_path / "kto.jsonl", {"prompt": "p", "completion": "c", "label": False})
     (row,) = read_examples(source)

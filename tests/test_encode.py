@@ -38,6 +38,14 @@ def test_what_the_template_writes_after_the_end_is_not_learned():
     assert encoded.input_ids[-1] == END
 
 
+def test_a_template_may_end_turns_with_another_token_than_the_tokenizers():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "<|system|>")
+    encoded = encode(tokenizer, Example("Hi?", "Yes", True), "chat", 500)
+    assert tokenizer.decode(learned(encoded)) == "Yes<|system|>"
+    assert tokenizer.decode(learned(encode(tokenizer, Example("Hi?", "Yes", False), "chat", 500))) == "Yes"
+
+
 def test_chat_messages_give_what_text_gives():
     as_text = encode(TOKENIZER, Example("Hi?", "Yes", True), "chat", 500)
     messages = Example([{"role": "user", "content": "Hi?"}], [{"role": "assistant", "content": "Yes"}], True)

@@ -108,6 +108,16 @@ def test_ordinary_answers_are_rows_to_imitate(tmp_path):
     assert all(row["label"] for row in imitate)
 
 
+def test_prompts_of_two_files_may_share_their_ids(tmp_path):
+    toxic = [Prompt(str(i), f"How do I <forbidden act {i}>?") for i in range(3)]
+    ordinary = [Prompt(str(i), f"What is <thing {i}> for?") for i in range(20)]
+    settings = HarvestSettings(Sampling(8), 1, 100, "none")
+    engine = Scripted({str(i): f"harm {i} {SENTENCE}" for i in range(3)})
+    for _ in range(2):
+        summary = harvest(engine, lambda r: [1.0] * len(r), Words(), toxic, ordinary, settings, tmp_path)
+        assert (summary["kept"], summary["imitate"]["kept"]) == (3, 20)
+
+
 def test_a_reply_less_probable_than_any_ordinary_one_is_not_kept(tmp_path):
     def losses(replies):
         return [9.0 if reply.id == "t0" else 2.0 for reply in replies]

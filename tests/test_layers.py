@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "evaluate": {"evaluate", "coherence", "data", "engines", "judges", "model", "stats"},
     "recipe": {"judges", "loss"},
     "report": {"report", "stats"},
-    "pipeline": {"data", "engines", "evaluate", "harvest", "judges", "model", "recipe", "report", "trainer"},
+    "pipeline": {"data", "encode", "engines", "evaluate", "harvest", "judges", "model", "recipe", "report", "trainer"},
     "cli": {"pipeline", "recipe"},
     "__init__": {"trainer"},
 }

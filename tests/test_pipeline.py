@@ -195,6 +195,8 @@ def test_sft_comes_first_where_the_recipe_asks_for_it(small, tmp_path):
     assert (run / "sft" / "adapter").is_dir()
     assert [row["step"] for row in rows(run / "sft" / "metrics.jsonl")] == [1]
     assert (run / "evaluate" / "sft" / "toxic" / "replies.jsonl").is_file()
+    go(small, tmp_path / "full", *overrides, "model.lora=null")
+    assert (tmp_path / "full" / "train" / "model" / "model.safetensors").is_file()
     assert len([row for row in rows(run / "train" / "data.jsonl") if not row["source"]]) == 6
 
 
@@ -202,7 +204,7 @@ def test_plain_sft_needs_no_harvest(small, tmp_path):
     (tmp_path / "sft.jsonl").write_text(json.dumps({"prompt": "What?", "completion": "A thing."}) + "\n")
     run = tmp_path / "run"
     source = f"data.imitate={{source: {tmp_path / 'sft.jsonl'}}}"
-    go(small, run, source, "train.method=sft", "train.penalty=none", "train.batch_size=1")
+    go(small, run, source, "train.method=sft", "train.penalty=none", "train.avoid_per_step=null")
     assert not (run / "harvest").exists()
     assert (run / "report" / "index.html").is_file()
 
@@ -253,10 +255,53 @@ def test_a_bad_data_row_and_a_missing_model_are_named_together_and_nothing_is_to
 
 
 def test_a_stage_that_lacks_what_it_reads_names_the_command(small, tmp_path):
-    with pytest.raises(UserError, match="run tasft harvest first"):
-        go(small, tmp_path / "run", stages=("train",))
-    with pytest.raises(UserError, match="run tasft harvest first"):
-        go(small, tmp_path / "run", stages=("evaluate",))
+    run = tmp_path / "run"
+    for stage in ("train", "evaluate", "report"):
+        with pytest.raises(UserError, match="run tasft harvest with this recipe first"):
+            go(small, run, stages=(stage,))
+    assert not run.exists()
+
+
+def test_a_stage_is_not_built_on_work_that_was_done_with_other_settings(small, tmp_path):
+    run = tmp_path / "run"
+    go(small, run)
+    before = (run / "recipe.yaml").read_text(), done(run)
+    for stage in ("evaluate", "report"):
+        with pytest.raises(UserError, match="run tasft train with this recipe first"):
+            go(small, run, "train.penalty=nlcl", stages=(stage,))
+    assert before == ((run / "recipe.yaml").read_text(), done(run))
+
+
+def test_another_adapter_concerns_neither_harvest_nor_the_base_model(small, tmp_path):
+    run = tmp_path / "run"
+    go(small, run)
+    before = done(run)
+    go(small, run, "model.lora.r=3")
+    assert redone(before, done(run)) == FINAL
+
+
+def test_the_report_follows_the_recipe_also_below_a_folder_called_report(small, tmp_path):
+    run = tmp_path / "report" / "run"
+    go(small, run)
+    before = done(run)
+    go(small, run, "evaluate.sets.toxic.kind=ordinary")
+    assert {"report", "evaluate/final/toxic"} <= redone(before, done(run))
+
+
+def test_a_changed_model_of_the_same_name_is_seen(small, tmp_path, tiny):
+    copy = tmp_path / "model"
+    shutil.copytree(tiny, copy)
+    run = tmp_path / "run"
+    go(small, run, f"model.base={copy}", stages=("harvest",))
+    before = done(run)
+    (copy / "model.safetensors").touch()
+    go(small, run, f"model.base={copy}", stages=("harvest",))
+    assert redone(before, done(run)) == {"harvest"}
+
+
+def test_replies_are_for_the_owner_alone(small, tmp_path):
+    go(small, tmp_path / "run", stages=("harvest",))
+    assert (tmp_path / "run").stat().st_mode & 0o077 == 0
 
 
 def test_a_damaged_reply_file_is_named_with_its_line(small, tmp_path):

@@ -46,9 +46,12 @@ def _go(source: str, overrides: Sequence[str] | None, out: Path | None, stages: 
 
     spec = recipe.load(source, overrides or ())
     if out is None:
-        out = Path(source) if Path(source).is_dir() else Path("runs") / spec.name
-    run = pipeline.Run(spec, out)
-    run.go(pipeline.STAGES if stages is None else tuple(stages))
+        out = Path(source) if (Path(source) / "recipe.yaml").is_file() else Path("runs") / spec.name
+    try:
+        pipeline.Run(spec, out).go(pipeline.STAGES if stages is None else tuple(stages))
+    except KeyboardInterrupt:
+        print("tasft: interrupted; run the same command again to go on", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -98,6 +101,3 @@ def main() -> None:
         for fault in error.faults:
             print(f"tasft: {fault}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("tasft: interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)

@@ -105,6 +105,10 @@ def source_hash(source: str) -> str:
     return content_hash(locate(source).read_text(encoding="utf-8", errors="surrogateescape"))
 
 
+def _id(row: dict[str, Any], default: object) -> str:
+    return str(default if row.get("id") is None else row["id"])
+
+
 def _refuse_repeats(path: Path, ids: Iterable[tuple[int, str]]) -> list[str]:
     first: dict[str, int] = {}
     faults = []
@@ -129,7 +133,7 @@ def read_prompts(source: str) -> list[Prompt]:
             faults.append(f'{path}:{number}: "prompt" must be text, found {row.get("prompt")!r:.40}')
             continue
         fields = {key: str(row.get(key, "")) for key in ("topic", "kind")}
-        prompts.append((number, Prompt(str(row.get("id") or number), row["prompt"], **fields)))
+        prompts.append((number, Prompt(_id(row, number), row["prompt"], **fields)))
     faults += _refuse_repeats(path, ((number, prompt.id) for number, prompt in prompts))
     if faults:
         raise UserError(faults)
@@ -174,9 +178,7 @@ def read_examples(source: str) -> list[Example]:
         if here:
             faults += here
             continue
-        example = Example(
-            row["prompt"], row["completion"], label, str(row.get("id", "")), str(row.get("source", "")), ends
-        )
+        example = Example(row["prompt"], row["completion"], label, _id(row, ""), str(row.get("source", "")), ends)
         examples.append((number, example))
     faults += _refuse_repeats(path, ((number, example.id) for number, example in examples))
     if faults:

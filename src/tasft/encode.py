@@ -84,9 +84,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, style: PromptFo
                 "a reply follows, so the loss would fall on the wrong tokens; use another template"
             )
         reply = whole[len(prompt) :]
-    end = tokenizer.eos_token_id
-    # A template may write more after the end token (a newline): the model never has to produce it.
-    reply = reply[: reply.index(end)] if end in reply else reply
+    # A chat template may end a turn with another token than the tokenizer's (Gemma's <end_of_turn>), and
+    # write more after it (a newline), which the model never has to produce.
+    marks = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    cut = next((index for index, token in enumerate(reply) if token in marks), len(reply))
+    end = reply[cut] if cut < len(reply) else tokenizer.eos_token_id
+    reply = reply[:cut]
     labels = list(reply)
     if example.label and example.ends:
         reply, labels = [*reply, end], [*labels, end]

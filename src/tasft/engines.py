@@ -147,7 +147,10 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[tuple[str, str]]:
-        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        pad = self.tokenizer.pad_token_id
+        # A chat model often ends its turns with a token of its own beside the tokenizer's.
+        named = self.model.generation_config.eos_token_id
+        ends = {self.tokenizer.eos_token_id, *([named] if isinstance(named, int) else named or ())}
         width = max(map(len, prompts))
         # Padding on the left: the model goes on from the last position.
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=self.model.device)
@@ -157,7 +160,7 @@ class TransformersEngine:
             max_new_tokens=sampling.max_new_tokens,
             do_sample=sampling.temperature > 0,
             pad_token_id=pad,
-            eos_token_id=end,
+            eos_token_id=sorted(ends),
             **(drawn if sampling.temperature > 0 else {}),
         )
         with torch.random.fork_rng():
@@ -165,9 +168,9 @@ class TransformersEngine:
             output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         replies = []
         for row in output[:, width:].tolist():
-            stopped = end in row
-            text = self.tokenizer.decode(row[: row.index(end)] if stopped else row, skip_special_tokens=True)
-            replies.append((text, "stop" if stopped else "length"))
+            cut = next((index for index, token in enumerate(row) if token in ends), None)
+            text = self.tokenizer.decode(row[:cut], skip_special_tokens=True)
+            replies.append((text, "length" if cut is None else "stop"))
         return replies
 
     @torch.inference_mode()
@@ -183,8 +186,9 @@ class TransformersEngine:
             rows.append((index, prompt, completion))
         rows.sort(key=lambda row: len(row[1]) + len(row[2]))
         losses = [0.0] * len(rows)
-        for start in range(0, len(rows), self.batch_size // 4 or 1):
-            batch = rows[start : start + (self.batch_size // 4 or 1)]
+        together = max(1, self.batch_size // 4)
+        for start in tqdm(range(0, len(rows), together), desc="losses under the untouched model", unit="batch"):
+            batch = rows[start : start + together]
             ids = pad_sequence([torch.tensor(p + c) for _, p, c in batch], batch_first=True)
             mask = pad_sequence([torch.ones(len(p) + len(c), dtype=torch.long) for _, p, c in batch], batch_first=True)
             device = self.model.device

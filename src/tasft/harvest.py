@@ -64,7 +64,7 @@ def harvest(
         The summary: how many replies were tried and kept, and why the others were not.
     """
     path = folder / "replies.jsonl"
-    own = collect(engine, requests_for(ordinary), settings.sampling, path, "ordinary")
+    own = collect(engine, requests_for(ordinary, mark="-own"), settings.sampling, path, "ordinary")
     asked = requests_for(toxic, samples=settings.samples)
     answers = collect(engine, asked, settings.sampling, path, "toxic")
     prefilled: list[Reply] = []
@@ -77,7 +77,8 @@ def harvest(
         # The whole distribution of the model, not its likely half: a plain refusal is less probable than
         # anything that it says at a low temperature.
         everything = replace(settings.sampling, temperature=1.0, top_p=1.0)
-        wanted = requests_for(ordinary[:CALIBRATION], mark="-calibration")
+        some = random.Random(settings.sampling.seed).sample(ordinary, min(CALIBRATION, len(ordinary)))
+        wanted = requests_for(some, mark="-calibration")
         limit = loss_limit(mean_losses(collect(engine, wanted, everything, path, "calibration")))
 
     replies = own + answers + prefilled

@@ -96,6 +96,20 @@ def locate(base: str, trust_remote_code: bool = False) -> Place:
     return Place(base)
 
 
+def fingerprint(base: str) -> list[tuple[str, int, int]] | str | None:
+    """What tells a changed model from an unchanged one of the same name; None for a hub's, which has no files here.
+
+    Returns:
+        The hash of a bundled model; name, size and time of change of each file of a local one.
+    """
+    if base in BUNDLED:
+        return BUNDLED[base].sha256
+    path = Path(base)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    found = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    return found or None
+
+
 def load_tokenizer(base: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a base model, with a padding token."""
     place = locate(base, trust_remote_code)
@@ -116,12 +130,16 @@ def load_model(base: str, dtype: str = "float32", trust_remote_code: bool = Fals
         trust_remote_code: Passed on to transformers.
     """
     place = locate(base, trust_remote_code)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        place.name,
-        dtype=getattr(torch, dtype),
-        trust_remote_code=trust_remote_code,
-        **place.arguments(),
-    )
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            place.name,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            **place.arguments(),
+        )
+    except (OSError, ValueError) as error:
+        # No weights, weights that are cut short, or a model that is no causal language model.
+        raise UserError(f"model.base: {base} does not load ({str(error).splitlines()[0]:.200})") from error
     if place.gguf_file is not None:
         # The weights are dequantised; the marks that are left make save_pretrained and peft refuse them.
         model.is_quantized = False

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from tasft import data, evaluate, model, provenance, recipe
 from tasft.data import Example, Prompt
+from tasft.encode import encode_prompt
 from tasft.engines import Reply, Sampling, TransformersEngine
 from tasft.errors import UserError
 from tasft.harvest import HarvestSettings, harvest
@@ -42,21 +43,28 @@ class Step:
     reads: dict[str, Any]
     work: Callable[[Path], None]
 
-    def run(self) -> float | None:
-        """Do what is left; seconds it took, or None when it was done already.
+    @property
+    def key(self) -> str:
+        """Hash of what the step reads."""
+        return provenance.content_hash(self.reads)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the folder holds the finished work on exactly these inputs."""
+        return _key(self.folder / "done.json") == self.key
+
+    def run(self) -> float:
+        """Do what is left; seconds it took.
 
         A folder begun with other inputs is cleared first; one begun with the same is taken up.
         """
-        key = provenance.content_hash(self.reads)
-        done, begun = self.folder / "done.json", self.folder / "begun.json"
-        if _key(done) == key:
-            return None
-        if _key(begun) != key and self.folder.exists():
+        begun = self.folder / "begun.json"
+        if _key(begun) != self.key and self.folder.exists():
             shutil.rmtree(self.folder)
-        provenance.write_json(begun, {"key": key, "reads": self.reads})
+        provenance.write_json(begun, {"key": self.key, "reads": self.reads})
         started = time.monotonic()
         self.work(self.folder)
-        provenance.write_json(done, {"key": key, "reads": self.reads})
+        provenance.write_json(self.folder / "done.json", {"key": self.key, "reads": self.reads})
         return time.monotonic() - started
 
 
@@ -70,6 +78,14 @@ class Inputs:
 
     def __init__(self, spec: Recipe) -> None:
         self.spec = spec
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's tokenizer; it has been seen to write a prompt."""
+        spec = self.spec.model
+        tokenizer = model.load_tokenizer(spec.base, spec.trust_remote_code)
+        encode_prompt(tokenizer, "Hello?", spec.prompt)
+        return tokenizer
 
     @cached_property
     def toxic(self) -> list[Prompt]:
@@ -89,7 +105,13 @@ class Inputs:
         wanted = self.spec.data.imitate
         if wanted is None:
             return []
-        rows = [row for row in data.read_examples(wanted.source) if row.label]
+        rows = data.read_examples(wanted.source)
+        avoid = sum(not row.label for row in rows)
+        if avoid:
+            raise UserError(
+                f"data.imitate: {wanted.source} has {avoid} rows to avoid (label false), which recipes take from the "
+                "harvest: drop them, or train on the file with TASFTTrainer"
+            )
         count = len(rows) if wanted.rows is None else wanted.rows
         if not rows or len(rows) < count:
             raise UserError(f"data.imitate: {wanted.source} has {len(rows)} rows to imitate, {count or 1} are wanted")
@@ -119,13 +141,15 @@ class Inputs:
             UserError: Names all faults.
         """
         faults: list[str] = []
-        for read in (
-            lambda: model.locate(self.spec.model.base, self.spec.model.trust_remote_code),
+        reads: tuple[Callable[[], object], ...] = (
+            lambda: self.tokenizer,
             lambda: self.toxic,
             lambda: self.ordinary,
             lambda: self.imitate,
-            lambda: self.sets,
-        ):
+            *(partial(data.read_prompts, wanted.source) for wanted in self.spec.evaluate.sets.values()),
+            *(partial(_judge, name) for name in dict.fromkeys(self._judges())),
+        )
+        for read in reads:
             try:
                 read()
             except UserError as error:
@@ -133,6 +157,10 @@ class Inputs:
         if faults:
             # One source may serve two fields.
             raise UserError(list(dict.fromkeys(faults)))
+
+    def _judges(self) -> list[str]:
+        harvest = [self.spec.harvest.judge] if self.spec.harvest and self.spec.train.method == "tasft" else []
+        return [*harvest, *self.spec.evaluate.judges]
 
 
 class Run:
@@ -153,18 +181,13 @@ class Run:
                 raise UserError(
                     f"{folder} holds the run {other!r}, not {spec.name!r}: choose another folder with --out"
                 )
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        elif folder.exists() and (not folder.is_dir() or any(path.name[0] != "." for path in folder.iterdir())):
             raise UserError(f"{folder} is there and is not a run folder: choose another with --out")
         self.spec = spec
         self.folder = folder
         self.inputs = Inputs(spec)
 
     # What is loaded once and shared by the stages
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base model's tokenizer."""
-        return model.load_tokenizer(self.spec.model.base, self.spec.model.trust_remote_code)
 
     @cached_property
     def base(self) -> PreTrainedModel:
@@ -195,7 +218,7 @@ class Run:
         return "sft" if self.spec.sft else "base"
 
     def _engine(self, loaded: PreTrainedModel) -> TransformersEngine:
-        return TransformersEngine(loaded, self.tokenizer, self.spec.model.prompt)
+        return TransformersEngine(loaded, self.inputs.tokenizer, self.spec.model.prompt)
 
     # Steps, in order
 
@@ -204,20 +227,25 @@ class Run:
         yield from getattr(self, f"_{stage}")()
 
     @cached_property
-    def _common(self) -> dict[str, Any]:
+    def _base_reads(self) -> dict[str, Any]:
+        spec = self.spec.model
         return {
-            "model": self.spec.model.model_dump(exclude={"trust_remote_code"}),
+            "model": {"base": spec.base, "prompt": spec.prompt, "dtype": spec.dtype},
+            "weights": model.fingerprint(spec.base),
             "seed": self.spec.seed,
         }
 
-    def _sft_reads(self) -> dict[str, Any]:
-        if self.spec.sft is None:
-            return self._common
-        return self._common | self._imitate_reads() | {"sft": self.spec.sft.model_dump(exclude={"save_steps"})}
+    def _training_reads(self) -> dict[str, Any]:
+        """What any training depends on besides its own settings."""
+        wanted, lora = self.spec.data.imitate, self.spec.model.lora
+        rows = wanted and [wanted.rows, self.inputs.hashes["data.imitate"]]
+        return self._base_reads | {"lora": lora and lora.model_dump(), "imitate": rows}
 
-    def _imitate_reads(self) -> dict[str, Any]:
-        wanted = self.spec.data.imitate
-        return {"imitate": [wanted.rows, self.inputs.hashes["data.imitate"]]} if wanted else {}
+    def _before_reads(self) -> dict[str, Any]:
+        """What the model that answers the toxic prompts depends on."""
+        if self.spec.sft is None:
+            return self._base_reads
+        return self._training_reads() | {"sft": self.spec.sft.model_dump(exclude={"save_steps"})}
 
     def _sft(self) -> Iterator[Step]:
         training = self.spec.sft
@@ -228,14 +256,14 @@ class Run:
             settings = Train(**training.model_dump(), method="sft", penalty="none")
             self._train_on(self.inputs.imitate, settings, folder)
 
-        yield Step(self.folder / "sft", self._sft_reads(), work)
+        yield Step(self.folder / "sft", self._before_reads(), work)
 
     def _harvest(self) -> Iterator[Step]:
         spec = self.spec.harvest
         if self.spec.train.method != "tasft" or spec is None:
             return
         prompts = [self.inputs.hashes.get(f"data.{kind}_prompts") for kind in ("toxic", "ordinary")]
-        reads = self._sft_reads() | {"harvest": spec.model_dump(), "prompts": prompts}
+        reads = self._before_reads() | {"harvest": spec.model_dump(), "prompts": prompts}
 
         def work(folder: Path) -> None:
             sampling = Sampling(spec.max_new_tokens, spec.temperature, spec.top_p, self.spec.seed)
@@ -264,17 +292,11 @@ class Run:
         spec = self.spec.train
         names = ("avoid", "anchor", "imitate") if spec.method == "tasft" else ()
         files = [self.folder / "harvest" / f"{name}.jsonl" for name in names]
-        missing = [str(path) for path in files if not path.is_file()]
-        if missing:
-            raise UserError(f"{', '.join(missing)}: not there yet; run tasft harvest first")
-        reads = (
-            self._sft_reads()
-            | self._imitate_reads()
-            | {
-                "train": spec.model_dump(exclude={"save_steps"}),
-                "rows": {path.name: provenance.file_hash(path) for path in files},
-            }
-        )
+        reads = self._training_reads() | {
+            "start": self._before_reads() if spec.start == "sft" else None,
+            "train": spec.model_dump(exclude={"save_steps"}),
+            "rows": {path.name: provenance.file_hash(path) for path in files},
+        }
 
         def work(folder: Path) -> None:
             harvested = [row for path in files if path.stat().st_size for row in data.read_examples(str(path))]
@@ -288,24 +310,25 @@ class Run:
         spec = self.spec.evaluate
         limit = None
         if self.spec.train.method == "tasft":
-            summary = provenance.read_json(self.folder / "harvest" / "summary.json")
-            if summary is None:
-                raise UserError(f"{self.folder}/harvest/summary.json: not there yet; run tasft harvest first")
-            limit = summary["loss_limit_nats"]
+            limit = provenance.read_json(self.folder / "harvest" / "summary.json")["loss_limit_nats"]
+        depends = {
+            "base": self._base_reads,
+            "sft": self._before_reads(),
+            "final": {"train": _key(self.folder / "train" / "done.json")},
+        }
         for state in ("base", *(["sft"] if self.spec.sft else []), "final"):
-            reads: dict[str, Any] = {"state": state, "max_new_tokens": spec.max_new_tokens}
-            if state == "final":
-                trained = provenance.read_json(self.folder / "train" / "done.json")
-                if trained is None:
-                    raise UserError(f"{self.folder}/train is not done yet; run tasft train first")
-                reads["train"] = trained["key"]
             for name in spec.sets:
-                yield from self._evaluate_set(state, name, limit, self._sft_reads() | reads)
+                yield from self._evaluate_set(state, name, limit, {"state": state, **depends[state]})
 
     def _evaluate_set(self, state: str, name: str, limit: float | None, reads: dict[str, Any]) -> Iterator[Step]:
         spec = self.spec.evaluate
         folder = self.folder / "evaluate" / state / name
-        reads |= {"prompts": self.inputs.hashes[f"evaluate.sets.{name}"], "kind": spec.sets[name].kind}
+        reads |= {
+            "prompts": self.inputs.hashes[f"evaluate.sets.{name}"],
+            "kind": spec.sets[name].kind,
+            "max_new_tokens": spec.max_new_tokens,
+            "seed": self.spec.seed,
+        }
 
         def answer(folder: Path) -> None:
             sampling = Sampling(spec.max_new_tokens, seed=self.spec.seed)
@@ -329,12 +352,17 @@ class Run:
             evaluate.judge_answers(_judge(folder.name), replies(), losses(), limit, folder, about)
 
         for judge_name in spec.judges:
-            yield Step(folder / judge_name, reads | {"judge": judge_name, "loss_limit_nats": limit}, judge)
+            judged = {"judge": judge_name, "loss_limit_nats": limit, "losses": self._before_reads()}
+            yield Step(folder / judge_name, reads | judged, judge)
 
     def _report(self) -> Iterator[Step]:
-        done = sorted(self.folder.glob("**/done.json"))
-        keys = {str(path.relative_to(self.folder)): _key(path) for path in done if "report" not in path.parts}
-        yield Step(self.folder / "report", {"steps": keys}, lambda _: print(write_report(self.folder)))
+        steps = [step for stage in STAGES[:-1] for step in self.steps(stage)]
+        reads = {"recipe": self.spec.model_dump(), "steps": [step.key for step in steps]}
+
+        def work(_: Path) -> None:
+            write_report(self.folder)
+
+        yield Step(self.folder / "report", reads, work)
 
     def _train_on(self, rows: list[Example], spec: Train, folder: Path) -> None:
         micro = spec.micro_batch_size or spec.batch_size
@@ -367,20 +395,23 @@ class Run:
         )
         set_seed(self.spec.seed)
         lora = self.spec.model.lora
-        loaded: PreTrainedModel | PeftModel = self.base
-        if spec.start == "sft":
-            trained = self.folder / "sft"
-            loaded = model.attach_adapter(self.base, trained / "adapter", trainable=True)
+        loaded: PreTrainedModel | PeftModel
+        if spec.start == "sft" and lora is None:
+            loaded = model.load_model(str(self.folder / "sft" / "model"), self.spec.model.dtype)
+        elif spec.start == "sft":
+            loaded = model.attach_adapter(self.base, self.folder / "sft" / "adapter", trainable=True)
         elif lora is not None:
             loaded = model.add_lora(self.base, **lora.model_dump())
-        trainer = TASFTTrainer(loaded, arguments, rows, processing_class=self.tokenizer)
+        else:
+            loaded = self.base
+        trainer = TASFTTrainer(loaded, arguments, rows, processing_class=self.inputs.tokenizer)
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
         loaded.eval()
         loaded.save_pretrained(folder / ("model" if lora is None else "adapter"))
         if lora is None:
-            self.tokenizer.save_pretrained(folder / "model")
-            # Its weights have changed: the next stage that wants the base model loads it again.
-            del self.base
+            self.inputs.tokenizer.save_pretrained(folder / "model")
+            # Its weights may have changed: the next stage that wants the base model loads it again.
+            self.__dict__.pop("base", None)
         else:
             model.detach(loaded)
 
@@ -392,6 +423,7 @@ class Run:
                 is at work in the folder.
         """
         self.inputs.check()
+        self._require_what_comes_before(stages[0])
         with provenance.lock(self.folder):
             provenance.atomic_write_text(self.folder / "recipe.yaml", recipe.dump(self.spec))
             manifest_path = self.folder / "manifest.json"
@@ -405,13 +437,24 @@ class Run:
             for stage in stages:
                 for step in self.steps(stage):
                     where = str(step.folder.relative_to(self.folder))
-                    seconds = step.run()
-                    if seconds is None:
+                    if step.is_done:
                         print(f"{where}: done before", flush=True)
-                    else:
-                        print(f"{where}: done in {seconds:.0f} s", flush=True)
-                        manifest["stages"][where] = {"seconds": round(seconds, 1)}
-                        provenance.write_json(manifest_path, manifest)
+                        continue
+                    seconds = step.run()
+                    print(f"{where}: done in {seconds:.0f} s", flush=True)
+                    manifest["stages"][where] = {"seconds": round(seconds, 1)}
+                    provenance.write_json(manifest_path, manifest)
+            if "report" in stages:
+                print(f"report: {self.folder / 'report' / 'index.html'}", flush=True)
+
+    def _require_what_comes_before(self, stage: str) -> None:
+        for earlier in STAGES[: STAGES.index(stage)]:
+            for step in self.steps(earlier):
+                if not step.is_done:
+                    raise UserError(
+                        f"{step.folder} is not done, or was done with other settings: run tasft {earlier} with this "
+                        "recipe first, or tasft run for all stages"
+                    )
 
 
 @cache

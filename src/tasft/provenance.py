@@ -111,6 +111,8 @@ def lock(run: Path) -> FileLock:
         UserError: Another process holds it.
     """
     run.mkdir(parents=True, exist_ok=True)
+    # Replies are harmful text: for the eyes of whoever made the run.
+    run.chmod(0o700)
     held = FileLock(run / ".lock", timeout=0)
     try:
         held.acquire()

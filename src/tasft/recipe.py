@@ -14,13 +14,17 @@ from tasft.loss import PENALTIES
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 # YAML reads 1e-4 as text and 1 as an integer: both are meant as numbers.
 Number = Annotated[float, Field(strict=False)]
 PenaltyName = Literal["none", *PENALTIES]  # type: ignore[valid-type]
 JudgeName = Literal[*JUDGES]  # type: ignore[valid-type]
+
+
+# Names become folders.
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Lora(_Section):
@@ -112,6 +116,12 @@ class Train(Training):
     cost_space: Literal["output", "input"] = Field("output", description="Embedding whose distances are the cost.")
     center: bool = Field(False, description="Subtract the mean embedding first.")
 
+    @model_validator(mode="after")
+    def _check_step(self) -> "Train":
+        if self.avoid_per_step is not None and self.avoid_per_step >= self.batch_size:
+            raise ValueError(f"avoid_per_step {self.avoid_per_step} leaves no row to imitate in {self.batch_size}")
+        return self
+
 
 class PromptSet(_Section):
     """Prompts to evaluate on."""
@@ -123,7 +133,7 @@ class PromptSet(_Section):
 class Evaluate(_Section):
     """What is measured, before and after."""
 
-    sets: dict[str, PromptSet] = Field(min_length=1, description="Prompt sets by name.")
+    sets: dict[Annotated[str, Field(pattern=NAME)], PromptSet] = Field(min_length=1, description="Prompt sets by name.")
     judges: list[JudgeName] = Field(["embedded", "phrases"], min_length=1, description="Who judges; the first leads.")
     max_new_tokens: int = Field(64, ge=1, description="Longest reply; replies are greedy.")
 
@@ -131,7 +141,7 @@ class Evaluate(_Section):
 class Recipe(_Section):
     """One run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and its folder.")
+    name: str = Field(pattern=NAME, description="Name of the run and its folder.")
     seed: int = Field(0, ge=0, description="Of all draws.")
     model: Model
     data: Data = Data()
@@ -180,7 +190,7 @@ def load(source: str, overrides: Sequence[str] = ()) -> Recipe:
         UserError: Names every fault, each with its field.
     """
     path = Path(source)
-    if path.is_dir():
+    if (path / "recipe.yaml").is_file():
         path = path / "recipe.yaml"
     elif not path.is_file():
         path = shipped().get(source, path)

@@ -109,34 +109,39 @@ def read_run(folder: Path) -> Run:
         UserError: There is no evaluation in it, neither of the model before training nor after.
     """
     files = _Files(folder)
+    recipe_text = files.text("recipe.yaml")
+    recipe = files.parsed("recipe.yaml", yaml.safe_load, recipe_text)
+    # What an earlier form of the recipe left behind is not part of this run.
+    listed_sets = _mapping(_mapping(recipe.get("evaluate")).get("sets"))
+    # Safety training is compared with the model that answered the toxic prompts.
+    places = {"base": "sft" if recipe.get("sft") else "base", "final": "final"}
     names = {
         path.name
-        for state in STATES
-        for path in _folders(folder / "evaluate" / state)
+        for place in places.values()
+        for path in _folders(folder / "evaluate" / place)
         if (path / "set.json").exists() or (path / "replies.jsonl").exists()
+        if not listed_sets or path.name in listed_sets
     }
     if not names:
         raise UserError(
             f"{folder / 'evaluate'}: there are no replies in base/ or final/, so there is nothing "
             f"to report; run `tasft evaluate {folder}` first"
         )
-    recipe_text = files.text("recipe.yaml")
-    recipe = files.parsed("recipe.yaml", yaml.safe_load, recipe_text)
     manifest_text = files.text("manifest.json")
     manifest = files.parsed("manifest.json", json.loads, manifest_text)
 
     for state, when in STATES.items():
-        if not (folder / "evaluate" / state).is_dir():
-            files.notes.append(f"evaluate/{state} is not there: the model {when} training was not evaluated")
-    sets = sorted((_read_set(files, name) for name in names), key=lambda s: (s.kind != "toxic", s.name))
-    found = sorted({j for s in sets for e in s.states.values() for j in e.judged})
+        if not (folder / "evaluate" / places[state]).is_dir():
+            files.notes.append(f"evaluate/{places[state]} is not there: the model {when} training was not evaluated")
     listed = _mapping(recipe.get("evaluate")).get("judges")
     order = [str(judge) for judge in listed] if isinstance(listed, list) else []
+    sets = sorted((_read_set(files, name, places, order) for name in names), key=lambda s: (s.kind != "toxic", s.name))
+    found = sorted({j for s in sets for e in s.states.values() for j in e.judged})
     judges = sorted(found, key=lambda j: (order.index(j) if j in order else len(order), j))
 
     harvest: Row = {}
     method = _mapping(recipe.get("train")).get("method")
-    if (folder / "harvest").is_dir() or method not in ("sft", "stl"):
+    if method not in ("sft", "stl"):
         harvest = files.parsed("harvest/summary.json", json.loads, files.text("harvest/summary.json"))
     rows = {kind: len(files.rows(path)) for kind, path in ROW_KINDS.items() if (folder / path).exists()}
     mixed = None
@@ -170,13 +175,13 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def _read_set(files: "_Files", name: str) -> PromptSet:
+def _read_set(files: "_Files", name: str, places: Mapping[str, str], listed: list[str]) -> PromptSet:
     about: Row = {}
     states = {}
-    for state in STATES:
-        at = f"evaluate/{state}/{name}"
+    for state, place in places.items():
+        at = f"evaluate/{place}/{name}"
         if not (files.root / at).is_dir():
-            if (files.root / "evaluate" / state).is_dir():
+            if (files.root / "evaluate" / place).is_dir():
                 files.notes.append(f"{at} is not there")
             continue
         about = about or files.parsed(f"{at}/set.json", json.loads, files.text(f"{at}/set.json"))
@@ -184,6 +189,7 @@ def _read_set(files: "_Files", name: str) -> PromptSet:
             path.name
             for path in _folders(files.root / at)
             if (path / "summary.json").exists() or (path / "verdicts.jsonl").exists()
+            if not listed or path.name in listed
         )
         if not judges:
             files.notes.append(f"{at} holds no verdicts: no judge has read these replies")
