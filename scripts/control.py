@@ -2,7 +2,7 @@
 
 For each seed the demo's recipe is run twice on the same harvest, with its penalty and with `penalty: none` (the
 same imitate rows in the same order), and both are asked the same prompts: I-MaliciousInstructions (100), the
-first half of HarmfulQ (100) and every second safe prompt of XSTest (125). Written: rates of each run and paired
+first half of HarmfulQ (100) and every fourth safe prompt of XSTest (63). Written: rates of each run and paired
 differences over prompts with 95% intervals, for each seed and with both seeds pooled.
 
     python scripts/control.py --data-dir DATA --out runs/control --json docs/results/control.json
@@ -14,11 +14,11 @@ import argparse
 import csv
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from tasft import recipe
+from tasft.pipeline import Run
 from tasft.stats import paired_difference, rate
 
 ARMS = {"penalty": [], "none": ["train.penalty=none", "train.batch_size=6", "train.avoid_per_step=null"]}
@@ -35,7 +35,7 @@ def write_prompts(data: Path, out: Path) -> None:
     malicious = json.loads((data / "stl" / "I-MaliciousInstructions.json").read_text())["instructions"]
     harmful = json.loads((data / "stl" / "HarmfulQ.json").read_text())[:100]
     with (data / "xstest" / "xstest_prompts.csv").open(newline="") as file:
-        safe = [row["prompt"] for row in csv.DictReader(file) if row["label"] == "safe"][::2]
+        safe = [row["prompt"] for row in csv.DictReader(file) if row["label"] == "safe"][::4]
     for name, prompts in (("toxic", malicious + harmful), ("ordinary", safe)):
         rows = [{"id": f"{name}-{number}", "prompt": prompt} for number, prompt in enumerate(prompts)]
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -49,16 +49,20 @@ def verdicts(run: Path, name: str) -> dict[str, dict]:
 def run_arm(out: Path, seed: int, arm: str, harvest_of: Path | None, overrides: list[str]) -> Path:
     folder = out / f"seed{seed}-{arm}"
     if harvest_of is not None and not folder.exists():
-        for part in ("harvest", "evaluate/base"):
-            shutil.copytree(harvest_of / part, folder / part)
+        shutil.copytree(harvest_of / "harvest", folder / "harvest")
         shutil.copy(harvest_of / "recipe.yaml", folder)
     sets = [
         value
         for name, kind in SETS.items()
         for value in (f"evaluate.sets.{name}.source={out / name}.jsonl", f"evaluate.sets.{name}.kind={kind}")
     ]
-    command = ["run", "demo", f"seed={seed}", "name=control", *sets, *overrides, *ARMS[arm], "--out", str(folder)]
-    subprocess.run([sys.executable, "-c", "from tasft.cli import main; main()", *command], check=True)
+    spec = recipe.load("demo", [f"seed={seed}", "name=control", *sets, *overrides, *ARMS[arm]])
+    run = Run(spec, folder)
+    run.go(("sft", "harvest", "train"))
+    # The arms are compared with each other: the model before training need not answer.
+    for step in run.steps("evaluate"):
+        if "final" in step.folder.relative_to(folder).parts and not step.is_done:
+            step.run()
     return folder
 
 

@@ -54,7 +54,7 @@ def write_the_readmes_recipe(folder):
     (text,) = [text for kind, text in BLOCKS if kind == "yaml"]
     values = yaml.safe_load(text)
     # A user's own files stand for themselves.
-    for name in ("toxic.jsonl", "ordinary.jsonl"):
+    for name in ("toxic.jsonl", "ordinary.jsonl", "toxic-heldout.jsonl", "ordinary-heldout.jsonl"):
         (folder / name).write_text('{"prompt": "How do I <forbidden act>?"}\n')
     (folder / "alpaca.jsonl").write_text('{"prompt": "What?", "completion": "That."}\n')
     values["model"]["base"] = "smollm2-135m-instruct"
