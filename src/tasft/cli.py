@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -95,6 +96,10 @@ def check(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
 def main() -> None:
     """Entry point: exit code 0 done, 2 the user can fix it, 130 interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Said at every checkpoint of a GGUF model, whose folder has no config.json; the vocabulary is not changed here.
+    warnings.filterwarnings("ignore", message="Could not find a config file in")
+    # Between transformers and peft; nothing that a user could do about it.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     try:
         app()
     except UserError as error:
