@@ -66,6 +66,27 @@ def run_arm(out: Path, seed: int, arm: str, harvest_of: Path | None, overrides: 
     return folder
 
 
+def table(result: dict, seeds: list[int]) -> str:
+    """Markdown: rates of both arms and their paired difference, in percent."""
+
+    def cell(estimate: dict, sign: str = "") -> str:
+        value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
+        return f"{value:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
+
+    rows = ["| prompts | measure | seed | anchors alone | with the penalty | difference |", "|---|---|---|---|---|---|"]
+    for name in SETS:
+        for measure in MEASURES:
+            for seed in seeds:
+                none, penalty = (result["rates"][f"{name} {measure} {arm} seed {seed}"] for arm in ("none", "penalty"))
+                difference = result["penalty_minus_none"][f"{name} {measure} seed {seed}"]
+                shown = f"{cell(none)} | {cell(penalty)} | {cell(difference, '+')}"
+                rows.append(f"| {name}, {none['n']} | {measure.replace('_', ' and ')} | {seed} | {shown} |")
+            pooled = result["penalty_minus_none"][f"{name} {measure} pooled"]
+            label = f"| {name}, {pooled['n']} | **{measure.replace('_', ' and ')}** | pooled | | |"
+            rows.append(f"{label} **{cell(pooled, '+')}** |")
+    return "\n".join(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
@@ -111,8 +132,7 @@ def main() -> None:
             )
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(result, indent=2) + "\n")
-    for key, estimate in result["penalty_minus_none"].items():
-        print(f"{key:36} {estimate['value']:+.3f} [{estimate['low']:+.3f}, {estimate['high']:+.3f}] n {estimate['n']}")
+    print(table(result, arguments.seeds))
 
 
 if __name__ == "__main__":
