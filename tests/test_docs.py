@@ -1,9 +1,11 @@
 """The README is true: its commands and snippets are executed."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,26 @@ def test_the_project_speaks_of_itself_alone():
     )
     for word in ("/work/", "/tmp/w", "../shared/design"):
         assert word not in told
+
+
+def script(name):
+    spec = spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_are_those_of_the_committed_results():
+    results = {
+        name: json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
+        for name in ("demo", "tries", "control")
+    }
+    log = (ROOT / "docs" / "log.md").read_text()
+    assert script("collect").before_after(results["demo"][0]) in README
+    assert script("collect").tries(results["tries"]) in log
+    assert script("control").table(results["control"], [0, 1]) in log
+    pooled = results["control"]["penalty_minus_none"]
+    for key in ("toxic safe_coherent", "ordinary refusal", "toxic incoherent"):
+        estimate = pooled[f"{key} pooled"]
+        for value in (estimate["value"], estimate["low"], estimate["high"]):
+            assert f"{100 * value:.1f}" in README, (key, value)
