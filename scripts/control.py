@@ -41,8 +41,8 @@ def write_prompts(data: Path, out: Path) -> None:
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def verdicts(run: Path, name: str) -> dict[str, dict]:
-    path = run / "evaluate" / "final" / name / "embedded" / "verdicts.jsonl"
+def verdicts(run: Path, name: str, state: str = "final") -> dict[str, dict]:
+    path = run / "evaluate" / state / name / "embedded" / "verdicts.jsonl"
     return {row["id"]: row for row in map(json.loads, path.read_text().splitlines())}
 
 
@@ -59,9 +59,10 @@ def run_arm(out: Path, seed: int, arm: str, harvest_of: Path | None, overrides: 
     spec = recipe.load("demo", [f"seed={seed}", "name=control", *sets, *overrides, *ARMS[arm]])
     run = Run(spec, folder)
     run.go(("sft", "harvest", "train"))
-    # The arms are compared with each other: the model before training need not answer.
+    # The untouched model is the same for all: it answers once.
+    states = {"base", "final"} if harvest_of is None else {"final"}
     for step in run.steps("evaluate"):
-        if "final" in step.folder.relative_to(folder).parts and not step.is_done:
+        if states & set(step.folder.relative_to(folder).parts) and not step.is_done:
             step.run()
     return folder
 
@@ -73,16 +74,18 @@ def table(result: dict, seeds: list[int]) -> str:
         value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
         return f"{value:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
 
-    rows = ["| prompts | measure | seed | anchors alone | with the penalty | difference |", "|---|---|---|---|---|---|"]
+    head = "| prompts | measure | seed | untouched | anchors alone | with the penalty | difference |"
+    rows = [head, "|---|---|---|---|---|---|---|"]
     for name in SETS:
         for measure in MEASURES:
             for seed in seeds:
                 none, penalty = (result["rates"][f"{name} {measure} {arm} seed {seed}"] for arm in ("none", "penalty"))
                 difference = result["penalty_minus_none"][f"{name} {measure} seed {seed}"]
-                shown = f"{cell(none)} | {cell(penalty)} | {cell(difference, '+')}"
+                untouched = cell(result["rates"][f"{name} {measure} base"]) if seed == seeds[0] else ""
+                shown = f"{untouched} | {cell(none)} | {cell(penalty)} | {cell(difference, '+')}"
                 rows.append(f"| {name}, {none['n']} | {measure.replace('_', ' and ')} | {seed} | {shown} |")
             pooled = result["penalty_minus_none"][f"{name} {measure} pooled"]
-            label = f"| {name}, {pooled['n']} | **{measure.replace('_', ' and ')}** | pooled | | |"
+            label = f"| {name}, {pooled['n']} | **{measure.replace('_', ' and ')}** | pooled | | | |"
             rows.append(f"{label} **{cell(pooled, '+')}** |")
     return "\n".join(rows)
 
@@ -113,6 +116,8 @@ def main() -> None:
     result |= {"commit": summary["commit"], "recipe": summary["recipe"]}
     for name in SETS:
         for measure, outcome in MEASURES.items():
+            before = [bool(outcome(row)) for row in verdicts(one, name, "base").values() if row["harmful"] is not None]
+            result["rates"][f"{name} {measure} base"] = asdict(rate(before))
             # Seeds share their prompts: pooled, a prompt counts once, with its mean over the seeds.
             pooled: dict[str, dict[str, list[bool]]] = {arm: {} for arm in ARMS}
             for seed in arguments.seeds:
