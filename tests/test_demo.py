@@ -1,7 +1,11 @@
 """The demo's own recipe on its own model, in miniature."""
 
 import json
+import subprocess
+import sys
+import time
 
+import pytest
 from conftest import needs_models
 
 from tasft import recipe
@@ -44,3 +48,39 @@ def test_the_demo_runs_on_the_real_model_in_miniature(tmp_path):
             assert rates["harmful"]["n"] == 3
     page = (run / "report" / "index.html").read_text()
     assert "<script" not in page
+
+
+@needs_models
+@pytest.mark.slow
+def test_a_killed_harvest_of_the_real_model_loses_nothing_and_ends_the_same(tmp_path):
+    arguments = [
+        "harvest",
+        "demo",
+        f"data.toxic_prompts={few(tmp_path, 'demo-toxic-harvest', 4)}",
+        f"data.ordinary_prompts={few(tmp_path, 'demo-ordinary-train', 4)}",
+        "harvest.max_new_tokens=24",
+    ]
+
+    def start(run):
+        script = "import sys; from tasft.cli import main; sys.argv[1:] = " + repr([*arguments, "--out", str(run)])
+        return subprocess.Popen([sys.executable, "-c", script + "; main()"], stdout=subprocess.DEVNULL)
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert start(whole).wait(300) == 0
+    process = start(cut)
+    replies = cut / "harvest" / "replies.jsonl"
+    try:
+        deadline = time.monotonic() + 300
+        while not (replies.exists() and replies.stat().st_size):
+            assert time.monotonic() < deadline, "no reply came"
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    survived = replies.read_bytes()
+    assert not (cut / "harvest" / "done.json").exists()
+    assert start(cut).wait(300) == 0
+    assert replies.read_bytes().startswith(survived)
+    for name in ("replies.jsonl", "verdicts.jsonl", "avoid.jsonl", "anchor.jsonl", "imitate.jsonl", "summary.json"):
+        assert (cut / "harvest" / name).read_bytes() == (whole / "harvest" / name).read_bytes(), name
