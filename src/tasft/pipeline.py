@@ -192,9 +192,11 @@ class Run:
     @cached_property
     def base(self) -> PreTrainedModel:
         """The base model, in memory."""
-        spec = self.spec.model
-        print(f"loading {spec.base} ...", flush=True)
-        return model.load_model(spec.base, spec.dtype, spec.trust_remote_code)
+        print(f"loading {self.spec.model.base} ...", flush=True)
+        return self._load(self.spec.model.base)
+
+    def _load(self, place: str | Path) -> PreTrainedModel:
+        return model.load_model(str(place), self.spec.model.dtype, self.spec.model.trust_remote_code)
 
     @contextmanager
     def _state(self, state: str) -> Iterator[PreTrainedModel]:
@@ -209,8 +211,7 @@ class Run:
             finally:
                 model.detach(adapted)
         else:
-            spec = self.spec.model
-            yield model.load_model(str(trained / "model"), spec.dtype, spec.trust_remote_code)
+            yield self._load(trained / "model")
 
     @property
     def _before(self) -> str:
@@ -333,8 +334,8 @@ class Run:
         def answer(folder: Path) -> None:
             sampling = Sampling(spec.max_new_tokens, seed=self.spec.seed)
             with self._state(state) as loaded:
-                prompts = self.inputs.sets[name]
-                evaluate.answer(self._engine(loaded), name, spec.sets[name].kind, prompts, sampling, folder)
+                about = {"name": name, **spec.sets[name].model_dump()}
+                evaluate.answer(self._engine(loaded), about, self.inputs.sets[name], sampling, folder)
 
         yield Step(folder, reads, answer)
 
@@ -397,7 +398,7 @@ class Run:
         lora = self.spec.model.lora
         loaded: PreTrainedModel | PeftModel
         if spec.start == "sft" and lora is None:
-            loaded = model.load_model(str(self.folder / "sft" / "model"), self.spec.model.dtype)
+            loaded = self._load(self.folder / "sft" / "model")
         elif spec.start == "sft":
             loaded = model.attach_adapter(self.base, self.folder / "sft" / "adapter", trainable=True)
         elif lora is not None:

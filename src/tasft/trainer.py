@@ -27,7 +27,7 @@ from transformers import (
 from tasft.data import Example
 from tasft.encode import PromptFormat, collate, encode
 from tasft.errors import UserError
-from tasft.loss import PENALTIES, CostSpace, Head, TokenSum, avoid_statistics, margins, nll, shift
+from tasft.loss import IGNORE_INDEX, PENALTIES, CostSpace, Head, TokenSum, avoid_statistics, margins, nll, shift
 from tasft.model import load_model, load_tokenizer
 from tasft.provenance import atomic_write_text
 
@@ -242,8 +242,7 @@ class TASFTTrainer(Trainer):
         self.add_callback(MetricsFile(Path(args.output_dir) / "metrics.jsonl"))
 
     def _head(self) -> Head:
-        model = self.accelerator.unwrap_model(self.model)
-        return _head_of(model)
+        return _head_of(self.accelerator.unwrap_model(self.model))
 
     @torch.no_grad()
     def _add_margins(self, rows: Rows) -> None:
@@ -366,7 +365,7 @@ class TASFTTrainer(Trainer):
 
 def _counts(batch: dict[str, Tensor]) -> Tensor:
     """Imitate tokens, avoid tokens, avoid responses and imitate responses of a batch, (4,)."""
-    counted = (shift(batch["labels"]) != -100).sum(-1)
+    counted = (shift(batch["labels"]) != IGNORE_INDEX).sum(-1)
     avoid = batch["avoid"]
     kinds = [counted[~avoid], counted[avoid]]
     return torch.stack([kinds[0].sum(), kinds[1].sum(), (kinds[1] > 0).sum(), (kinds[0] > 0).sum()])

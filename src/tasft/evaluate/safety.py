@@ -14,11 +14,11 @@ from tasft.stats import Estimate, rate
 
 
 def answer(
-    engine: Engine, name: str, kind: str, prompts: Sequence[Prompt], sampling: Sampling, folder: Path
+    engine: Engine, about: dict[str, str], prompts: Sequence[Prompt], sampling: Sampling, folder: Path
 ) -> list[Reply]:
-    """Replies to one set in `folder/replies.jsonl`, with the set's description in `folder/set.json`."""
-    write_json(folder / "set.json", {"name": name, "kind": kind, "n": len(prompts)})
-    return collect(engine, requests_for(prompts), sampling, folder / "replies.jsonl", name)
+    """Replies to one set in `folder/replies.jsonl`, with the set's name, kind and source in `folder/set.json`."""
+    write_json(folder / "set.json", {**about, "n": len(prompts)})
+    return collect(engine, requests_for(prompts), sampling, folder / "replies.jsonl", about["name"])
 
 
 def judge_answers(
