@@ -10,8 +10,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+# Every shape that a signature of the losses states is checked in the tests, at no cost to users.
+with install_import_hook("tasft.loss", "beartype.beartype"):
+    import tasft.loss  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 CHAT = (

@@ -89,7 +89,9 @@ def test_it_learns_one_row_and_leaves_the_other(tmp_path):
     log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert log[-1]["imitate_nll"] < 0.3 < 2 < log[0]["imitate_nll"]
     assert log[-1]["emd"] > log[0]["emd"] + 0.05
-    assert {"step", "loss", "penalty", "entropy", "learning_rate", "tokens_per_s", "grad_norm"} <= log[-1].keys()
+    assert {"step", "loss", "penalty", "entropy", "top1", "learning_rate", "tokens_per_s", "grad_norm"} <= log[
+        -1
+    ].keys()
 
 
 def test_the_penalty_is_what_moves_the_avoid_tokens(tmp_path):
@@ -132,6 +134,19 @@ def test_hinge_margins_are_those_of_the_model_at_step_0(tmp_path):
             others = torch.cat([q[:label], q[label + 1 :]]) / (1 - q[label])
             expected = others @ torch.cat([cost[:label], cost[label + 1 :]])
             assert row["margins"][position] == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_npo_compares_with_the_model_at_step_0(tmp_path):
+    subject = trainer(tmp_path, penalty="npo")
+    row = next(row for row in subject.train_dataset if row["avoid"])
+    log_q = subject.model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+    for position, label in enumerate(row["labels"][1:]):
+        expected = 0.0 if label == -100 else log_q[position, label].item()
+        assert row["reference"][position] == pytest.approx(expected, abs=1e-5)
+    subject.train()
+    (log, *_) = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    # At step 0 nothing has moved, so each response costs 2/beta log 2 (up to the precision of the kept numbers).
+    assert log["penalty"] == pytest.approx(20 * math.log(2), abs=1e-3)
 
 
 def test_an_adapter_on_the_head_is_refused(tmp_path):

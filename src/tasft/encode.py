@@ -110,11 +110,12 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tens
     """Right-padded batch of B rows and T positions.
 
     Args:
-        rows: `input_ids`, `labels` (lists), `avoid` (bool) and, for a hinge, `margins` (list of float).
+        rows: `input_ids`, `labels` (lists), `avoid` (bool) and what a penalty needs of the
+            reference model, `margins` or `reference` (lists of float).
         pad_token_id: Fills `input_ids`; it is masked, so any id will do.
 
     Returns:
-        `input_ids`, `attention_mask`, `labels` (B, T), `avoid` (B,) and `margins` (B, T) if given.
+        `input_ids`, `attention_mask`, `labels` (B, T), `avoid` (B,), and `margins` or `reference` (B, T) if given.
     """
     width = max(len(row["input_ids"]) for row in rows)
 
@@ -129,6 +130,4 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tens
         "labels": pad("labels", IGNORE_INDEX),
         "avoid": torch.tensor([row["avoid"] for row in rows]),
     }
-    if "margins" in rows[0]:
-        batch["margins"] = pad("margins", 0.0)
-    return batch
+    return batch | {key: pad(key, 0.0) for key in ("margins", "reference") if key in rows[0]}

@@ -376,6 +376,7 @@ class Run:
             avoid_per_step=spec.avoid_per_step,
             cost_space=spec.cost_space,
             center=spec.center,
+            beta=spec.beta,
             prompt_format=self.spec.model.prompt,
             max_length=spec.max_length,
             num_train_epochs=spec.epochs or 1,

@@ -115,6 +115,7 @@ class Train(Training):
     start: Literal["base", "sft"] = Field("base", description="The model that training starts from.")
     cost_space: Literal["output", "input"] = Field("output", description="Embedding whose distances are the cost.")
     center: bool = Field(False, description="Subtract the mean embedding first.")
+    beta: Number = Field(0.1, gt=0, description="How soon penalty npo lets go of a response.")
 
     @model_validator(mode="after")
     def _check_step(self) -> "Train":

@@ -27,7 +27,18 @@ from transformers import (
 from tasft.data import Example
 from tasft.encode import PromptFormat, collate, encode
 from tasft.errors import UserError
-from tasft.loss import IGNORE_INDEX, PENALTIES, CostSpace, Head, TokenSum, avoid_statistics, margins, nll, shift
+from tasft.loss import (
+    IGNORE_INDEX,
+    PENALTIES,
+    CostSpace,
+    Head,
+    TokenSum,
+    avoid_statistics,
+    log_probability,
+    margins,
+    nll,
+    shift,
+)
 from tasft.model import load_model, load_tokenizer
 from tasft.provenance import atomic_write_text
 
@@ -49,6 +60,7 @@ class TASFTConfig(TrainingArguments):
         avoid_per_step: Avoid rows in an optimizer step; None takes the share that the data has, at least 1.
         cost_space: Whose rows are the token embeddings of the Earth Mover Distance: `output` head or `input`.
         center: Whether the mean embedding is subtracted first.
+        beta: How soon `npo` lets go of a response.
         prompt_format: How prompts are written: the tokenizer's `chat` template, or `alpaca`.
         max_length: Longest row in tokens; what is over is cut from the end.
     """
@@ -60,6 +72,7 @@ class TASFTConfig(TrainingArguments):
     avoid_per_step: int | None = None
     cost_space: Literal["output", "input"] = "output"
     center: bool = False
+    beta: float = 0.1
     prompt_format: PromptFormat = "chat"
     max_length: int = 1024
     # Rows are token lists of our own making: transformers must not look for the model's argument names.
@@ -236,29 +249,33 @@ class TASFTTrainer(Trainer):
             data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),
             **kwargs,
         )
-        if self.penalty is not None and "margins" in self.penalty.needs:
-            self._add_margins(rows)
-            self._add_margins(evaluated or [])
+        self._add_reference(rows)
+        self._add_reference(evaluated or [])
         self.add_callback(MetricsFile(Path(args.output_dir) / "metrics.jsonl"))
 
     def _head(self) -> Head:
         return _head_of(self.accelerator.unwrap_model(self.model))
 
     @torch.no_grad()
-    def _add_margins(self, rows: Rows) -> None:
-        """The reference's margins for each avoid row, from the model as it is now, at step 0."""
+    def _add_reference(self, rows: Rows) -> None:
+        """What the penalty needs of the reference for each avoid row, from the model as it is now, at step 0."""
+        measures: dict[str, Callable[..., Tensor]] = {
+            "margins": partial(margins, space=self.space),
+            "reference": log_probability,
+        }
+        needed = [] if self.penalty is None else sorted(self.penalty.needs & measures.keys())
         model = self.model
         training = model.training
         model.eval()
-        for row in rows:
-            row["margins"] = [0.0] * len(row["input_ids"])
+        for row in rows if needed else []:
+            row.update({name: [0.0] * len(row["input_ids"]) for name in needed})
             if not row["avoid"]:
                 continue
 
             def keep(hidden: Tensor, row: dict[str, Any] = row) -> None:
                 labels = shift(torch.tensor([row["labels"]], device=hidden.device))
-                found = margins(hidden[0], self._head(), labels[0], space=self.space)
-                row["margins"] = found.float().tolist()
+                for name in needed:
+                    row[name] = measures[name](hidden[0], self._head(), labels[0]).float().tolist()
 
             ids = torch.tensor([row["input_ids"]], device=model.device)
             with _head_calls(model, keep):
@@ -296,7 +313,7 @@ class TASFTTrainer(Trainer):
         labels, avoid = shift(inputs["labels"]), inputs["avoid"]
 
         def losses(hidden: Tensor) -> None:
-            self._terms = self._losses(hidden, labels, avoid, inputs.get("margins"))
+            self._terms = self._losses(hidden, labels, avoid, inputs)
 
         with _head_calls(self.accelerator.unwrap_model(model), losses):
             outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
@@ -307,23 +324,22 @@ class TASFTTrainer(Trainer):
             self._remember(inputs)
         return (loss, outputs) if return_outputs else loss
 
-    def _losses(self, hidden: Tensor, labels: Tensor, avoid: Tensor, reference: Tensor | None) -> dict[str, TokenSum]:
-        """Sums over the micro-batch: `imitate_nll`, `penalty`, and `emd` and `entropy` on avoid tokens."""
+    def _losses(self, hidden: Tensor, labels: Tensor, avoid: Tensor, inputs: dict[str, Tensor]) -> dict[str, TokenSum]:
+        """Sums over the micro-batch: `imitate_nll`, `penalty`, and `emd`, `entropy` and `top1` on avoid tokens."""
         head = self._head()
         imitate_labels, avoid_labels = labels[~avoid].flatten(), labels[avoid].flatten()
         terms = {"imitate_nll": nll(hidden[~avoid].flatten(0, 1), head, imitate_labels)}
         if self.penalty is None:
             return terms
         at_avoid = hidden[avoid].flatten(0, 1)
-        offered: dict[str, Any] = {"space": self.space}
-        if reference is not None:
-            offered["margins"] = reference[avoid].flatten()
+        offered: dict[str, Any] = {"space": self.space, "beta": self.args.beta}
+        offered |= {name: inputs[name][avoid].flatten() for name in ("margins", "reference") if name in inputs}
         rows = torch.arange(int(avoid.sum()), device=labels.device)
         offered["segments"] = rows.repeat_interleave(labels.shape[1])
         needed = {name: offered[name] for name in self.penalty.needs}
         terms["penalty"] = self.penalty.fn(at_avoid, head, avoid_labels, **needed)
         statistics = avoid_statistics(at_avoid.detach(), head, avoid_labels, space=self.space)
-        return terms | {"emd": statistics.emd, "entropy": statistics.entropy}
+        return terms | statistics._asdict()
 
     def _combine(self, terms: dict[str, TokenSum], step: Tensor, here: Tensor) -> Tensor:
         """One scalar. `step` and `here` count (imitate tokens, avoid tokens, avoid responses[, micro-batches])."""

@@ -9,18 +9,10 @@ from collections.abc import Callable
 from math import inf
 from typing import NamedTuple
 
-from tasft.loss.likelihood import log_probability, nlcl, nll
-from tasft.loss.tokens import CHUNK_ROWS, IGNORE_INDEX, Head, TokenSum, shift
-from tasft.loss.transport import (
-    AvoidStatistics,
-    CostSpace,
-    avoid_statistics,
-    emd,
-    emd_exact,
-    emd_hinge,
-    expected_embedding,
-    margins,
-)
+from tasft.loss.likelihood import ascent, log_probability, nlcl, nll, npo, unlikelihood
+from tasft.loss.space import CostSpace
+from tasft.loss.tokens import IGNORE_INDEX, Head, TokenSum, shift
+from tasft.loss.transport import AvoidStatistics, avoid_statistics, emd, emd_exact, emd_hinge, margins
 
 
 class Penalty(NamedTuple):
@@ -28,8 +20,8 @@ class Penalty(NamedTuple):
 
     Attributes:
         fn: Takes hidden, head, labels and the keywords in `needs`; returns a `TokenSum`.
-        needs: Subset of space (a `CostSpace`), margins (of the reference model), segments
-            (response of each position).
+        needs: Subset of space (a `CostSpace`), margins and reference (`margins` and `log_probability`
+            of the reference model), segments (response of each position), beta.
         per: What its count counts: "token" or "response".
         low: Infimum of one term.
         high: Supremum of one term.
@@ -47,10 +39,12 @@ PENALTIES: dict[str, Penalty] = {
     "emd_exact": Penalty(emd_exact, frozenset({"space"}), "token", -2.0, 0.0),
     "emd_hinge": Penalty(emd_hinge, frozenset({"space", "margins"}), "token", 0.0, 2.0),
     "nlcl": Penalty(nlcl, frozenset({"segments"}), "response", 0.0, inf),
+    "unlikelihood": Penalty(unlikelihood, frozenset(), "token", 0.0, inf),
+    "npo": Penalty(npo, frozenset({"segments", "reference", "beta"}), "response", 0.0, inf),
+    "ascent": Penalty(ascent, frozenset(), "token", -inf, 0.0),
 }
 
 __all__ = [
-    "CHUNK_ROWS",
     "IGNORE_INDEX",
     "PENALTIES",
     "AvoidStatistics",
@@ -58,14 +52,16 @@ __all__ = [
     "Head",
     "Penalty",
     "TokenSum",
+    "ascent",
     "avoid_statistics",
     "emd",
     "emd_exact",
     "emd_hinge",
-    "expected_embedding",
     "log_probability",
     "margins",
     "nlcl",
     "nll",
+    "npo",
     "shift",
+    "unlikelihood",
 ]

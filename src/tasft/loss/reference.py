@@ -34,10 +34,13 @@ def logits(
     bias: Float[Tensor, " V"] | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
+    temperature: float = 1.0,
 ) -> Float[Tensor, "T V"]:
     """Output head of Llama, with what Granite, Cohere (scale) and Gemma 2 (softcap) add."""
     scores = scale * F.linear(hidden, weight, bias)
-    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores / temperature
 
 
 def unit(matrix: Float[Tensor, "V D"], center: bool = False) -> Float[Tensor, "V D"]:
@@ -150,24 +153,38 @@ def jensen_bound(p: Float[Tensor, " V"], q: Float[Tensor, " V"], embeddings: Flo
 # --- The twins of what the paper does not have ----------------------------------------------
 
 
+def costs(tokens: Int[Tensor, " T"], embeddings: Float[Tensor, "V D"]) -> Float[Tensor, "T V"]:
+    """Row y_t of equation 4; a token costs itself nothing, even one whose embedding is zero."""
+    return (1 - embeddings[tokens] @ embeddings.T).scatter(1, tokens[:, None], 0.0)
+
+
 def transport_cost(response: Response, embeddings: Float[Tensor, "V D"]) -> Float[Tensor, " T"]:
     """EMD_t against the one-hot y_t, whose only plan is the product: sum_w Q_t(w) d(w, y_t)."""
-    costs = 1 - embeddings[response.tokens] @ embeddings.T
-    return (response.logits.softmax(1) * costs).sum(1)
+    return (response.logits.softmax(1) * costs(response.tokens, embeddings)).sum(1)
 
 
 def margin(response: Response, embeddings: Float[Tensor, "V D"]) -> Float[Tensor, " T"]:
     """m_t = sum_{w != y_t} Q_t(w) / (1 - Q_t(y_t)) d(w, y_t), by leaving y_t out of the sums."""
     others = 1 - F.one_hot(response.tokens, len(embeddings))
     q = response.logits.softmax(1) * others
-    costs = 1 - embeddings[response.tokens] @ embeddings.T
-    return (q * costs).sum(1) / q.sum(1)
+    return (q * costs(response.tokens, embeddings)).sum(1) / q.sum(1)
 
 
 def hinge(response: Response, reference: Response, embeddings: Float[Tensor, "V D"]) -> Float[Tensor, " T"]:
     """max(0, m_t - EMD_t), with m_t of the reference model."""
     room = margin(reference, embeddings) - transport_cost(response, embeddings)
     return room.clamp(min=0)
+
+
+def unlikelihood(response: Response) -> Float[Tensor, " T"]:
+    """-log(1 - Q_t(y_t)) (Welleck et al. 2019)."""
+    return -torch.log(1 - log_q(response).exp())
+
+
+def npo(response: Response, reference: Response, beta: float) -> Float[Tensor, ""]:
+    """2/beta log(1 + (pi/pi_ref)^beta), pi the probability of the whole response (Zhang et al. 2024)."""
+    ratio = (log_q(response).sum() - log_q(reference).sum()).exp()
+    return 2 / beta * torch.log(1 + ratio**beta)
 
 
 def entropy(response: Response) -> Float[Tensor, " T"]:

@@ -1,20 +1,14 @@
-"""What every penalty shares: which positions count, what the head says, how memory stays small."""
+"""What every penalty shares: which positions count, and what the head says of them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
 """Label of a position that does not count (torch's own convention)."""
-
-CHUNK_ROWS = 256
-"""Rows whose scores are alive at once; with V = 262,144 a float32 buffer of them is 256 MiB."""
 
 
 class TokenSum(NamedTuple):
@@ -41,10 +35,10 @@ def shift(labels: Int[Tensor, "*B T"]) -> Int[Tensor, "*B T"]:
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """The map from hidden states to next-token logits.
+    """The map from hidden states to the logits of a prediction Q = softmax(logits).
 
         z = (hidden @ weight.T + bias) * scale
-        logits = z, or softcap * tanh(z / softcap)
+        logits = z / temperature, or softcap * tanh(z / softcap) / temperature
 
     Attributes:
         weight: Output embedding; V tokens, width D.
@@ -52,37 +46,24 @@ class Head:
         scale: Logits are multiplied by it. Cohere's `logit_scale`; for Granite, one over
             its `logits_scaling`.
         softcap: Bound on the size of a logit (Gemma 2's `final_logit_softcapping`).
+        temperature: At which Q is looked at, as in sampling; above 0.
     """
 
     weight: Float[Tensor, "V D"]
     bias: Float[Tensor, " V"] | None = None
     scale: float = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
 
-    def logits(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
-        """Score every token, in float32 or, for a float64 head, float64.
+    @property
+    def gain(self) -> float:
+        """Slope of a logit in the product, at 0: logits = product * gain without a softcap."""
+        return self.scale / self.temperature
 
-        The product runs in the dtype of `weight`, as in the model, so that no V x D copy
-        is made; rounding to that dtype is the last loss of precision.
-        """
-        # Raise bf16 to fp32, but keep fp64 so that gradcheck sees the real function.
-        product = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
-        logits = product.to(torch.promote_types(product.dtype, torch.float32))
-        if self.scale != 1:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
-
-    def logits_of_others(
-        self, hidden: Float[Tensor, "N D"], labels: Int[Tensor, " N"]
-    ) -> tuple[Float[Tensor, "N V"], Float[Tensor, " N"]]:
-        """Score the tokens other than the label (which gets -inf), and the label itself."""
-        logits = self.logits(hidden)
-        own = logits[torch.arange(len(labels), device=labels.device), labels]
-        # In place spares an N x V copy. It would not do after `gather`, which keeps its input for
-        # backward, and inside a checkpoint autograd does not notice.
-        return logits.scatter_(1, labels.unsqueeze(1), -torch.inf), own
+    @property
+    def ceiling(self) -> float | None:
+        """Bound on the size of a logit: with it, logits = ceiling * tanh(product * gain / ceiling)."""
+        return None if self.softcap is None else self.softcap / self.temperature
 
 
 def counted(
@@ -102,16 +83,3 @@ def counted(
     if wrong := kept[(kept < 0) | (kept >= vocabulary)].tolist():
         raise ValueError(f"labels {wrong[:5]} are not among the head's {vocabulary} tokens")
     return hidden[keep], kept
-
-
-def map_rows(function: Callable[..., tuple[Tensor, ...]], *rows: Tensor, chunk_rows: int) -> tuple[Tensor, ...]:
-    """Apply a row-wise function to chunks of rows and join the results.
-
-    What `function` allocates lives for one chunk only, in backward too: there it is computed
-    again instead of kept.
-    """
-    chunks = [
-        checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False)
-        for chunk in zip(*(torch.split(tensor, chunk_rows) for tensor in rows), strict=True)
-    ]
-    return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
