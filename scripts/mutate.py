@@ -49,14 +49,14 @@ MUTATIONS = [
         "emd: forget the square of the share", "transport.py", ".sigmoid().square() * distance", ".sigmoid() * distance"
     ),
     Mutation("emd: detach the mean embedding", "transport.py", "(mean - space.embed", "(mean.detach() - space.embed"),
-    Mutation("emd_exact: flip the sign", "transport.py", "TokenSum(-cost.sum()", "TokenSum(cost.sum()"),
-    Mutation("emd_hinge: never stop", "transport.py", "(margins[keep] - cost).relu()", "(margins[keep] - cost)"),
-    Mutation("emd_hinge: flip the sign", "transport.py", "(margins[keep] - cost)", "(cost - margins[keep])"),
+    Mutation("emd_exact: flip the sign", "transport.py", "total_of(-cost, weights)", "total_of(cost, weights)"),
+    Mutation("emd_hinge: never stop", "transport.py", "(margins - cost).relu()", "(margins - cost)"),
+    Mutation("emd_hinge: flip the sign", "transport.py", "(margins - cost)", "(cost - margins)"),
     Mutation(
         "emd_hinge: forget the mask of the margins",
         "transport.py",
-        "margins[keep] - cost",
-        "margins[: len(cost)] - cost",
+        "margins[labels != IGNORE_INDEX], at",
+        "margins[: int((labels != IGNORE_INDEX).sum())], at",
     ),
     Mutation("emd: forget the share of the others", "transport.py", "(-log_odds).sigmoid() * cost", "cost"),
     Mutation(
@@ -69,7 +69,25 @@ MUTATIONS = [
         "emd: detach the cost", "transport.py", "(-log_odds).sigmoid() * cost", "(-log_odds).sigmoid() * cost.detach()"
     ),
     Mutation("nlcl: sum instead of mean over a response", "likelihood.py", "(total / length).log()", "total.log()"),
-    Mutation("nlcl: flip the sign", "likelihood.py", "TokenSum(-_log_complement", "TokenSum(_log_complement"),
+    Mutation(
+        "nlcl: no form for improbable responses",
+        "likelihood.py",
+        "torch.where(m < large, (-torch.expm1(-m)).log(), torch.log1p(-torch.exp(-large)))",
+        "(-torch.expm1(-m)).log()",
+    ),
+    Mutation(
+        "forget the weights",
+        "tokens.py",
+        "(terms * weights).sum()",
+        "terms.sum()",
+    ),
+    Mutation(
+        "weights of the wrong responses",
+        "likelihood.py",
+        "scatter(0, index, weights[keep])",
+        "scatter(0, index, weights[: int(keep.sum())])",
+    ),
+    Mutation("nlcl: flip the sign", "likelihood.py", "total_of(-_log_complement", "total_of(_log_complement"),
     Mutation(
         "nlcl: detach a response's mean",
         "likelihood.py",
@@ -79,20 +97,20 @@ MUTATIONS = [
     Mutation(
         "nlcl: no small-number branch",
         "likelihood.py",
-        "return torch.where(lost, log_m, (",
-        "return torch.where(lost & False, log_m, (",
+        "return torch.where(lost, log_m, precise)",
+        "return precise",
     ),
     Mutation(
         "likelihood: forget the mask of the segments",
         "likelihood.py",
-        "segments[labels != IGNORE_INDEX]",
-        "segments[: int((labels != IGNORE_INDEX).sum())]",
+        "torch.unique(segments[keep]",
+        "torch.unique(segments[: int(keep.sum())]",
     ),
     Mutation(
         "unlikelihood: of the wrong side",
         "likelihood.py",
-        "-F.logsigmoid(-log_odds).sum()",
-        "-F.logsigmoid(log_odds).sum()",
+        "total_of(-F.logsigmoid(-log_odds)",
+        "total_of(-F.logsigmoid(log_odds)",
     ),
     Mutation("npo: forget the reference", "likelihood.py", "log_q - reference[labels != IGNORE_INDEX]", "log_q"),
     Mutation(
@@ -102,9 +120,7 @@ MUTATIONS = [
         "reference[: len(log_q)]",
     ),
     Mutation("npo: forget beta in front", "likelihood.py", "-2 / beta * F.logsigmoid", "-2 * F.logsigmoid"),
-    Mutation(
-        "ascent: flip the sign", "likelihood.py", "TokenSum(F.logsigmoid(log_odds)", "TokenSum(-F.logsigmoid(log_odds)"
-    ),
+    Mutation("ascent: flip the sign", "likelihood.py", "TokenSum(-total, count)", "TokenSum(total, count)"),
     Mutation("tiles: do not mask the label", "tiles.py", "_set_label(z, chunk, -torch.inf)", "pass"),
     Mutation(
         "tiles: skip the rescale of the mass",
@@ -158,7 +174,12 @@ MUTATIONS = [
         "mean.sub_(0 * running.moment[:, None]",
     ),
     Mutation("scan: forget the mean in the offset", "scan.py", " - self.space.mean.square().sum())", ")"),
-    Mutation("scan: forget the quotient rule", "scan.py", "total[1].sub_(cost[:, None] * total[0])", "pass"),
+    Mutation(
+        "scan: forget the quotient rule",
+        "scan.py",
+        "torch.addcmul(-total[1], affinity[:, None], total[0], out=total[1])",
+        "pass",
+    ),
     Mutation("scan: forget the gain of the derivative", "scan.py", "total.mul_(head.gain)", "pass"),
     Mutation(
         "scan: the label's own derivative with the wrong sign",
@@ -195,7 +216,7 @@ MUTATIONS = [
     Mutation(
         "scan: hold all logits at once",
         "scan.py",
-        "min(chunk_size or max(_LEAST_TOKENS, fitting), len(self.weight))",
+        "min(chunk_size or fitting, len(self.weight))",
         "len(self.weight)",
     ),
     Mutation(

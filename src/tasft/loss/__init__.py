@@ -12,7 +12,8 @@ from typing import NamedTuple
 from tasft.loss.likelihood import ascent, log_probability, nlcl, nll, npo, unlikelihood
 from tasft.loss.space import CostSpace
 from tasft.loss.tokens import IGNORE_INDEX, Head, TokenSum, shift
-from tasft.loss.transport import AvoidStatistics, avoid_statistics, emd, emd_exact, emd_hinge, margins
+from tasft.loss.transport import emd, emd_exact, emd_hinge, margins
+from tasft.loss.watch import AvoidStatistics, avoid_statistics, divergence
 
 
 class Penalty(NamedTuple):
@@ -54,6 +55,7 @@ __all__ = [
     "TokenSum",
     "ascent",
     "avoid_statistics",
+    "divergence",
     "emd",
     "emd_exact",
     "emd_hinge",

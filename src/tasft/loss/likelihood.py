@@ -11,10 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tasft.loss.scan import other_tokens
-from tasft.loss.tokens import IGNORE_INDEX, Head, TokenSum, counted
+from tasft.loss.tokens import IGNORE_INDEX, Head, TokenSum, at_counted, counted, total_of
 
 _LOG_EPS = {dtype: math.log(torch.finfo(dtype).eps) for dtype in (torch.float32, torch.float64)}
-_NLL_ROWS = 256  # Of torch's linear cross-entropy at a time; its own choice, made for GPUs, takes ten times as long.
 
 
 def log_probability(
@@ -45,6 +44,7 @@ def nlcl(
     labels: Int[Tensor, " N"],
     *,
     segments: Int[Tensor, " N"],
+    weights: Float[Tensor, " N"] | None = None,
     chunk_size: int | None = None,
 ) -> TokenSum:
     """Make each response improbable as a whole (negative log complement likelihood).
@@ -59,10 +59,11 @@ def nlcl(
         head: Maps them to logits.
         labels: The token at each position (shifted); `IGNORE_INDEX` does not count.
         segments: Which response a position belongs to; any integers.
+        weights: How much each response counts, above 0, given at all of its positions; None is 1.
         chunk_size: Tokens of the vocabulary taken at a time; changes memory and speed, not the result.
 
     Returns:
-        Sum over the responses that have a counted position, and their number.
+        Sum over the responses that have a counted position, and their number (the sum of their weights).
 
     Raises:
         ValueError: Shapes disagree, or a label is not a token.
@@ -71,7 +72,7 @@ def nlcl(
     Hong, Lee, Thorne 2024 (arXiv 2403.07691).
     """
     log_odds = _log_odds(hidden, head, labels, chunk_size)
-    index, length = _responses(segments, labels)
+    index, length, weights = _responses(segments, labels, weights)
 
     # The loss is a function of m = mean_t -log Q_t. Near P = 1 m underflows, and with it
     # 1 - P = -expm1(-m); hence log m, as a mean taken in logs.
@@ -80,26 +81,39 @@ def nlcl(
     peak = peak.scatter_reduce(0, index, log_surprise.detach(), "amax")
     total = torch.zeros_like(peak).index_add(0, index, (log_surprise - peak[index]).exp())
     log_m = peak + (total / length).log()
-    return TokenSum(-_log_complement(log_m).sum(), index.new_tensor(length.numel()))
+    return total_of(-_log_complement(log_m), weights)
 
 
 def unlikelihood(
-    hidden: Float[Tensor, "N D"], head: Head, labels: Int[Tensor, " N"], *, chunk_size: int | None = None
+    hidden: Float[Tensor, "N D"],
+    head: Head,
+    labels: Int[Tensor, " N"],
+    *,
+    weights: Float[Tensor, " N"] | None = None,
+    chunk_size: int | None = None,
 ) -> TokenSum:
     """Make each token improbable.
 
         -log(1 - Q_t(y_t)),  in nats, in [0, inf)
 
-    Arguments and errors as in `log_probability`.
+    Args:
+        hidden: Final hidden states.
+        head: Maps them to logits.
+        labels: The token at each position (shifted); `IGNORE_INDEX` does not count.
+        weights: How much each counted position counts, above 0; None is 1.
+        chunk_size: Tokens of the vocabulary taken at a time; changes memory and speed, not the result.
 
     Returns:
-        Sum over counted positions and their number.
+        Sum over counted positions and their number (the sum of their weights).
+
+    Raises:
+        ValueError: Shapes disagree, or a label is not a token.
 
     Source: Welleck, Kulikov, Roller, Dinan, Cho, Weston 2019 (arXiv 1908.04319), Eq. 4, with the
     token that was said as the only negative candidate.
     """
     log_odds = _log_odds(hidden, head, labels, chunk_size)
-    return TokenSum(-F.logsigmoid(-log_odds).sum(), labels.new_tensor(log_odds.numel()))
+    return total_of(-F.logsigmoid(-log_odds), at_counted(weights, labels))
 
 
 def npo(
@@ -110,6 +124,7 @@ def npo(
     segments: Int[Tensor, " N"],
     reference: Float[Tensor, " N"],
     beta: float = 0.1,
+    weights: Float[Tensor, " N"] | None = None,
     chunk_size: int | None = None,
 ) -> TokenSum:
     """Make each response less probable than the reference model finds it (negative preference optimisation).
@@ -126,30 +141,33 @@ def npo(
         segments: As in `nlcl`.
         reference: log Q_t(y_t) of the model at step 0, from `log_probability`; ignored positions are not read.
         beta: How soon it fades, above 0; towards 0 it becomes `ascent`.
+        weights: As in `nlcl`.
         chunk_size: As in `nlcl`.
 
     Source: Zhang, Lin, Bai, Mei 2024 (arXiv 2404.05868), Eq. 3.
     """
     log_q = F.logsigmoid(_log_odds(hidden, head, labels, chunk_size))
-    index, length = _responses(segments, labels)
+    index, length, weights = _responses(segments, labels, weights)
     ratio = log_q.new_zeros(length.shape).index_add(0, index, log_q - reference[labels != IGNORE_INDEX])
-    return TokenSum(-2 / beta * F.logsigmoid(-beta * ratio).sum(), index.new_tensor(length.numel()))
+    return total_of(-2 / beta * F.logsigmoid(-beta * ratio), weights)
 
 
 def ascent(
-    hidden: Float[Tensor, "N D"], head: Head, labels: Int[Tensor, " N"], *, chunk_size: int | None = None
+    hidden: Float[Tensor, "N D"],
+    head: Head,
+    labels: Int[Tensor, " N"],
+    *,
+    weights: Float[Tensor, " N"] | None = None,
+    chunk_size: int | None = None,
 ) -> TokenSum:
     """Climb the loss of plain SFT: the control that collapses.
 
         log Q_t(y_t),  in nats, in (-inf, 0]
 
-    It has no bound below and never fades. Arguments and errors as in `log_probability`.
-
-    Returns:
-        Sum over counted positions and their number.
+    It is `nll` turned round: without a bound below, it never fades. Arguments, result and errors as in `unlikelihood`.
     """
-    log_odds = _log_odds(hidden, head, labels, chunk_size)
-    return TokenSum(F.logsigmoid(log_odds).sum(), labels.new_tensor(log_odds.numel()))
+    total, count = nll(hidden, head, labels, weights=weights, chunk_size=chunk_size)
+    return TokenSum(-total, count)
 
 
 def _log_odds(
@@ -160,10 +178,15 @@ def _log_odds(
     return other_tokens(hidden, head, labels, chunk_size=chunk_size).log_odds
 
 
-def _responses(segments: Int[Tensor, " N"], labels: Int[Tensor, " N"]) -> tuple[Int[Tensor, " M"], Int[Tensor, " S"]]:
-    """For each counted position its response, numbered from 0; and for each response its counted positions."""
-    _, index, length = torch.unique(segments[labels != IGNORE_INDEX], return_inverse=True, return_counts=True)
-    return index, length
+def _responses(
+    segments: Int[Tensor, " N"], labels: Int[Tensor, " N"], weights: Float[Tensor, " N"] | None
+) -> tuple[Int[Tensor, " M"], Int[Tensor, " S"], Float[Tensor, " S"] | None]:
+    """Of each counted position its response, from 0; of each response its counted positions, and its weight."""
+    keep = labels != IGNORE_INDEX
+    _, index, length = torch.unique(segments[keep], return_inverse=True, return_counts=True)
+    if weights is not None:
+        weights = weights.new_empty(length.shape).scatter(0, index, weights[keep])
+    return index, length, weights
 
 
 def _log_softplus(x: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
@@ -175,40 +198,29 @@ def _log_softplus(x: Float[Tensor, " M"]) -> Float[Tensor, " M"]:
 
 
 def _log_complement(log_m: Float[Tensor, " S"]) -> Float[Tensor, " S"]:
-    """Log(1 - P) of P = exp(-m): log m where m/2, its next term, is lost."""
+    """Log(1 - P) of P = exp(-m): log m where m/2, its next term, is lost; else by the form that is precise at m."""
     lost = log_m < _LOG_EPS[log_m.dtype]
-    safe = log_m.masked_fill(lost, 0.0)
-    return torch.where(lost, log_m, (-torch.expm1(-safe.exp())).log())
+    m = log_m.masked_fill(lost, 0.0).exp()
+    large = m.clamp(min=math.log(2))
+    precise = torch.where(m < large, (-torch.expm1(-m)).log(), torch.log1p(-torch.exp(-large)))
+    return torch.where(lost, log_m, precise)
 
 
-def nll(hidden: Float[Tensor, "N D"], head: Head, labels: Int[Tensor, " N"]) -> TokenSum:
+def nll(
+    hidden: Float[Tensor, "N D"],
+    head: Head,
+    labels: Int[Tensor, " N"],
+    *,
+    weights: Float[Tensor, " N"] | None = None,
+    chunk_size: int | None = None,
+) -> TokenSum:
     """Imitate: the negative log-likelihood of what was said, the loss of plain SFT.
 
         -log Q_t(y_t),  in nats, in [0, inf)
 
-    torch's `linear_cross_entropy` in chunks, which never holds N x V numbers. A soft-capped head has
-    no such form and takes `log_probability`. Below float32 the sum, not its gradient, is rounded to
-    the dtype of the head.
-
-    Returns:
-        Sum over counted positions and their number.
-
-    Raises:
-        ValueError: Shapes disagree, or a label is not a token.
+    Arguments, result and errors as in `unlikelihood`.
 
     Source: Lu, Sinha, Varakantham 2024 (arXiv 2412.06843), Eq. 1 before the division.
     """
-    if head.softcap is not None:
-        total, count = ascent(hidden, head, labels)
-        return TokenSum(-total, count)
-    hidden, labels = counted(hidden, head, labels)
-    total = F.linear_cross_entropy(
-        hidden.to(head.weight.dtype) * head.gain,
-        head.weight,
-        labels,
-        linear_bias=None if head.bias is None else head.bias * head.gain,
-        reduction="sum",
-        options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=_NLL_ROWS),
-    )
-    dtype = torch.promote_types(total.dtype, torch.float32)
-    return TokenSum(total.to(dtype), labels.new_tensor(labels.numel()))
+    log_odds = _log_odds(hidden, head, labels, chunk_size)
+    return total_of(-F.logsigmoid(log_odds), at_counted(weights, labels))

@@ -10,10 +10,10 @@ are exact even where Q(y) rounds to 0 or 1, and every penalty is a function of t
 never held for all tokens: chunks of the vocabulary are folded into running sums (online softmax,
 Milakov and Gimelshein 2018, arXiv 1805.02867), in float32 or, for float64 inputs, float64.
 
-The derivative in the hidden state h, with t_w = dz_w/d<h, W_w> and c_w the cost of w,
+The derivative in the hidden state h, with t_w = dz_w/d<h, W_w>, a_w = <e_w, e_y> and a = 1 - cost its mean,
 
     d log_odds = t_y W_y - sum_w q_w t_w W_w
-    d cost     = sum_w q_w (c_w - cost) t_w W_w
+    d cost     = sum_w q_w (a - a_w) t_w W_w
 
 is a sum over tokens too, whose normaliser can come later. While the head is frozen it is therefore summed in
 the same pass: 8 N V D operations with costs, 4 without, and backward needs neither head nor logits.
@@ -142,7 +142,7 @@ def statistics(
     among_others = running.disorder / running.mass + running.mass.log()
     entropy = rest * (among_others - log_rest) - log_q.exp() * log_q
     top1 = torch.maximum(log_q.exp(), rest / running.mass)
-    return Statistics(rest * running.moment / running.mass, entropy, top1)
+    return Statistics(rest * (1 - running.moment / running.mass), entropy, top1)
 
 
 def _check(head: Head, space: CostSpace | None) -> None:
@@ -182,7 +182,9 @@ class _Scan:
         self.weight = head.weight.detach()
         self.bias = None if head.bias is None else head.bias.detach().to(self.dtype)
         fitting = _TILE.get(device, _TILE["cuda"]) // max((1 if space is None else 2) * len(labels), 1)
-        self.chunk_size = min(chunk_size or max(_LEAST_TOKENS, fitting), len(self.weight))
+        # A multiple of it, so that rows of a tile are aligned.
+        fitting = max(fitting // _LEAST_TOKENS, 1) * _LEAST_TOKENS
+        self.chunk_size = min(chunk_size or fitting, len(self.weight))
 
     def own(self) -> tuple[Float[Tensor, " M"], Float[Tensor, "M D"]]:
         """Logit of the label, and its derivative in the hidden state."""
@@ -192,7 +194,7 @@ class _Scan:
         return z, rows.mul_(self.gain if slope is None else slope[:, None] * self.gain)
 
     def fold(self, *, entropy: bool, derivative: bool) -> tuple[Running, Float[Tensor, "K M D"] | None]:
-        """Sums over the other tokens; with `derivative`, of W_w and of cost times W_w too, over gain and mass."""
+        """Sums over the other tokens; with `derivative`, of W_w and of affinity times W_w too, over gain and mass."""
         operands, scale, offset = [(self.hidden, self.weight)], None, None
         if self.space is not None:
             operands.append((self.space.matrix[self.labels].to(self.factor_dtype), self.space.matrix))
@@ -305,15 +307,15 @@ class _OnePass(Function):
         scan = _Scan(hidden, head, labels, space, chunk_size)
         running, total = scan.fold(entropy=False, derivative=derivative)
         z, slope = scan.own()
-        cost = None if space is None else running.moment / running.mass
+        affinity = None if space is None else running.moment / running.mass
         if total is not None:
             total.mul_(head.gain)
-            if cost is not None:
-                total[1].sub_(cost[:, None] * total[0])
+            if affinity is not None:
+                torch.addcmul(-total[1], affinity[:, None], total[0], out=total[1])
             torch.sub(slope, total[0], out=total[0])
             ctx.save_for_backward(total)
         ctx.dtype = hidden.dtype
-        return z - running.peak - running.mass.log(), cost
+        return z - running.peak - running.mass.log(), None if affinity is None else 1 - affinity
 
     @staticmethod
     @once_differentiable

@@ -20,7 +20,7 @@ class Running(NamedTuple):
     Attributes:
         peak: The highest logit.
         mass: sum exp(z_w - peak).
-        moment: sum exp(z_w - peak) cost_w in `fold`, sum exp(z_w - peak) inverse_norm_w in `embed`.
+        moment: sum exp(z_w - peak) affinity_w in `fold`, sum exp(z_w - peak) inverse_norm_w in `embed`.
         disorder: sum -(z_w - peak) exp(z_w - peak), in `fold`.
     """
 
@@ -66,11 +66,11 @@ class Chunk(NamedTuple):
 def fold(
     tile: Float[Tensor, "K R C"], out: Float[Tensor, "K R C"], running: Running, chunk: Chunk, *, entropy: bool
 ) -> Float[Tensor, " R"]:
-    """Weigh the other tokens, and their costs 1 - affinity, for the derivative in the hidden state.
+    """Weigh the other tokens, and their affinities to the label, for the derivative in the hidden state.
 
     Args:
         tile: Products; overwritten.
-        out: Gets exp(z - peak) dz/dproduct / gain, and that times cost. May be `tile`.
+        out: Gets exp(z - peak) dz/dproduct / gain, and that times affinity. May be `tile`.
         running: Takes up mass, moment and, with `entropy`, disorder.
         chunk: What belongs to the tile.
         entropy: Whether disorder is wanted.
@@ -83,7 +83,7 @@ def fold(
     if entropy:
         running.disorder.add_(torch.special.entr(tile[0]).sum(1))
     if len(tile) == 2:
-        _affinity(tile[1], chunk).neg_().add_(1).mul_(tile[0])
+        _affinity(tile[1], chunk).mul_(tile[0])
         running.moment.mul_(decay).add_(tile[1].sum(1))
     if slope is not None:
         tile.mul_(slope)

@@ -126,9 +126,9 @@ def _fold(
             disorders += tl.where(weight > 0, top - z, 0.0) * weight
         if PARTS == 2:
             affinity = _affinity(tile + part, column, row, inverse_norm, along, scale, offset, columns)
-            costs = (1 - affinity) * weight
-            moments += costs
-            tl.store(out + part + column, (costs * slope).to(out.dtype.element_ty), mask=column < columns)
+            affinity *= weight
+            moments += affinity
+            tl.store(out + part + column, (affinity * slope).to(out.dtype.element_ty), mask=column < columns)
         tl.store(out + column, (weight * slope).to(out.dtype.element_ty), mask=column < columns)
     shrink = tl.exp(before - top)
     tl.store(decay + row, shrink)

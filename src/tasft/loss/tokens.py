@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -17,11 +18,11 @@ class TokenSum(NamedTuple):
     Attributes:
         total: Sum over what counts, a scalar. With nothing to count, a zero that can
             still be back-propagated.
-        count: Number of terms (tokens, or responses), an integer scalar.
+        count: Number of terms (tokens, or responses) or, where they are weighted, sum of weights.
     """
 
     total: Float[Tensor, ""]
-    count: Int[Tensor, ""]  # type: ignore[assignment]  # hides tuple.count, of no use here
+    count: Real[Tensor, ""]  # type: ignore[assignment]  # hides tuple.count, of no use here
 
 
 def shift(labels: Int[Tensor, "*B T"]) -> Int[Tensor, "*B T"]:
@@ -83,3 +84,15 @@ def counted(
     if wrong := kept[(kept < 0) | (kept >= vocabulary)].tolist():
         raise ValueError(f"labels {wrong[:5]} are not among the head's {vocabulary} tokens")
     return hidden[keep], kept
+
+
+def at_counted(values: Float[Tensor, " N"] | None, labels: Int[Tensor, " N"]) -> Float[Tensor, " M"] | None:
+    """Keep what belongs to positions that count."""
+    return None if values is None else values[labels != IGNORE_INDEX]
+
+
+def total_of(terms: Float[Tensor, " K"], weights: Float[Tensor, " K"] | None) -> TokenSum:
+    """Add up terms, each times its weight."""
+    if weights is None:
+        return TokenSum(terms.sum(), torch.tensor(terms.numel(), device=terms.device))
+    return TokenSum((terms * weights).sum(), weights.sum())

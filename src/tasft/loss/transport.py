@@ -8,15 +8,13 @@ under cosine cost needs no V x V matrix, only the expected embedding mu:
 Shapes: N positions, M of them counted, V tokens, D width of the model, E width of the cost space.
 """
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tasft.loss.scan import other_embedding, other_tokens, statistics
+from tasft.loss.scan import other_embedding, other_tokens
 from tasft.loss.space import CostSpace
-from tasft.loss.tokens import IGNORE_INDEX, Head, TokenSum, counted
+from tasft.loss.tokens import IGNORE_INDEX, Head, TokenSum, at_counted, counted, total_of
 
 
 def emd(
@@ -25,6 +23,7 @@ def emd(
     labels: Int[Tensor, " N"],
     *,
     space: CostSpace,
+    weights: Float[Tensor, " N"] | None = None,
     chunk_size: int | None = None,
 ) -> TokenSum:
     """Push the expected embedding away from the token's own: the paper's penalty.
@@ -38,10 +37,11 @@ def emd(
         head: Maps them to logits.
         labels: The token at each position (shifted); `IGNORE_INDEX` does not count.
         space: The geometry; no gradient reaches it.
+        weights: How much each counted position counts, above 0; None is 1.
         chunk_size: Tokens of the vocabulary taken at a time; changes memory and speed, not the result.
 
     Returns:
-        Sum over counted positions and their number.
+        Sum over counted positions and their number (the sum of their weights).
 
     Raises:
         ValueError: Shapes disagree, or a label is not a token.
@@ -49,12 +49,13 @@ def emd(
     Source: Lu, Sinha, Varakantham 2024 (arXiv 2412.06843), Eq. 5. It is their lower bound of
     the EMD with the constant dropped.
     """
+    weights = at_counted(weights, labels)
     hidden, labels = counted(hidden, head, labels)
     log_odds, mean = other_embedding(hidden, head, labels, space, chunk_size)
     # mu - e_y = (1 - Q(y)) (mean of the others - e_y), without cancellation where Q(y) is near 1.
     distance = (mean - space.embed(labels)).square().sum(1)
     penalty = -(-log_odds).sigmoid().square() * distance
-    return TokenSum(penalty.sum(), labels.new_tensor(labels.numel()))
+    return total_of(penalty, weights)
 
 
 def emd_exact(
@@ -63,6 +64,7 @@ def emd_exact(
     labels: Int[Tensor, " N"],
     *,
     space: CostSpace,
+    weights: Float[Tensor, " N"] | None = None,
     chunk_size: int | None = None,
 ) -> TokenSum:
     """Push the Earth Mover Distance itself up.
@@ -75,9 +77,10 @@ def emd_exact(
     Source: Lu, Sinha, Varakantham 2024 (arXiv 2412.06843), Eq. 3 and 4, of which Eq. 5 is a
     lower bound. Departs from the paper in using no bound.
     """
+    weights = at_counted(weights, labels)
     hidden, labels = counted(hidden, head, labels)
     cost = _emd(hidden, head, labels, space, chunk_size)
-    return TokenSum(-cost.sum(), labels.new_tensor(labels.numel()))
+    return total_of(-cost, weights)
 
 
 def emd_hinge(
@@ -87,6 +90,7 @@ def emd_hinge(
     *,
     space: CostSpace,
     margins: Float[Tensor, " N"],
+    weights: Float[Tensor, " N"] | None = None,
     chunk_size: int | None = None,
 ) -> TokenSum:
     """Push the Earth Mover Distance up to what the reference model's other choices cost.
@@ -101,15 +105,15 @@ def emd_hinge(
         labels: As in `emd`.
         space: As in `emd`.
         margins: m_t of the model at step 0, from `margins`; ignored positions are not read.
+        weights: As in `emd`.
         chunk_size: As in `emd`.
 
     Source: ours.
     """
-    keep = labels != IGNORE_INDEX
+    margins, weights = margins[labels != IGNORE_INDEX], at_counted(weights, labels)
     hidden, labels = counted(hidden, head, labels)
     cost = _emd(hidden, head, labels, space, chunk_size)
-    penalty = (margins[keep] - cost).relu()
-    return TokenSum(penalty.sum(), labels.new_tensor(labels.numel()))
+    return total_of((margins - cost).relu(), weights)
 
 
 @torch.no_grad()
@@ -139,42 +143,9 @@ def margins(
     """
     keep = labels != IGNORE_INDEX
     hidden, labels = counted(hidden, head, labels)
-
     margin = other_tokens(hidden, head, labels, space, chunk_size).cost
     assert margin is not None
     return torch.zeros_like(keep, dtype=margin.dtype).masked_scatter(keep, margin)
-
-
-class AvoidStatistics(NamedTuple):
-    """What to watch on avoid tokens, whichever penalty is trained."""
-
-    emd: TokenSum
-    entropy: TokenSum
-    top1: TokenSum
-
-
-@torch.no_grad()
-def avoid_statistics(
-    hidden: Float[Tensor, "N D"],
-    head: Head,
-    labels: Int[Tensor, " N"],
-    *,
-    space: CostSpace,
-    chunk_size: int | None = None,
-) -> AvoidStatistics:
-    """How far the model has moved from the tokens to avoid, and whether it still hesitates.
-
-    Distance that grows while entropy falls to 0 is the collapse that a bounded penalty allows.
-    No gradient; one more product with the head. Arguments and errors as in `emd`.
-
-    Returns:
-        Sums over counted positions of EMD_t (unitless, in [0, 2]), of the entropy of Q_t
-        (nats, in [0, log V]) and of its largest probability.
-    """
-    hidden, labels = counted(hidden, head, labels)
-    count = labels.new_tensor(labels.numel())
-    each = statistics(hidden, head, labels, space, chunk_size)
-    return AvoidStatistics(*(TokenSum(values.sum(), count) for values in each))
 
 
 def _emd(
