@@ -10,7 +10,7 @@ from tasft import TASFTConfig, TASFTTrainer
 from tasft.data import Example
 from tasft.errors import UserError
 from tasft.loss import PENALTIES, CostSpace
-from tasft.trainer import StratifiedSampler
+from tasft.sampler import StratifiedSampler
 
 ROWS = [Example(f"Say {word}?", f"{word} it is" + "!" * index, True) for index, word in enumerate("abcdefghi")]
 ROWS += [Example(f"Do {word}?", f"sure, {word}" + "." * index, False) for index, word in enumerate("xyz")]
@@ -59,7 +59,7 @@ def test_the_loss_is_the_papers_formula_with_group_means(tmp_path):
     labels = batch["labels"][:, 1:]
     unit = torch.nn.functional.normalize(model.get_output_embeddings().weight, dim=-1)
     nll, push = [], []
-    for row, targets, avoid in zip(logits, labels, batch["avoid"], strict=True):
+    for row, targets, avoid in zip(logits, labels, batch["avoid"][:, 0], strict=True):
         for scores, target in zip(row, targets, strict=True):
             if target != -100:
                 q = scores.softmax(-1)
@@ -186,7 +186,7 @@ def order(sampler, epochs=1):
 
 def test_each_step_holds_its_avoid_rows_and_an_epoch_each_imitate_row_once():
     avoid = [False] * 25 + [True] * 7
-    sampler = StratifiedSampler(avoid, step_size=8, avoid_per_step=2, seed=0)
+    sampler = StratifiedSampler(avoid, [1] * 32, step_size=8, avoid_per_step=2, seed=0)
     (rows,) = order(sampler)
     assert len(rows) == len(sampler)
     steps = [rows[start : start + 8] for start in range(0, len(rows), 8)]
@@ -196,7 +196,7 @@ def test_each_step_holds_its_avoid_rows_and_an_epoch_each_imitate_row_once():
 
 def test_avoid_rows_are_used_up_before_one_comes_again_across_epochs():
     avoid = [False] * 12 + [True] * 5
-    sampler = StratifiedSampler(avoid, step_size=4, avoid_per_step=1, seed=0)
+    sampler = StratifiedSampler(avoid, [1] * 17, step_size=4, avoid_per_step=1, seed=0)
     drawn = [row for rows in order(sampler, 5) for row in rows if avoid[row]]
     assert all(sorted(drawn[start : start + 5]) == [12, 13, 14, 15, 16] for start in range(0, 20, 5))
     assert drawn[:5] != drawn[5:10] or drawn[5:10] != drawn[10:15]
@@ -204,7 +204,7 @@ def test_avoid_rows_are_used_up_before_one_comes_again_across_epochs():
 
 def test_the_order_is_a_function_of_seed_and_epoch():
     def build(seed):
-        return list(order(StratifiedSampler([False] * 20 + [True] * 4, 5, 1, seed), 3))
+        return list(order(StratifiedSampler([False] * 20 + [True] * 4, [1] * 24, 5, 1, seed), 3))
 
     assert build(1) == build(1) != build(2)
     assert build(1)[0] != build(1)[1]
@@ -212,7 +212,7 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 
 def test_a_step_without_room_to_imitate_is_refused():
     with pytest.raises(UserError, match="nothing to imitate"):
-        StratifiedSampler([False, True], step_size=2, avoid_per_step=2, seed=0)
+        StratifiedSampler([False, True], [1, 1], step_size=2, avoid_per_step=2, seed=0)
 
 
 def test_the_trainer_moves_the_sampler_to_the_next_epoch(tmp_path):
@@ -234,14 +234,22 @@ def test_reference_margin_never_exceeds_the_range_of_a_cost(tmp_path):
 
 def test_a_head_that_is_trained_gets_a_copy_as_cost_space(tmp_path):
     subject = trainer(tmp_path)
-    assert isinstance(subject.space, CostSpace)
-    assert subject.space.matrix.data_ptr() != subject.model.get_output_embeddings().weight.data_ptr()
+    assert isinstance(subject._space(), CostSpace)
+    assert subject._space().matrix.data_ptr() != subject.model.get_output_embeddings().weight.data_ptr()
     frozen = trainer(tmp_path, model=tiny_model(), lora=True)
-    assert frozen.space.matrix.data_ptr() == frozen.model.get_output_embeddings().weight.data_ptr()
+    assert frozen._space().matrix.data_ptr() == frozen.model.get_output_embeddings().weight.data_ptr()
 
 
 def test_imitate_rows_come_in_the_same_order_with_and_without_rows_to_avoid():
     """So that a run without a penalty is a control: it differs in nothing else."""
-    (both,) = order(StratifiedSampler([False] * 12 + [True] * 5, step_size=4, avoid_per_step=1, seed=0))
-    (alone,) = order(StratifiedSampler([False] * 12, step_size=3, avoid_per_step=1, seed=0))
+    lengths = [5, 3, 9, 1] * 5
+    (both,) = order(StratifiedSampler([False] * 12 + [True] * 5, lengths, step_size=4, avoid_per_step=1, seed=0))
+    (alone,) = order(StratifiedSampler([False] * 12, lengths, step_size=3, avoid_per_step=1, seed=0))
     assert [row for row in both if row < 12] == alone
+
+
+def test_within_a_step_rows_stand_by_length():
+    lengths = [7, 3, 9, 1, 8, 2, 6, 4]
+    (rows,) = order(StratifiedSampler([False] * 6 + [True] * 2, lengths, step_size=4, avoid_per_step=1, seed=0))
+    for step in (rows[:4], rows[4:]):
+        assert [lengths[row] for row in step] == sorted(lengths[row] for row in step)

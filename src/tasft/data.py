@@ -1,7 +1,8 @@
 """Rows: prompts to be answered, and examples to imitate or to avoid."""
 
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -29,12 +30,15 @@ class Example:
 
     Attributes:
         prompt: Text, or chat messages.
-        completion: Text, or one assistant message in a list.
+        completion: Text, or chat messages of which the last is the assistant's.
         label: True is a row to imitate, False one to avoid.
         id: Name of the row; empty when its file gives none.
         source: Where it comes from: a data set, or a stage of a run.
         ends: Whether the completion ends where its text does. False for a reply that was cut at a
             length limit, so that stopping there is not learned.
+        input: What the instruction in `prompt` is about, Alpaca's context; empty for none.
+        tools: JSON schemas of the functions that the chat template offers to the model.
+        weight: Scales the row's share of its kind; above 0.
     """
 
     prompt: str | Messages
@@ -43,10 +47,15 @@ class Example:
     id: str = ""
     source: str = ""
     ends: bool = True
+    input: str = ""
+    tools: list[dict[str, Any]] | None = None
+    weight: float = 1.0
 
     def row(self) -> dict[str, Any]:
-        """The example as a JSON object."""
-        return asdict(self)
+        """The example as a JSON object; `input`, `tools` and `weight` only where they say something."""
+        row = asdict(self)
+        seldom = {"input": "", "tools": None, "weight": 1.0}
+        return {key: value for key, value in row.items() if key not in seldom or value != seldom[key]}
 
 
 def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -105,7 +114,7 @@ def source_hash(source: str) -> str:
     return content_hash(locate(source).read_text(encoding="utf-8", errors="surrogateescape"))
 
 
-def _id(row: dict[str, Any], default: object) -> str:
+def _id(row: Mapping[str, Any], default: object) -> str:
     return str(default if row.get("id") is None else row["id"])
 
 
@@ -140,13 +149,74 @@ def read_prompts(source: str) -> list[Prompt]:
     return [prompt for _, prompt in prompts]
 
 
-def _text_or_messages(value: object) -> bool:
-    if isinstance(value, str):
-        return bool(value.strip())
+def _is_message(value: object) -> bool:
+    # An assistant that calls a tool need not say anything.
     return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value)
+        isinstance(value, dict)
+        and isinstance(value.get("role"), str)
+        and bool({"content", "tool_calls"} & value.keys())
+    )
+
+
+def _fault_of_turns(row: Mapping[str, Any], key: str) -> str | None:
+    value = row.get(key)
+    if key not in row:
+        return f'"{key}" is missing; the row has {", ".join(map(repr, row)) or "no fields"}'
+    if isinstance(value, str) and value.strip():
+        return None
+    if not isinstance(value, list) or not value or not all(map(_is_message, value)):
+        return f'"{key}" must be text or chat messages, found {value!r:.40}'
+    if key == "completion" and value[-1]["role"] != "assistant":
+        return f'the last message of "completion" is by {value[-1]["role"]!r:.40}; it must be the assistant\'s'
+    return None
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+
+
+def example_of(row: Mapping[str, Any], where: str) -> Example:
+    """The example that a JSON object or a row of a data set holds; fields of no concern are passed over.
+
+    An optional field that is null counts as not given: data sets fill whole columns.
+
+    Args:
+        row: At least `prompt`, `completion` and `label`.
+        where: Begins each fault: a file and line, or the number of a row.
+
+    Raises:
+        UserError: Names every fault of the row.
+    """
+    given = {key: value for key, value in row.items() if value is not None}
+    faults = [fault for key in ("prompt", "completion") if (fault := _fault_of_turns(row, key))]
+    if "label" not in row:
+        faults.append('"label" is missing; say true (imitate) or false (avoid)')
+    elif not isinstance(row["label"], bool):
+        faults.append(f'"label" is {row["label"]!r:.40}; use true (imitate) or false (avoid)')
+    if not isinstance(given.get("ends", True), bool):
+        faults.append(f'"ends" is {row["ends"]!r:.40}; use true or false')
+    context = given.get("input", "")
+    if not isinstance(context, str):
+        faults.append(f'"input" must be text, found {context!r:.40}')
+    elif context and not isinstance(row.get("prompt"), str):
+        faults.append('"input" goes with a prompt that is text; write it into the messages')
+    tools = given.get("tools")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        faults.append(f'"tools" must be a list of JSON schemas, found {tools!r:.40}')
+    if not _positive(given.get("weight", 1.0)):
+        faults.append(f'"weight" is {row["weight"]!r:.40}; use a number above 0')
+    if faults:
+        raise UserError([f"{where}: {fault}" for fault in faults])
+    return Example(
+        prompt=row["prompt"],
+        completion=row["completion"],
+        label=row["label"],
+        id=_id(row, ""),
+        source=str(given.get("source", "")),
+        ends=given.get("ends", True),
+        input=context,
+        tools=tools or None,
+        weight=float(given.get("weight", 1.0)),
     )
 
 
@@ -162,24 +232,10 @@ def read_examples(source: str) -> list[Example]:
     examples: list[tuple[int, Example]] = []
     faults = []
     for number, row in read_jsonl(path):
-        here = [
-            f'{path}:{number}: "{key}" must be text or chat messages, found {row.get(key)!r:.40}'
-            for key in ("prompt", "completion")
-            if not _text_or_messages(row.get(key))
-        ]
-        if type(row.get("prompt")) is not type(row.get("completion")) and not here:
-            here.append(f'{path}:{number}: "prompt" and "completion" must both be text or both messages')
-        label = row.get("label", True)
-        if not isinstance(label, bool):
-            here.append(f'{path}:{number}: "label" is {label!r:.40}; use true (imitate) or false (avoid)')
-        ends = row.get("ends", True)
-        if not isinstance(ends, bool):
-            here.append(f'{path}:{number}: "ends" is {ends!r:.40}; use true or false')
-        if here:
-            faults += here
-            continue
-        example = Example(row["prompt"], row["completion"], label, _id(row, ""), str(row.get("source", "")), ends)
-        examples.append((number, example))
+        try:
+            examples.append((number, example_of({"label": True} | row, f"{path}:{number}")))
+        except UserError as error:
+            faults += error.faults
     faults += _refuse_repeats(path, ((number, example.id) for number, example in examples))
     if faults:
         raise UserError(faults)

@@ -1,19 +1,23 @@
 """The trainer: a transformers Trainer with two kinds of rows, each divided by its own count."""
 
 import json
+import resource
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import IterableDataset, Sampler
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,9 +27,20 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import IntervalStrategy
 
-from tasft.data import Example
-from tasft.encode import PromptFormat, collate, encode
+from tasft.batch import Batch, collate
+from tasft.encode import (
+    Duplicates,
+    Encoding,
+    EncodingReport,
+    Overlong,
+    PromptFormat,
+    Row,
+    Turns,
+    encode_rows,
+    encode_stream,
+)
 from tasft.errors import UserError
 from tasft.loss import (
     IGNORE_INDEX,
@@ -34,6 +49,7 @@ from tasft.loss import (
     Head,
     TokenSum,
     avoid_statistics,
+    divergence,
     log_probability,
     margins,
     nll,
@@ -41,8 +57,12 @@ from tasft.loss import (
 )
 from tasft.model import load_model, load_tokenizer
 from tasft.provenance import atomic_write_text
+from tasft.sampler import StratifiedSampler
 
-Rows = list[dict[str, Any]]
+Rows = list[Row]
+
+_REFERENCE = frozenset({"margins", "reference"})
+"""What penalties need of the model at step 0, one number for each token."""
 
 
 @dataclass
@@ -61,8 +81,17 @@ class TASFTConfig(TrainingArguments):
         cost_space: Whose rows are the token embeddings of the Earth Mover Distance: `output` head or `input`.
         center: Whether the mean embedding is subtracted first.
         beta: How soon `npo` lets go of a response.
+        padding_free: Whether the rows of a micro-batch are laid end to end instead of padded. The model must know
+            packed rows by their `position_ids`, as those of transformers do; fastest with flash attention.
+        kl_rows: Imitate rows of the evaluation set on which the divergence from step 0 is watched; 0 for none.
+        log_term_gradients: Whether the gradient norm of each term is logged too, at a backward pass each per log.
         prompt_format: How prompts are written: the tokenizer's `chat` template, or `alpaca`.
-        max_length: Longest row in tokens; what is over is cut from the end.
+        max_length: This and the next are as in `tasft.encode.Encoding`: longest row in tokens.
+        turns: The assistant turns that are learned or avoided: the `last`, or `all`.
+        penalize_end: Whether the end token of an avoid row is penalised too, as the paper reads.
+        overlong: What becomes of longer rows: `truncate`, `drop` or `error`.
+        duplicates: What becomes of rows that are there already: `keep`, `drop` or `error`.
+        chat_template_kwargs: Given to the chat template, such as `{"enable_thinking": False}`.
     """
 
     penalty: str = "emd_exact"
@@ -73,66 +102,18 @@ class TASFTConfig(TrainingArguments):
     cost_space: Literal["output", "input"] = "output"
     center: bool = False
     beta: float = 0.1
+    padding_free: bool = False
+    kl_rows: int = 16
+    log_term_gradients: bool = False
     prompt_format: PromptFormat = "chat"
     max_length: int = 1024
+    turns: Turns = "last"
+    penalize_end: bool = False
+    overlong: Overlong = "truncate"
+    duplicates: Duplicates = "keep"
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     # Rows are token lists of our own making: transformers must not look for the model's argument names.
     remove_unused_columns: bool = field(default=False, init=False)
-
-
-class StratifiedSampler(Sampler[int]):
-    """Row order in which each step of `step_size` rows holds `avoid_per_step` avoid rows.
-
-    An epoch is one pass over the imitate rows; its last step may be smaller. Avoid rows are drawn without
-    replacement and shuffled anew when used up, across epochs. The order is a function of seed and epoch alone.
-
-    Args:
-        avoid: For each row whether it is to be avoided.
-        step_size: Rows in an optimizer step, all micro-batches and ranks.
-        avoid_per_step: Of these, rows to avoid.
-        seed: Of both orders.
-
-    Raises:
-        UserError: A step would hold no imitate row.
-    """
-
-    def __init__(self, avoid: Sequence[bool], step_size: int, avoid_per_step: int, seed: int) -> None:
-        self.imitate_rows = [index for index, is_avoid in enumerate(avoid) if not is_avoid]
-        self.avoid_rows = [index for index, is_avoid in enumerate(avoid) if is_avoid]
-        self.avoid_per_step = avoid_per_step if self.avoid_rows else 0
-        self.imitate_per_step = step_size - self.avoid_per_step
-        self.seed = seed
-        self.epoch = 0
-        if self.imitate_per_step < 1 or not self.imitate_rows:
-            raise UserError(
-                f"a step of {step_size} rows with {self.avoid_per_step} to avoid and a data set with "
-                f"{len(self.imitate_rows)} rows to imitate leaves nothing to imitate: raise train.batch_size, "
-                "lower train.avoid_per_step or add rows"
-            )
-        self.steps = -(-len(self.imitate_rows) // self.imitate_per_step)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the pass; the Trainer calls it before each."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.imitate_rows) + self.steps * self.avoid_per_step
-
-    def _shuffled(self, rows: list[int], kind: int, turn: int) -> list[int]:
-        generator = torch.Generator().manual_seed((self.seed * 2 + kind) * 1_000_003 + turn)
-        return [rows[index] for index in torch.randperm(len(rows), generator=generator).tolist()]
-
-    def _avoid_from(self, position: int) -> Iterator[int]:
-        while True:
-            turn, offset = divmod(position, len(self.avoid_rows))
-            yield from self._shuffled(self.avoid_rows, 1, turn)[offset:]
-            position += len(self.avoid_rows) - offset
-
-    def __iter__(self) -> Iterator[int]:
-        imitate = self._shuffled(self.imitate_rows, 0, self.epoch)
-        avoid = self._avoid_from(self.epoch * self.steps * self.avoid_per_step) if self.avoid_per_step else iter(())
-        for step in range(self.steps):
-            yield from imitate[step * self.imitate_per_step : (step + 1) * self.imitate_per_step]
-            yield from (next(avoid) for _ in range(self.avoid_per_step))
 
 
 class MetricsFile(TrainerCallback):
@@ -190,14 +171,23 @@ class TASFTTrainer(Trainer):
     `label` true is learned by its negative log-likelihood, false is penalised by `args.penalty`. Both come
     from one forward pass, whose output head never makes logits for all positions, and one backward pass.
 
+    Logged, in training and evaluation: `imitate_nll`, `penalty`; on avoid tokens `emd`, `entropy` (nats) and `top1`
+    (largest probability); `kl` (nats per token), of this model from the model at step 0. In training also tokens of
+    each kind, `tokens_per_s` and `peak_mib`. `emd`, `entropy`, `top1` and `kl` are those of the logged step, the
+    others means since the last log. `eval_loss` is always imitate_nll + penalty_weight * penalty.
+
     Args:
         model: Causal language model, or the name of one.
         args: Settings.
-        train_dataset: Rows: `Example`s, dictionaries, or a `datasets.Dataset`.
-        eval_dataset: The same, for `evaluate`.
+        train_dataset: Rows: `Example`s, dictionaries, or a `datasets.Dataset`; or a stream of them without a length,
+            which needs `max_steps`.
+        eval_dataset: Rows for `evaluate`.
         processing_class: The tokenizer; by default the model's.
         peft_config: A LoRA configuration to put a fresh adapter on the model; None trains what requires a gradient.
         **kwargs: Passed on to transformers' Trainer.
+
+    Attributes:
+        encoding: What became of the training rows; None for a stream.
 
     Raises:
         UserError: An unknown penalty, an adapter on the output head, or rows that cannot be encoded (names all).
@@ -213,14 +203,16 @@ class TASFTTrainer(Trainer):
         self,
         model: str | PreTrainedModel | PeftModel,
         args: TASFTConfig,
-        train_dataset: Sequence[Example | dict[str, Any]],
-        eval_dataset: Sequence[Example | dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: LoraConfig | None = None,
         **kwargs: Any,
     ) -> None:
         if args.penalty not in ("none", *PENALTIES):
             raise UserError(f"penalty is {args.penalty!r}; use none or one of {', '.join(PENALTIES)}")
+        if args.log_term_gradients and args.world_size > 1:
+            raise UserError("log_term_gradients looks at the gradients of one process: run it in one")
         tokenizer = processing_class or load_tokenizer(model if isinstance(model, str) else model.config.name_or_path)
         if isinstance(model, str):
             model = load_model(model)
@@ -232,146 +224,289 @@ class TASFTTrainer(Trainer):
                 "target_modules, or train in full"
             )
         self.penalty = PENALTIES.get(args.penalty)
-        self.space = _cost_space(model, args.cost_space, args.center)
-        self._terms: dict[str, TokenSum] = {}
-        self._logged: dict[str, list[float]] = {}
-        self._tokens, self._since = 0, time.monotonic()
-        rows = _encode_all(train_dataset, tokenizer, args)
-        if self.penalty is None:
-            rows = [row for row in rows if not row["avoid"]]
-        evaluated = None if eval_dataset is None else _encode_all(eval_dataset, tokenizer, args)
+        self.encoding: EncodingReport | None = None
+        rows, evaluated = (self._encode(dataset, tokenizer, args) for dataset in (train_dataset, eval_dataset))
         super().__init__(
             model=model,
             args=args,
             train_dataset=rows,
             eval_dataset=evaluated,
             processing_class=tokenizer,
-            data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),
+            data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, padding_free=args.padding_free),
             **kwargs,
         )
-        self._add_reference(rows)
-        self._add_reference(evaluated or [])
+        self._terms: dict[str, TokenSum] = {}
+        self._window: dict[str, Tensor] = {}
+        self._term_gradients: dict[str, list[Tensor]] = {}
+        self._since = time.monotonic()
+        self._kept_space: CostSpace | None = None
+        self._start_head: Head | None = None
+        for each in (rows, evaluated):
+            self._add_reference(each)
+        self._start = self._remember_start(evaluated)
         self.add_callback(MetricsFile(Path(args.output_dir) / "metrics.jsonl"))
+
+    def _encode(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, args: TASFTConfig) -> Any:
+        """Rows to train or evaluate on, without those to avoid if there is no penalty."""
+        if dataset is None:
+            return None
+        encoding = Encoding(
+            args.prompt_format,
+            args.max_length,
+            args.turns,
+            args.penalize_end,
+            args.overlong,
+            args.duplicates,
+            args.chat_template_kwargs,
+        )
+        if not hasattr(dataset, "__len__"):
+            if self.penalty is not None and self.penalty.needs & _REFERENCE:
+                raise UserError(
+                    f"penalty {args.penalty} looks at every row at step 0, which a stream does not allow: take another "
+                    "penalty, or a data set with a length"
+                )
+            return _Stream(dataset, tokenizer, encoding, self.penalty is not None)
+        rows, report = encode_rows(dataset, tokenizer, encoding)
+        self.encoding = self.encoding or report
+        return [row for row in rows if self.penalty is not None or not row["avoid"]]
+
+    # --- The model's parts, and what it was at step 0 ----------------------------------------
 
     def _head(self) -> Head:
         return _head_of(self.accelerator.unwrap_model(self.model))
 
+    def _space(self) -> CostSpace:
+        """The cost space as it was at step 0."""
+        model = self.accelerator.unwrap_model(self.model)
+        output = self.args.cost_space == "output"
+        matrix = (model.get_output_embeddings() if output else model.get_input_embeddings()).weight
+        if self._kept_space is None:
+            kept = matrix.detach().clone() if matrix.requires_grad else matrix
+            self._kept_space = CostSpace.of(kept, center=self.args.center)
+        # A frozen matrix is read where it is now: sharding and devices move it.
+        return self._kept_space if matrix.requires_grad else replace(self._kept_space, matrix=matrix.detach())
+
     @torch.no_grad()
-    def _add_reference(self, rows: Rows) -> None:
-        """What the penalty needs of the reference for each avoid row, from the model as it is now, at step 0."""
-        measures: dict[str, Callable[..., Tensor]] = {
-            "margins": partial(margins, space=self.space),
-            "reference": log_probability,
-        }
-        needed = [] if self.penalty is None else sorted(self.penalty.needs & measures.keys())
-        model = self.model
+    def _look(self, batches: Iterable[Batch], function: Callable[..., None]) -> None:
+        """Hand the hidden states (B, T, D) of each batch to `function`, the model being in evaluation mode."""
+        model = self.model_wrapped
         training = model.training
         model.eval()
-        for row in rows if needed else []:
-            row.update({name: [0.0] * len(row["input_ids"]) for name in needed})
-            if not row["avoid"]:
-                continue
-
-            def keep(hidden: Tensor, row: dict[str, Any] = row) -> None:
-                labels = shift(torch.tensor([row["labels"]], device=hidden.device))
-                for name in needed:
-                    row[name] = measures[name](hidden[0], self._head(), labels[0]).float().tolist()
-
-            ids = torch.tensor([row["input_ids"]], device=model.device)
-            with _head_calls(model, keep):
-                model(input_ids=ids)
+        for batch in batches:
+            batch = self._prepare_inputs(batch)
+            with _head_calls(self.accelerator.unwrap_model(self.model), partial(function, batch=batch)):
+                model(**_model_inputs(batch))
         model.train(training)
+
+    def _batches(self, rows: Rows) -> Iterator[Batch]:
+        size = self.args.eval_batch_size
+        return (self.data_collator(rows[start : start + size]) for start in range(0, len(rows), size))
+
+    def _add_reference(self, rows: Any) -> None:
+        """What the penalty needs of the reference for each avoid row, from the model as it is now, at step 0."""
+        measures: dict[str, Callable[..., Tensor]] = {
+            "margins": lambda *args: margins(*args, space=self._space()),
+            "reference": log_probability,
+        }
+        needed = [] if self.penalty is None else sorted(self.penalty.needs & _REFERENCE)
+        if not needed or not rows:
+            return
+        for row in rows:
+            row.update({name: [0.0] * len(row["input_ids"]) for name in needed})
+        avoid = [row for row in rows if row["avoid"]]
+        upcoming = iter(avoid)
+
+        def keep(hidden: Tensor, batch: Batch) -> None:
+            labels, segments = shift(batch["labels"]).flatten(), batch["segments"].flatten()
+            found = {name: measures[name](hidden.flatten(0, 1), self._head(), labels) for name in needed}
+            for index in range(int(segments.max()) + 1):
+                row = next(upcoming)
+                row.update({name: values[segments == index].float().tolist() for name, values in found.items()})
+
+        self._look(self._batches(avoid), keep)
+
+    def _remember_start(self, rows: Any) -> list[tuple[Batch, Tensor]]:
+        """Batches of the first imitate rows to evaluate on, with the hidden states at step 0 where they count."""
+        if not isinstance(rows, list) or not self.args.kl_rows:
+            return []
+        imitate = [row for row in rows if not row["avoid"]][: self.args.kl_rows]
+        start: list[tuple[Batch, Tensor]] = []
+
+        def keep(hidden: Tensor, batch: Batch) -> None:
+            counts = shift(batch["labels"]).flatten() != IGNORE_INDEX
+            start.append((batch, hidden.flatten(0, 1)[counts].clone()))
+
+        self._look(self._batches(imitate), keep)
+        head = self._head()
+        if head.weight.requires_grad:
+            bias = None if head.bias is None else head.bias.detach().clone()
+            self._start_head = replace(head, weight=head.weight.detach().clone(), bias=bias)
+        return start
+
+    def _divergence(self) -> float | None:
+        """Mean KL from the model at step 0 to this one, in nats per token; None without rows to tell it by."""
+        if not self._start:
+            return None
+        sums: list[TokenSum] = []
+        before = iter(hidden for _, hidden in self._start)
+
+        def measure(hidden: Tensor, batch: Batch) -> None:
+            head, labels = self._head(), shift(batch["labels"]).flatten()
+            earlier = self._start_head or head
+            sums.append(divergence(hidden.flatten(0, 1), head, labels, before=next(before), head_before=earlier))
+
+        self._look((batch for batch, _ in self._start), measure)
+        return float(sum(part.total for part in sums)) / int(sum(part.count for part in sums))
+
+    # --- One step ----------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.sampling == "uniform" or not isinstance(rows, list):
+            return super()._get_train_sampler(train_dataset)
         avoid = [row["avoid"] for row in rows]
         step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        if self.args.sampling == "uniform":
-            return super()._get_train_sampler(train_dataset)
         share = sum(avoid) / len(avoid)
         per_step = self.args.avoid_per_step or max(1, round(share * step_size))
-        return StratifiedSampler(avoid, step_size, per_step, self.args.seed)
+        lengths = [len(row["input_ids"]) for row in rows]
+        return StratifiedSampler(avoid, lengths, step_size, per_step, self.args.seed)
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
-        """Imitate tokens, avoid tokens and avoid responses of the whole optimizer step, and its micro-batches."""
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | None:
+        """`_counts` of the whole optimizer step, and its micro-batches."""
         if not batch_samples:
             return None
         counts = torch.stack([_counts(batch) for batch in batch_samples]).sum(0).to(device)
         if self.args.world_size > 1:
-            counts = self.accelerator.gather(counts[None]).sum(0)
+            counts = self.accelerator.reduce(counts, "sum")
         # Per rank: the `paper` mode averages over its own micro-batches.
         return torch.cat([counts, counts.new_tensor([len(batch_samples)])])
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         """The two terms of one micro-batch, divided by the counts of the optimizer step."""
-        labels, avoid = shift(inputs["labels"]), inputs["avoid"]
+        watch = not model.training or self._will_log()
 
         def losses(hidden: Tensor) -> None:
-            self._terms = self._losses(hidden, labels, avoid, inputs)
+            self._terms = self._losses(hidden.flatten(0, 1), inputs, watch)
 
         with _head_calls(self.accelerator.unwrap_model(model), losses):
-            outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        if num_items_in_batch is None:
-            num_items_in_batch = torch.cat([_counts(inputs), labels.new_tensor([1])])
-        loss = self._combine(self._terms, num_items_in_batch.to(labels.device), _counts(inputs))
-        if model.training:
-            self._remember(inputs)
+            outputs = model(**_model_inputs(inputs))
+        here = _counts(inputs)
+        step = torch.cat([here, here.new_tensor([1])]) if num_items_in_batch is None else num_items_in_batch
+        imitate, penalty = self._divide(self._terms, step.to(here.device), here)
+        if watch and self.args.log_term_gradients and model.training:
+            self._add_term_gradients(model, {"imitate": imitate, "penalty": penalty})
+        self._remember(inputs, here)
+        loss = imitate + penalty
         return (loss, outputs) if return_outputs else loss
 
-    def _losses(self, hidden: Tensor, labels: Tensor, avoid: Tensor, inputs: dict[str, Tensor]) -> dict[str, TokenSum]:
-        """Sums over the micro-batch: `imitate_nll`, `penalty`, and `emd`, `entropy` and `top1` on avoid tokens."""
-        head = self._head()
-        imitate_labels, avoid_labels = labels[~avoid].flatten(), labels[avoid].flatten()
-        terms = {"imitate_nll": nll(hidden[~avoid].flatten(0, 1), head, imitate_labels)}
+    def _will_log(self) -> bool:
+        """Whether the step at hand ends with a log."""
+        step = self.state.global_step + 1
+        if self.args.logging_strategy != IntervalStrategy.STEPS:
+            return self.args.logging_strategy == IntervalStrategy.EPOCH
+        return step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
+
+    def _losses(self, hidden: Float[Tensor, "N D"], batch: Batch, watch: bool) -> dict[str, TokenSum]:
+        """Sums over the micro-batch: `imitate_nll`, `penalty`, and what is watched on avoid tokens."""
+        head, labels = self._head(), shift(batch["labels"]).flatten()
+        flat = {name: values.flatten() for name, values in batch.items()}
+        imitate_labels, avoid_labels = (
+            labels.masked_fill(kind, IGNORE_INDEX) for kind in (flat["avoid"], ~flat["avoid"])
+        )
+        terms = {"imitate_nll": nll(hidden, head, imitate_labels, weights=flat.get("weight"))}
         if self.penalty is None:
             return terms
-        at_avoid = hidden[avoid].flatten(0, 1)
-        offered: dict[str, Any] = {"space": self.space, "beta": self.args.beta}
-        offered |= {name: inputs[name][avoid].flatten() for name in ("margins", "reference") if name in inputs}
-        rows = torch.arange(int(avoid.sum()), device=labels.device)
-        offered["segments"] = rows.repeat_interleave(labels.shape[1])
+        offered = flat | {"space": self._space(), "beta": self.args.beta}
         needed = {name: offered[name] for name in self.penalty.needs}
-        terms["penalty"] = self.penalty.fn(at_avoid, head, avoid_labels, **needed)
-        statistics = avoid_statistics(at_avoid.detach(), head, avoid_labels, space=self.space)
-        return terms | statistics._asdict()
+        terms["penalty"] = self.penalty.fn(hidden, head, avoid_labels, weights=flat.get("weight"), **needed)
+        if watch:
+            terms |= avoid_statistics(hidden.detach(), head, avoid_labels, space=self._space())._asdict()
+        return terms
 
-    def _combine(self, terms: dict[str, TokenSum], step: Tensor, here: Tensor) -> Tensor:
-        """One scalar. `step` and `here` count (imitate tokens, avoid tokens, avoid responses[, micro-batches])."""
+    def _divide(self, terms: dict[str, TokenSum], step: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:
+        """Both terms of the loss. `step` and `here` are `_counts`, `step` with the number of micro-batches."""
         imitate = terms["imitate_nll"].total
-        penalty = terms["penalty"].total if "penalty" in terms else imitate.new_zeros(())
-        weight, mode = self.args.penalty_weight, self.args.normalization
-        per_response = self.penalty is not None and self.penalty.per == "response"
+        penalty = self.args.penalty_weight * (terms["penalty"].total if self.penalty else imitate.new_zeros(()))
+        mode = self.args.normalization
         if mode == "paper":
-            imitate_rows = here[3].clamp(min=1)
-            return (imitate / imitate_rows + weight * penalty / here[2].clamp(min=1)) / step[-1]
+            return imitate / here[3].clamp(min=1) / step[-1], penalty / here[2].clamp(min=1) / step[-1]
         # Gradients are averaged over ranks; the counts are already those of all ranks.
-        ranks = self.args.world_size
+        imitate_count, avoid_count = step[0], step[2] if self.penalty and self.penalty.per == "response" else step[1]
         if mode == "shared":
-            return ranks * (imitate + weight * penalty) / (step[0] + step[1]).clamp(min=1)
-        avoid_count = step[2] if per_response else step[1]
-        return ranks * (imitate / step[0].clamp(min=1) + weight * penalty / avoid_count.clamp(min=1))
+            imitate_count = avoid_count = step[0] + step[1]
+        # An absent kind is 0 / 1. Weights can add up to less than 1.
+        counts = (torch.where(count > 0, count, 1.0) for count in (imitate_count, avoid_count))
+        imitate, penalty = (
+            self.args.world_size * term / count for term, count in zip((imitate, penalty), counts, strict=True)
+        )
+        return imitate, penalty
 
-    def _remember(self, inputs: dict[str, Tensor]) -> None:
-        for name, (total, count) in self._terms.items():
-            have = self._logged.setdefault(name, [0.0, 0.0])
-            have[0] += float(total.detach())
-            have[1] += float(count)
-        self._tokens += int(inputs["attention_mask"].sum())
+    # --- What is seen of it --------------------------------------------------------------------
+
+    def _remember(self, batch: Batch, here: Tensor) -> None:
+        counts = {"tokens": (batch["segments"] >= 0).sum(), "imitate_tokens": here[0], "avoid_tokens": here[1]}
+        one = torch.ones_like(here[0])
+        for name, (total, count) in (self._terms | {name: TokenSum(n, one) for name, n in counts.items()}).items():
+            sums = torch.stack([total.detach().to(torch.float32), count.to(torch.float32)])
+            self._window[name] = self._window[name] + sums if name in self._window else sums
+
+    def _window_sums(self) -> dict[str, list[float]]:
+        """Total and count of each name since the last time, over all ranks."""
+        names = sorted(self._window)
+        sums = torch.stack([self._window[name] for name in names])
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums, "sum")
+        self._window = {}
+        return dict(zip(names, sums.tolist(), strict=True))
+
+    def _add_term_gradients(self, model: nn.Module, terms: dict[str, Tensor]) -> None:
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for name, term in terms.items():
+            if not term.requires_grad:
+                continue
+            found = torch.autograd.grad(term, parameters, retain_graph=True, materialize_grads=True)
+            have = self._term_gradients.get(name)
+            self._term_gradients[name] = (
+                list(found) if have is None else [a + b for a, b in zip(have, found, strict=True)]
+            )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of both terms since the last log, and tokens of prompt and reply per second."""
-        if "loss" in logs:
-            logs |= {name: total / count for name, (total, count) in self._logged.items() if count}
+        """Add what was seen since the last log."""
+        if "loss" in logs and self._window:
+            sums = self._window_sums()
             now = time.monotonic()
-            logs["tokens_per_s"] = self._tokens / (now - self._since)
-            self._logged, self._tokens, self._since = {}, 0, now
+            tokens = {name: sums.pop(name)[0] for name in ("tokens", "imitate_tokens", "avoid_tokens")}
+            logs |= {name: total / count for name, (total, count) in sums.items() if count}
+            logs |= {"tokens_per_s": tokens.pop("tokens") / (now - self._since), **tokens, "peak_mib": _peak_mib()}
+            for name, gradients in self._term_gradients.items():
+                logs[f"{name}_grad_norm"] = float(nn.utils.get_total_norm(gradients))
+            if (kl := self._divergence()) is not None:
+                logs["kl"] = kl
+            self._term_gradients, self._since = {}, time.monotonic()
         super().log(logs, start_time)
+
+    def prediction_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> tuple[Tensor, None, None]:
+        """The loss of a batch; what was said of `log` holds for evaluation as a whole."""
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As transformers'; each term is a mean over all rows to evaluate on, not over batches."""
+        kept, self._window = self._window, {}
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums, self._window = self._window_sums(), kept
+        means = {name: total / count for name, (total, count) in sums.items() if count and "tokens" not in name}
+        if (kl := self._divergence()) is not None:
+            means["kl"] = kl
+        means["loss"] = means.get("imitate_nll", 0.0) + self.args.penalty_weight * means.get("penalty", 0.0)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' `Trainer.train`."""
@@ -379,41 +514,44 @@ class TASFTTrainer(Trainer):
         return super().train(*args, **kwargs)
 
 
-def _counts(batch: dict[str, Tensor]) -> Tensor:
-    """Imitate tokens, avoid tokens, avoid responses and imitate responses of a batch, (4,)."""
-    counted = (shift(batch["labels"]) != IGNORE_INDEX).sum(-1)
-    avoid = batch["avoid"]
-    kinds = [counted[~avoid], counted[avoid]]
-    return torch.stack([kinds[0].sum(), kinds[1].sum(), (kinds[1] > 0).sum(), (kinds[0] > 0).sum()])
+class _Stream(IterableDataset[Row]):
+    """Rows encoded as they come."""
+
+    def __init__(
+        self, dataset: Iterable[Any], tokenizer: PreTrainedTokenizerBase, encoding: Encoding, avoid: bool
+    ) -> None:
+        self.dataset, self.tokenizer, self.encoding, self.avoid = dataset, tokenizer, encoding, avoid
+
+    def __iter__(self) -> Iterator[Row]:
+        rows = encode_stream(self.dataset, self.tokenizer, self.encoding)
+        return (row for row in rows if self.avoid or not row["avoid"])
+
+
+def _model_inputs(batch: Batch) -> dict[str, Any]:
+    names = ("input_ids", "attention_mask", "position_ids")
+    return {name: batch[name] for name in names if name in batch} | {"use_cache": False}
+
+
+def _counts(batch: Batch) -> Float[Tensor, "4"]:
+    """Imitate tokens, avoid tokens, avoid responses and imitate responses of a batch, or the sums of their weights."""
+    counts, avoid = shift(batch["labels"]) != IGNORE_INDEX, batch["avoid"]
+    weight = batch["weight"] if "weight" in batch else torch.ones_like(counts, dtype=torch.float32)
+    # A response counts once, at the first of its tokens. Segments rise along the batch.
+    begun = batch["segments"].masked_fill(~counts, -1).flatten().cummax(0).values
+    first = (begun != F.pad(begun[:-1], (1, 0), value=-1)).view_as(counts)
+    kinds = (counts & ~avoid, counts & avoid, first & avoid, first & ~avoid)
+    return torch.stack([(weight * kind).sum() for kind in kinds])
+
+
+def _peak_mib() -> float:
+    """Most memory held so far: of the GPU if there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2 ** (20 if sys.platform == "darwin" else 10)
 
 
 def _head_of(model: Any) -> Head:
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
     return Head(head.weight, head.bias, scale, getattr(config, "final_logit_softcapping", None))
-
-
-def _cost_space(model: Any, which: str, center: bool) -> CostSpace:
-    module = model.get_output_embeddings() if which == "output" else model.get_input_embeddings()
-    weight = module.weight
-    # A frozen matrix is used in place; one that will be trained is kept as it was before training.
-    return CostSpace.of(weight.detach().clone() if weight.requires_grad else weight, center=center)
-
-
-def _encode_all(
-    dataset: Sequence[Example | dict[str, Any]], tokenizer: PreTrainedTokenizerBase, args: TASFTConfig
-) -> Rows:
-    rows, faults = [], []
-    for index in range(len(dataset)):
-        row = dataset[index]
-        if isinstance(row, dict):
-            row = Example(**{"id": f"{index}", **{key: row[key] for key in row.keys() & Example.__annotations__}})
-        try:
-            encoded = encode(tokenizer, row, args.prompt_format, args.max_length)
-        except UserError as error:
-            faults += error.faults
-            continue
-        rows.append({"input_ids": encoded.input_ids, "labels": encoded.labels, "avoid": encoded.avoid})
-    if faults:
-        raise UserError(faults)
-    return rows
