@@ -2,7 +2,6 @@ import json
 from dataclasses import asdict
 
 import pytest
-import torch
 from conftest import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +11,6 @@ from tasft.data import Example
 from tasft.encode import (
     IGNORE_INDEX,
     Encoding,
-    collate,
     encode,
     encode_prompt,
     encode_rows,
@@ -586,22 +584,11 @@ def test_whatever_is_said_labels_are_the_turns_and_tokens_are_the_templates(talk
 # --- batches
 
 
-def test_padding_is_masked_and_ignored():
-    rows = [vars(encode(TOKENIZER, Example("Hi?", text, True), "chat", 500)) for text in ("Yes", "No, not at all")]
-    batch = collate(rows, pad_token_id=END)
-    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
-    assert (batch["labels"][batch["attention_mask"] == 0] == IGNORE_INDEX).all()
-    assert batch["attention_mask"].sum(1).tolist() == [len(row["input_ids"]) for row in rows]
-
-
-def test_weights_are_in_rows_and_batches_only_if_one_of_them_matters():
+def test_weights_are_in_rows_only_if_one_of_them_matters():
     plain, _ = encode_rows([Example("Hi?", "Yes", True)], TOKENIZER, Encoding())
     assert set(plain[0]) == {"input_ids", "labels", "avoid"}
-    assert "weight" not in collate(plain, END)
     rows, _ = encode_rows([Example("Hi?", "Yes", True), Example("Hi?", "No", False, weight=2)], TOKENIZER, Encoding())
-    weight = collate(rows, END)["weight"]
-    assert weight.dtype == torch.float32
-    assert weight.tolist() == [1.0, 2.0]
+    assert [row["weight"] for row in rows] == [1, 2]
 
 
 # --- preview

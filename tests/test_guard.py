@@ -222,6 +222,21 @@ def test_a_resumed_run_still_knows_the_last_good_checkpoint(tmp_path):
     assert [row["step"] for row in lines(tmp_path / "guard.jsonl")] == [15]
 
 
+def test_a_checkpoint_in_another_folder_is_not_gone_back_to(tmp_path):
+    settings = RUIN | {"max_steps": 9, "save_strategy": "steps", "save_steps": 5}
+    trainer(tmp_path / "one", **settings).train()
+    guard = CollapseGuard(GuardLimits(nll_factor=0.0), "stop")
+    trainer(tmp_path / "two", guard, **settings).train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-5"))
+    (event,) = lines(tmp_path / "two" / "guard.jsonl")
+    assert "no checkpoint was saved before" in event["message"]
+
+
+def test_it_stops_once(tmp_path):
+    logs = [{"entropy": 2.0, "kl": 0.0}, {"entropy": 0.0, "kl": 0.0}, {"entropy": 0.0, "kl": 9.0}]
+    feed(CollapseGuard(action="stop", patience=1), tmp_path, logs)
+    assert [row["step"] for row in lines(tmp_path / "guard.jsonl")] == [2]
+
+
 def test_a_checkpoint_made_without_the_guard_can_be_taken_up_with_it(tmp_path):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     trainer(tmp_path, **settings).train()

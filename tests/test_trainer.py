@@ -1,5 +1,7 @@
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from conftest import tiny_model, tiny_tokenizer
 from peft import LoraConfig
 
 from tasft import TASFTConfig, TASFTTrainer
+from tasft import trainer as trainer_module
 from tasft.data import Example
 from tasft.errors import UserError
 from tasft.loss import PENALTIES, CostSpace
@@ -16,13 +19,14 @@ ROWS = [Example(f"Say {word}?", f"{word} it is" + "!" * index, True) for index, 
 ROWS += [Example(f"Do {word}?", f"sure, {word}" + "." * index, False) for index, word in enumerate("xyz")]
 
 
-def trainer(folder, rows=ROWS, model=None, lora=False, **settings):
+def trainer(folder, rows=ROWS, model=None, lora=False, evaluate=None, **settings):
     settings = {"report_to": "none", "learning_rate": 1e-2, "logging_steps": 1, "use_cpu": True} | settings
     arguments = TASFTConfig(output_dir=str(folder), disable_tqdm=True, seed=3, **settings)
     return TASFTTrainer(
         model or tiny_model().double(),
         arguments,
         rows,
+        evaluate,
         processing_class=tiny_tokenizer(),
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if lora else None,
     )
@@ -105,18 +109,21 @@ def test_the_penalty_is_what_moves_the_avoid_tokens(tmp_path):
     assert ends[5.0] > ends[0.0] + 0.05
 
 
-def test_a_run_that_was_stopped_ends_where_the_undisturbed_one_does(tmp_path):
-    settings = {"max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 4, "penalty": "emd_hinge"}
-    whole = trainer(tmp_path / "whole", model=tiny_model(), lora=True, **settings)
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("penalty", ["emd_hinge", "emd_exact", "npo"])
+def test_a_run_that_was_stopped_ends_where_the_undisturbed_one_does(tmp_path, penalty, lora):
+    settings = {"max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 4, "penalty": penalty}
+    settings |= {"lora": lora, "evaluate": ROWS[:4]}
+    whole = trainer(tmp_path / "whole", model=tiny_model(), **settings)
     whole.train()
-    cut = trainer(tmp_path / "cut", model=tiny_model(), lora=True, **settings)
+    cut = trainer(tmp_path / "cut", model=tiny_model(), **settings)
     cut.train()
-    again = trainer(tmp_path / "cut", model=tiny_model(), lora=True, **settings)
+    again = trainer(tmp_path / "cut", model=tiny_model(), **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
     for name, weight in whole.model.named_parameters():
         assert torch.equal(weight, again.model.get_parameter(name)), name
     rows = [(tmp_path / side / "metrics.jsonl").read_text().splitlines() for side in ("whole", "cut")]
-    keys = ("step", "loss", "imitate_nll", "penalty", "emd", "entropy", "learning_rate")
+    keys = ("step", "loss", "imitate_nll", "penalty", "emd", "entropy", "top1", "kl", "grad_norm", "learning_rate")
     kept = [[{key: json.loads(line)[key] for key in keys} for line in side] for side in rows]
     assert kept[0] == kept[1]
 
@@ -253,3 +260,118 @@ def test_within_a_step_rows_stand_by_length():
     (rows,) = order(StratifiedSampler([False] * 6 + [True] * 2, lengths, step_size=4, avoid_per_step=1, seed=0))
     for step in (rows[:4], rows[4:]):
         assert [lengths[row] for row in step] == sorted(lengths[row] for row in step)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_evaluation_gives_means_over_all_rows_whatever_the_batches(tmp_path):
+    seen = []
+    for size in (1, 5, 12):
+        subject = trainer(tmp_path, penalty="nlcl", penalty_weight=0.7, evaluate=ROWS, per_device_eval_batch_size=size)
+        found = subject.evaluate()
+        seen.append({key: found[f"eval_{key}"] for key in ("loss", "imitate_nll", "penalty", "emd", "entropy", "top1")})
+    for other in seen[1:]:
+        assert other == pytest.approx(seen[0], rel=1e-6)
+    first = seen[0]
+    assert first["loss"] == pytest.approx(first["imitate_nll"] + 0.7 * first["penalty"], rel=1e-6)
+    assert 0 < first["top1"] < 1
+
+
+def test_the_divergence_from_step_0_is_zero_there_and_grows(tmp_path):
+    subject = trainer(tmp_path, evaluate=ROWS, max_steps=8, kl_rows=4, per_device_train_batch_size=4)
+    assert subject.evaluate()["eval_kl"] == 0
+    subject.train()
+    kl = [row["kl"] for row in metrics(tmp_path)]
+    assert 0 < kl[0] < kl[-1]
+    # Against the definition, by the model of step 0 itself.
+    rows = [row for row in subject.eval_dataset if not row["avoid"]][:4]
+    found = []
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            now, before = (m(input_ids=ids).logits[0].log_softmax(-1) for m in (subject.model, tiny_model().double()))
+        counted = torch.tensor([*row["labels"][1:], -100]) != -100
+        found.append((before.exp() * (before - now)).sum(1)[counted])
+    assert subject.evaluate()["eval_kl"] == pytest.approx(torch.cat(found).mean().item(), rel=1e-4)
+
+
+def test_without_rows_to_evaluate_on_no_divergence_is_logged(tmp_path):
+    trainer(tmp_path, max_steps=1).train()
+    assert "kl" not in metrics(tmp_path)[0]
+
+
+def test_the_gradient_norm_of_each_term_is_that_of_its_gradient(tmp_path):
+    settings = {"max_steps": 1, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 4}
+    subject = trainer(tmp_path, log_term_gradients=True, penalty_weight=0.7, avoid_per_step=3, **settings)
+    batches = [subject.train_dataset[:3], subject.train_dataset[3:9], subject.train_dataset[9:]]
+    imitate, penalty = (
+        gradients(trainer(tmp_path, penalty_weight=0.7, **settings), rows).norm().item()
+        for rows in (batches[:2], batches[2:])
+    )
+    subject.train()
+    (row, *_) = metrics(tmp_path)
+    assert row["imitate_grad_norm"] == pytest.approx(imitate, rel=1e-6)
+    assert row["penalty_grad_norm"] == pytest.approx(penalty, rel=1e-6)
+
+
+def test_tokens_of_each_kind_and_memory_are_logged(tmp_path):
+    trainer(tmp_path, num_train_epochs=1, per_device_train_batch_size=12, avoid_per_step=3).train()
+    (row,) = metrics(tmp_path)
+    subject = trainer(tmp_path)
+    assert row["imitate_tokens"] == subject.encoding.imitate_tokens
+    assert row["avoid_tokens"] == subject.encoding.avoid_tokens
+    assert row["peak_mib"] > 10
+
+
+def test_what_is_only_watched_is_looked_at_in_logged_steps_alone(tmp_path, monkeypatch):
+    looked = []
+    original = trainer_module.avoid_statistics
+    monkeypatch.setattr(trainer_module, "avoid_statistics", lambda *a, **k: looked.append(1) or original(*a, **k))
+    trainer(tmp_path, max_steps=6, logging_steps=3, per_device_train_batch_size=4).train()
+    assert len(looked) == 2
+    assert all("entropy" in row for row in metrics(tmp_path))
+
+
+class Endless:
+    """A stream: no length, no index."""
+
+    def __iter__(self):
+        while True:
+            yield from (vars(row) for row in ROWS)
+
+
+def test_a_stream_is_encoded_as_it_comes(tmp_path):
+    subject = trainer(tmp_path, rows=Endless(), max_steps=3, per_device_train_batch_size=6, penalty="emd_exact")
+    subject.train()
+    assert len(metrics(tmp_path)) == 3
+    assert all({"imitate_nll", "penalty"} <= row.keys() for row in metrics(tmp_path)[1::2])
+
+
+def test_a_stream_gives_no_reference(tmp_path):
+    with pytest.raises(UserError, match="step 0"):
+        trainer(tmp_path, rows=Endless(), max_steps=3, penalty="emd_hinge")
+
+
+def test_rows_that_are_cut_or_dropped_are_counted(tmp_path):
+    subject = trainer(tmp_path, rows=[*ROWS, ROWS[0]], max_length=22, duplicates="drop")
+    assert subject.encoding.dropped_duplicates == 1
+    assert subject.encoding.truncated > 0
+    assert subject.encoding.rows == len(subject.train_dataset) == len(ROWS)
+
+
+OLD = """
+from importlib import metadata
+
+version = metadata.version
+metadata.version = lambda name: "5.17.0" if name == "transformers" else version(name)
+from tasft import TASFTTrainer
+"""
+
+
+def test_an_older_transformers_is_refused_at_import():
+    """5.17 passes over `loss_is_scaled_for_ga`: gradients would be too small by the number of micro-batches."""
+    run = subprocess.run([sys.executable, "-c", OLD], capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "UserError: transformers 5.17.0 is too old for tasft: pip install 'transformers>=5.23'" in run.stderr

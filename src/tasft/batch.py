@@ -25,7 +25,7 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, padding_free: boo
         padding_free: Lay them end to end. `position_ids`, which begin anew with each row, keep them apart.
 
     Returns:
-        Tensors of B rows and T positions, or of one row and as many positions as there are tokens: `input_ids`, `labels`,
+        Tensors of B rows and T positions, or of one row and a position for each token: `input_ids`, `labels`,
         `avoid` (whether the row is to be avoided), `segments` (number of the row, -1 for padding), if given `weight`,
         `margins` and `reference`; and `attention_mask` or `position_ids`.
     """

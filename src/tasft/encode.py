@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple, get_args
 
-import torch
 from jinja2 import TemplateError
 from rich.text import Text
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tasft.data import Example, Messages, example_of
@@ -567,33 +565,3 @@ def _runs(
         if stop == len(roles) or roles[stop] != roles[start] or roles[start] == "end":
             yield list(input_ids[start:stop]), roles[start]
             start = stop
-
-
-def collate(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
-    """Right-padded batch of B rows and T positions.
-
-    Args:
-        rows: `input_ids`, `labels` (lists), `avoid` (bool), perhaps `weight` (float), and what a penalty
-            needs of the reference model, `margins` or `reference` (lists of float).
-        pad_token_id: Fills `input_ids`; it is masked, so any id will do.
-
-    Returns:
-        `input_ids`, `attention_mask`, `labels` (B, T), `avoid` (B,), and if given `weight` (B,) and `margins` or
-        `reference` (B, T).
-    """
-    width = max(len(row["input_ids"]) for row in rows)
-
-    def pad(key: str, filler: float) -> Tensor:
-        return torch.tensor([row[key] + [filler] * (width - len(row[key])) for row in rows])
-
-    batch = {
-        "input_ids": pad("input_ids", pad_token_id),
-        "attention_mask": torch.tensor(
-            [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows]
-        ),
-        "labels": pad("labels", IGNORE_INDEX),
-        "avoid": torch.tensor([row["avoid"] for row in rows]),
-    }
-    if "weight" in rows[0]:
-        batch["weight"] = torch.tensor([row["weight"] for row in rows], dtype=torch.float32)
-    return batch | {key: pad(key, 0.0) for key in ("margins", "reference") if key in rows[0]}

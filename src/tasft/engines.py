@@ -1,10 +1,10 @@
 """Who answers prompts: one protocol, and the engine that runs a model in this process."""
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F
@@ -101,6 +101,7 @@ class TransformersEngine:
         tokenizer: Its tokenizer.
         style: How prompts are written.
         batch_size: Replies drawn together.
+        chat_template_kwargs: Given to the chat template.
     """
 
     def __init__(
@@ -109,14 +110,16 @@ class TransformersEngine:
         tokenizer: PreTrainedTokenizerBase,
         style: PromptFormat,
         batch_size: int = 64,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.style: PromptFormat = style
         self.batch_size = batch_size
+        self.chat_template_kwargs = chat_template_kwargs
 
     def _ids(self, prompt: str, start: str) -> list[int]:
-        ids = encode_prompt(self.tokenizer, prompt, self.style)
+        ids = encode_prompt(self.tokenizer, prompt, self.style, chat_template_kwargs=self.chat_template_kwargs)
         return ids + self.tokenizer(start, add_special_tokens=False).input_ids if start else ids
 
     def generate(

@@ -101,7 +101,8 @@ class CollapseGuard(TrainerCallback, ExportableState):
 
     - `warn`: nothing else; once for each measure.
     - `lower`: `args.penalty_weight` is multiplied by `factor`, and again after `patience` more logs over the limit, at
-      most `times`; then it warns. A run that is resumed goes on with the lowered weight.
+      most `times`; then it warns. A run that is resumed goes on with the lowered weight. This takes the pressure off;
+      what has collapsed by then seldom opens again.
     - `stop`: training ends, and the trainer is left with the last checkpoint that was saved while nothing was over a
       limit, which `save_total_limit` spares. If there is none, the model is left as it is.
 

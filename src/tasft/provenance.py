@@ -12,8 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from packaging.requirements import Requirement
 
 from tasft.errors import UserError
+
+
+def require(package: str) -> None:
+    """Refuse an installed release that is older than our own requirements allow.
+
+    pip sees to that once; later another package may take it back, and what changed may fail silently.
+
+    Raises:
+        UserError: Names both versions.
+    """
+    for line in metadata.requires("tasft") or []:
+        requirement = Requirement(line)
+        found = metadata.version(package)
+        if requirement.name == package and not requirement.specifier.contains(found, prereleases=True):
+            raise UserError(f"{package} {found} is too old for tasft: pip install '{package}{requirement.specifier}'")
 
 
 def content_hash(value: object) -> str:

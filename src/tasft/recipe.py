@@ -41,6 +41,7 @@ class Model(_Section):
 
     base: str = Field(description="A hub name, a folder, a .gguf file, or smollm2-135m-instruct.")
     prompt: Literal["chat", "alpaca"] = Field("chat", description="How prompts are written.")
+    chat_template_kwargs: dict[str, Any] = Field({}, description="Given to the chat template: enable_thinking: false.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Precision of the base weights.")
     lora: Lora | None = Field(Lora(), description="The adapter; null trains all weights.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
@@ -87,7 +88,11 @@ class Training(_Section):
     micro_batch_size: int | None = Field(None, ge=1, description="Rows in a forward pass; null takes batch_size.")
     learning_rate: Number = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
     warmup: int = Field(0, ge=0, description="Steps of linear warm-up; linear decay follows.")
-    max_length: int = Field(512, ge=8, description="Longest row in tokens; what is over is cut.")
+    max_length: int = Field(512, ge=8, description="Longest row in tokens.")
+    overlong: Literal["truncate", "drop", "error"] = Field("truncate", description="What becomes of longer rows.")
+    duplicates: Literal["keep", "drop", "error"] = Field("keep", description="What becomes of rows that repeat one.")
+    turns: Literal["last", "all"] = Field("last", description="Assistant turns of a conversation that are learned.")
+    padding_free: bool = Field(False, description="Lay rows end to end instead of padding them.")
     save_steps: int = Field(20, ge=1, description="Steps between checkpoints, from which an interrupted run goes on.")
 
     @model_validator(mode="after")
@@ -115,6 +120,7 @@ class Train(Training):
     start: Literal["base", "sft"] = Field("base", description="The model that training starts from.")
     cost_space: Literal["output", "input"] = Field("output", description="Embedding whose distances are the cost.")
     center: bool = Field(False, description="Subtract the mean embedding first.")
+    penalize_end: bool = Field(False, description="Penalise the end token of avoid rows too, as the paper reads.")
     beta: Number = Field(0.1, gt=0, description="How soon penalty npo lets go of a response.")
 
     @model_validator(mode="after")

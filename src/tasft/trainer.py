@@ -56,8 +56,11 @@ from tasft.loss import (
     shift,
 )
 from tasft.model import load_model, load_tokenizer
-from tasft.provenance import atomic_write_text
+from tasft.provenance import atomic_write_text, require
 from tasft.sampler import StratifiedSampler
+
+# Older ones divide the loss by the micro-batches although `loss_is_scaled_for_ga` tells them not to.
+require("transformers")
 
 Rows = list[Row]
 
@@ -111,7 +114,7 @@ class TASFTConfig(TrainingArguments):
     penalize_end: bool = False
     overlong: Overlong = "truncate"
     duplicates: Duplicates = "keep"
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    chat_template_kwargs: dict[str, Any] | None = None
     # Rows are token lists of our own making: transformers must not look for the model's argument names.
     remove_unused_columns: bool = field(default=False, init=False)
 
@@ -241,6 +244,8 @@ class TASFTTrainer(Trainer):
         self._since = time.monotonic()
         self._kept_space: CostSpace | None = None
         self._start_head: Head | None = None
+        if self.penalty is not None:
+            self._space()  # now: a head that is trained will be another once a checkpoint is loaded
         for each in (rows, evaluated):
             self._add_reference(each)
         self._start = self._remember_start(evaluated)
@@ -257,7 +262,7 @@ class TASFTTrainer(Trainer):
             args.penalize_end,
             args.overlong,
             args.duplicates,
-            args.chat_template_kwargs,
+            args.chat_template_kwargs or {},
         )
         if not hasattr(dataset, "__len__"):
             if self.penalty is not None and self.penalty.needs & _REFERENCE:

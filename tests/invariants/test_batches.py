@@ -1,0 +1,120 @@
+"""The gradient of an optimizer step does not depend on how its rows are laid out."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import CHAT, tiny_tokenizer
+from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen3Config
+
+from tasft import TASFTConfig, TASFTTrainer
+from tasft.data import Example
+from tasft.loss import PENALTIES
+
+IMITATE = [Example(f"Say {word}?", f"{word} it is" + "!" * 2 * index, True) for index, word in enumerate("abcdefghi")]
+AVOID = [Example(f"Do {word}?", f"sure, {word}" + "." * 3 * index, False) for index, word in enumerate("xyz")]
+ROWS = IMITATE + AVOID
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+MODELS = {
+    "llama-tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "llama-untied": LlamaConfig(**SHAPE, tie_word_embeddings=False),
+    "gemma": GemmaConfig(**SHAPE, tie_word_embeddings=True),
+    "qwen": Qwen3Config(**SHAPE, tie_word_embeddings=True),
+    "mistral": MistralConfig(**SHAPE, sliding_window=None),
+}
+TOKENIZER = tiny_tokenizer()
+
+
+def build(name):
+    torch.manual_seed(0)
+    config = MODELS[name]
+    config.vocab_size = len(TOKENIZER)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+
+
+def trainer(folder, model="llama-tied", rows=ROWS, **settings):
+    settings = {"report_to": "none", "use_cpu": True, "kl_rows": 0, "disable_tqdm": True} | settings
+    return TASFTTrainer(build(model), TASFTConfig(output_dir=str(folder), **settings), rows, processing_class=TOKENIZER)
+
+
+def gradient(subject, batches):
+    """Of one optimizer step made of these micro-batches."""
+    subject.model.zero_grad()
+    collated = [subject.data_collator(batch) for batch in batches]
+    counts = subject._get_num_items_in_batch(collated, torch.device("cpu"))
+    for batch in collated:
+        subject.compute_loss(subject.model, batch, num_items_in_batch=counts).backward()
+    return torch.cat([p.grad.flatten() for p in subject.model.parameters() if p.grad is not None])
+
+
+def same(one, other, atol=1e-10):
+    assert one.abs().max() > 1e-3
+    torch.testing.assert_close(other, one, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("normalization", ["per_group", "shared"])
+@pytest.mark.parametrize("penalty", [*PENALTIES])
+def test_cutting_padding_and_order_change_nothing(tmp_path, penalty, normalization):
+    settings = {"penalty": penalty, "normalization": normalization}
+    subject = trainer(tmp_path, **settings)
+    rows = subject.train_dataset
+    whole = gradient(subject, [rows])
+    same(whole, gradient(subject, [[row] for row in rows]))
+    # Imitate and avoid rows apart, so that some micro-batches lack one kind.
+    same(whole, gradient(subject, [rows[:4], rows[4:9], rows[9:]]))
+    same(whole, gradient(subject, [rows[start::4][::-1] for start in range(4)]))
+    packed = trainer(tmp_path, padding_free=True, **settings)
+    rows = packed.train_dataset
+    assert packed.data_collator(rows)["input_ids"].shape == (1, sum(len(row["input_ids"]) for row in rows))
+    same(whole, gradient(packed, [rows]))
+    same(whole, gradient(packed, [rows[:5][::-1], rows[5:]]))
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+@pytest.mark.parametrize("model", [*MODELS])
+def test_it_holds_for_models_of_other_shapes(tmp_path, model, padding_free):
+    whole = gradient(trainer(tmp_path, model), [trainer(tmp_path, model).train_dataset])
+    subject = trainer(tmp_path, model, padding_free=padding_free)
+    rows = subject.train_dataset
+    # The norms of Gemma add up the gradient of their weights in float32; 6e-9 was seen.
+    same(whole, gradient(subject, [rows[:3], rows[3:7], rows[7:]]), atol=1e-7 if model == "gemma" else 1e-10)
+
+
+@pytest.mark.parametrize("penalty", [*PENALTIES])
+def test_a_row_of_weight_two_counts_as_two(tmp_path, penalty):
+    heavy = [replace(row, weight=2.0) if index in (1, 10) else row for index, row in enumerate(ROWS)]
+    twice = [*ROWS, ROWS[1], ROWS[10]]
+    one, other = (trainer(tmp_path, rows=rows, penalty=penalty) for rows in (heavy, twice))
+    same(gradient(one, [one.train_dataset]), gradient(other, [other.train_dataset]))
+    parts = [one.train_dataset[:5], one.train_dataset[5:]]
+    same(gradient(one, parts), gradient(other, [other.train_dataset]))
+
+
+def test_all_turns_of_a_talk_are_one_response(tmp_path):
+    """What a per-response penalty averages over, and counts once."""
+    talk = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
+    row = Example(talk[:3], talk[3:], False)
+    subject = trainer(tmp_path, rows=[*IMITATE, row], penalty="nlcl", turns="all")
+    batch = subject.data_collator(subject.train_dataset)
+    assert TOKENIZER.chat_template == CHAT
+    subject.compute_loss(subject.model, batch)
+    assert subject._terms["penalty"].count == 1
+    assert subject._get_num_items_in_batch([batch], torch.device("cpu"))[:4].tolist()[1:] == [2, 1, 9]
+
+
+def test_nothing_to_count_of_a_kind_gives_a_gradient_of_the_other(tmp_path):
+    subject = trainer(tmp_path, penalty="emd_hinge")
+    rows = subject.train_dataset
+    imitate, avoid = gradient(subject, [rows[:9]]), gradient(subject, [rows[9:]])
+    same(gradient(subject, [rows]), imitate + avoid)
