@@ -168,6 +168,62 @@ def test_an_adapter_on_the_head_is_refused(tmp_path):
         )
 
 
+def test_an_adapter_on_embeddings_that_are_the_head_too_is_refused(tmp_path):
+    arguments = TASFTConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    lora = LoraConfig(r=2, target_modules=["embed_tokens"])
+    with pytest.raises(UserError, match="embedding"):
+        TASFTTrainer(tiny_model(tied=True), arguments, ROWS, processing_class=tiny_tokenizer(), peft_config=lora)
+    # Of two matrices only the input's is adapted: nothing reads it past the adapter.
+    TASFTTrainer(tiny_model(tied=False), arguments, ROWS, processing_class=tiny_tokenizer(), peft_config=lora)
+
+
+@pytest.mark.parametrize("penalty", ["emd_hinge", "nlcl", "emd"])
+def test_a_head_that_is_trained_beside_an_adapter_gets_its_gradient(tmp_path, penalty):
+    """peft's modules_to_save puts a copy of the head in its place."""
+    arguments = TASFTConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, penalty=penalty, max_steps=2)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    subject = TASFTTrainer(
+        tiny_model(tied=False).double(), arguments, ROWS, processing_class=tiny_tokenizer(), peft_config=lora
+    )
+    before = subject._head().weight.detach().clone()
+    assert subject._head().weight.requires_grad
+    subject.train()
+    assert not torch.equal(subject._head().weight, before)
+
+
+@pytest.mark.parametrize("settings", [{"activation_checkpointing": True}, {"padding_free": True}], ids=str)
+def test_what_saves_memory_changes_nothing_that_is_learned(tmp_path, settings):
+    common = {"max_steps": 3, "per_device_train_batch_size": 4, "penalty": "emd_hinge", "lora": True}
+    plain, saving = (trainer(tmp_path, model=tiny_model().double(), **common, **more) for more in ({}, settings))
+    for subject in (plain, saving):
+        subject.train()
+    for name, weight in plain.model.named_parameters():
+        torch.testing.assert_close(saving.model.get_parameter(name), weight, atol=1e-9, rtol=0)
+
+
+def test_bf16_trains_close_to_full_precision(tmp_path):
+    common = {"max_steps": 4, "per_device_train_batch_size": 12, "penalty": "emd_hinge", "lora": True}
+    logs = []
+    for settings in ({}, {"bf16": True}):
+        folder = tmp_path / str(bool(settings))
+        trainer(folder, model=tiny_model(), **common, **settings).train()
+        logs.append(metrics(folder))
+    for plain, narrow in zip(*logs, strict=True):
+        assert narrow["loss"] == pytest.approx(plain["loss"], rel=0.02)
+        assert narrow["penalty"] == pytest.approx(plain["penalty"], abs=0.02)
+
+
+def test_a_merged_model_gives_the_adapters_logits(tmp_path):
+    subject = trainer(tmp_path, model=tiny_model().double(), lora=True, max_steps=3)
+    subject.train()
+    ids = torch.tensor([subject.train_dataset[0]["input_ids"]])
+    with torch.no_grad():
+        adapted = subject.model.eval()(input_ids=ids).logits
+        merged = subject.model.merge_and_unload()(input_ids=ids).logits
+    torch.testing.assert_close(merged, adapted, atol=1e-12, rtol=0)
+    assert not torch.allclose(adapted, tiny_model().double()(input_ids=ids).logits, atol=1e-3)
+
+
 def test_an_unknown_penalty_and_bad_rows_are_named(tmp_path):
     with pytest.raises(UserError, match="emd_hinge"):
         trainer(tmp_path, penalty="emdd")

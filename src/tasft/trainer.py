@@ -221,11 +221,7 @@ class TASFTTrainer(Trainer):
             model = load_model(model)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
-        if isinstance(model.get_output_embeddings(), BaseTunerLayer):
-            raise UserError(
-                "the adapter is on the output head, which the losses read directly: leave the head out of its "
-                "target_modules, or train in full"
-            )
+        _refuse_adapted_head(model)
         self.penalty = PENALTIES.get(args.penalty)
         self.encoding: EncodingReport | None = None
         rows, evaluated = (self._encode(dataset, tokenizer, args) for dataset in (train_dataset, eval_dataset))
@@ -530,6 +526,20 @@ class _Stream(IterableDataset[Row]):
     def __iter__(self) -> Iterator[Row]:
         rows = encode_stream(self.dataset, self.tokenizer, self.encoding)
         return (row for row in rows if self.avoid or not row["avoid"])
+
+
+def _refuse_adapted_head(model: Any) -> None:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        raise UserError(
+            "the adapter is on the output head, which the losses read directly: leave the head out of its "
+            "target_modules, or name it in modules_to_save to train it in full"
+        )
+    if isinstance(embedding, BaseTunerLayer) and embedding.weight is head.weight:
+        raise UserError(
+            "the adapter is on the embedding, which is the output head too and which the losses read directly: leave "
+            "it out of its target_modules, or train in full"
+        )
 
 
 def _model_inputs(batch: Batch) -> dict[str, Any]:
