@@ -81,3 +81,9 @@ def test_a_bundled_model_with_another_hash_is_refused(monkeypatch):
     monkeypatch.setattr(model, "file_hash", lambda path: "0")
     with pytest.raises(UserError, match="sha256 differs"):
         model.locate("smollm2-135m-instruct")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_four_bits_without_a_gpu_are_refused_with_a_sentence(tiny):
+    with pytest.raises(UserError, match="needs a GPU and bitsandbytes"):
+        model.load_model(str(tiny), quantize="4bit")

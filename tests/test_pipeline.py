@@ -138,7 +138,7 @@ def test_replies_written_before_a_crash_are_kept_and_the_end_is_the_same(small, 
             raise MemoryError
         return generate(self, *arguments)
 
-    monkeypatch.setattr(engines.TransformersEngine.__init__, "__defaults__", (5,))
+    monkeypatch.setattr(engines.TransformersEngine.__init__, "__defaults__", (5, None))
     go(small, tmp_path / "fives", stages=("harvest",))
     monkeypatch.setattr(engines.TransformersEngine, "_generate", dies_in_the_third_batch)
     cut = tmp_path / "cut"
@@ -322,3 +322,39 @@ def test_the_paths_of_a_run_are_inside_its_folder(small, tmp_path):
     go(small, run, stages=("harvest",))
     after = {path for path in tmp_path.rglob("*") if run not in path.parents and path != run}
     assert {Path(path) for path in after} == before
+
+
+def test_a_preview_shows_what_training_would_see_and_writes_nothing(small, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="run tasft harvest"):
+        list(Run(recipe.load(str(small)), run).preview("train"))
+    go(small, run, stages=("harvest",))
+    texts = [text.plain for text in Run(recipe.load(str(small)), run).preview("train")]
+    assert [text.split("(")[1].split(")")[0] for text in texts] == ["imitate"] * 3 + ["avoid"] * 3
+    assert all("»" in text for text in texts)
+    assert not (run / "train").exists()
+    with pytest.raises(UserError, match="no sft section"):
+        list(Run(recipe.load(str(small)), run).preview("sft"))
+
+
+def test_imitate_rows_are_held_out_to_watch_the_divergence_and_the_guard_writes_what_it_sees(small, tmp_path):
+    run = tmp_path / "run"
+    go(
+        small,
+        run,
+        "train.kl_rows=2",
+        "train.guard={probes: 2, entropy_nats: 99, patience: 1}",
+        stages=("harvest", "train"),
+    )
+    logs = rows(run / "train" / "metrics.jsonl")
+    assert all(log["kl"] >= 0 for log in logs)
+    events = rows(run / "train" / "guard.jsonl")
+    assert [(event["measure"], event["action"]) for event in events] == [("entropy", "warn")]
+    assert "99" in events[0]["message"]
+
+
+def test_a_collapse_before_the_first_checkpoint_is_an_error_that_says_what_to_do(small, tmp_path):
+    guard = "train.guard={action: stop, entropy_nats: 99, patience: 1}"
+    with pytest.raises(UserError, match=r"lower train\.penalty_weight"):
+        go(small, tmp_path / "run", guard, "train.save_steps=4", stages=("harvest", "train"))
+    assert not (tmp_path / "run" / "train" / "done.json").exists()

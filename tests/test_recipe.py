@@ -67,6 +67,7 @@ def test_all_faults_are_named_at_once_each_with_its_field(tmp_path):
         ({"evaluate": {"sets": {"../up": {"source": "x", "kind": "toxic"}}}}, "evaluate.sets"),
         ({"train": {"steps": 1, "batch_size": 2, "avoid_per_step": 2}}, "leaves no row to imitate"),
         ({"train": {"steps": 1, "learning_rate": float("inf")}}, "train.learning_rate"),
+        ({"model": {"base": "x", "quantize": "4bit", "lora": None}}, "model.quantize"),
         ({"model": {}}, "model.base: is missing"),
         ({"harvest": {"temperature": -1}}, "harvest.temperature"),
         ({"extends": "nowhere.yaml"}, "nowhere.yaml"),

@@ -2,14 +2,18 @@
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from tasft.errors import UserError
+
+if TYPE_CHECKING:
+    from tasft.pipeline import Run
 
 app = typer.Typer(
     add_completion=True,
@@ -42,16 +46,22 @@ def _options(
     pass
 
 
-def _go(source: str, overrides: Sequence[str] | None, out: Path | None, stages: Sequence[str] | None) -> None:
+def _open(source: str, overrides: Sequence[str] | None, out: Path | None) -> "Run":
     from tasft import pipeline, recipe
 
     spec = recipe.load(source, overrides or ())
     if out is None:
         out = Path(source) if (Path(source) / "recipe.yaml").is_file() else Path("runs") / spec.name
+    return pipeline.Run(spec, out)
+
+
+def _go(source: str, overrides: Sequence[str] | None, out: Path | None, stages: Sequence[str] | None) -> None:
+    opened = _open(source, overrides, out)
     try:
-        pipeline.Run(spec, out).go(pipeline.STAGES if stages is None else tuple(stages))
+        opened.go(*([] if stages is None else [tuple(stages)]))
     except KeyboardInterrupt:
-        print("tasft: interrupted; run the same command again to go on", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("tasft: interrupted; run the same command again to go on", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
@@ -64,6 +74,55 @@ def run(recipe: RecipeArgument, overrides: OverridesArgument = None, out: OutOpt
     _go(recipe, overrides, out, None)
 
 
+# As `tasft.launch.KINDS`, which must not be imported for --help alone.
+Launch = Literal["ddp", "fsdp2", "zero2", "zero3"]
+LaunchOption = Annotated[
+    Launch | None,
+    typer.Option("--launch", help="Train in several processes: whole models (ddp), or parts.", show_default=False),
+]
+ProcessesOption = Annotated[
+    int | None,
+    typer.Option("--processes", "-n", min=1, help="How many; default one for each GPU.", show_default=False),
+]
+
+
+PreviewOption = Annotated[
+    bool, typer.Option("--preview", help="Only print a few rows of each kind as the model would see them.")
+]
+
+
+def _preview(source: str, overrides: Sequence[str] | None, out: Path | None, stage: str) -> None:
+    from rich.console import Console
+
+    for text in _open(source, overrides, out).preview(stage):
+        Console().print(text)
+
+
+def _training(name: str, what: str) -> None:
+    def command(
+        recipe: RecipeArgument,
+        overrides: OverridesArgument = None,
+        out: OutOption = None,
+        launch: LaunchOption = None,
+        processes: ProcessesOption = None,
+        preview: PreviewOption = False,
+    ) -> None:
+        if preview:
+            _preview(recipe, overrides, out, name)
+            return
+        if launch is None:
+            _go(recipe, overrides, out, [name])
+            return
+        from tasft import launch as launcher
+
+        place = [] if out is None else ["--out", str(out)]
+        arguments = ["-c", "from tasft.cli import main; main()", name, *place, "--", recipe, *(overrides or ())]
+        raise typer.Exit(launcher.launch([sys.executable, *arguments], launch, processes or launcher.gpus() or 1))
+
+    command.__doc__ = f"{what}\n\nExample: tasft {name} demo --out runs/demo"
+    app.command(name)(command)
+
+
 def _stage(name: str, what: str) -> None:
     def command(recipe: RecipeArgument, overrides: OverridesArgument = None, out: OutOption = None) -> None:
         _go(recipe, overrides, out, [name])
@@ -72,9 +131,9 @@ def _stage(name: str, what: str) -> None:
     app.command(name)(command)
 
 
-_stage("sft", "Fine-tune the base model on data.imitate, where the recipe asks for it.")
+_training("sft", "Fine-tune the base model on data.imitate, where the recipe asks for it.")
 _stage("harvest", "Let the model answer, judge its answers, and keep rows to avoid and to imitate.")
-_stage("train", "Train on the rows.")
+_training("train", "Train on the rows.")
 _stage("evaluate", "Answer and judge the evaluation sets, before and after.")
 _stage("report", "Write the report as HTML, Markdown and CSV.")
 
@@ -103,6 +162,9 @@ def main() -> None:
     try:
         app()
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            # The first rank finds the same fault and says it for all, and its end is theirs. If not, this one must.
+            time.sleep(5)
         for fault in error.faults:
             print(f"tasft: {fault}", file=sys.stderr)
         sys.exit(2)

@@ -60,13 +60,12 @@ def launch(command: Sequence[str], kind: str, processes: int) -> int:
     Raises:
         UserError: There are fewer GPUs, or DeepSpeed is not installed.
     """
-    gpus = torch.cuda.device_count()
-    if 0 < gpus < processes:
-        raise UserError(f"-n {processes}: this machine has {gpus} GPU{'s' * (gpus > 1)}")
+    if 0 < gpus() < processes:
+        raise UserError(f"-n {processes}: this machine has {gpus()} GPU{'s' * (gpus() > 1)}")
     if kind.startswith("zero") and find_spec("deepspeed") is None:
         raise UserError(f"--launch {kind} needs DeepSpeed: pip install deepspeed")
     # Held here, where the system chose the port: none of the processes has to guess one that is free.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     shared = os.environ | {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
@@ -75,7 +74,7 @@ def launch(command: Sequence[str], kind: str, processes: int) -> int:
         "LOCAL_WORLD_SIZE": str(processes),
         **KINDS[kind],
     }
-    if not gpus:
+    if not gpus():
         # accelerate takes the first for a reason not to share at all; the second merely names the device.
         shared |= {"ACCELERATE_USE_CPU": "true"} if kind == "ddp" else {"ACCELERATE_TORCH_DEVICE": "cpu"}
         shared |= {"DS_ACCELERATOR": "cpu"}
@@ -111,6 +110,11 @@ def _stop(running: Sequence["subprocess.Popen[bytes]"]) -> None:
             process.wait()
 
 
+def gpus() -> int:
+    """How many GPUs this machine has."""
+    return torch.cuda.device_count()
+
+
 def world_size() -> int:
     """How many processes share this work."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -133,10 +137,9 @@ def joined() -> Iterator[None]:
     if world_size() == 1:
         yield
         return
-    on_cpu = not torch.cuda.is_available()
-    if on_cpu and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if os.environ.get("ACCELERATE_TORCH_DEVICE") == "cpu":
         _shard_on_cpu()
-    PartialState(cpu=on_cpu and os.environ.get("ACCELERATE_USE_CPU") == "true")
+    PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU") == "true")
     try:
         yield
     finally:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -121,21 +122,30 @@ def load_tokenizer(base: str, trust_remote_code: bool = False) -> PreTrainedToke
     return tokenizer
 
 
-def load_model(base: str, dtype: str = "float32", trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(
+    base: str, dtype: str = "float32", trust_remote_code: bool = False, quantize: str = "none"
+) -> PreTrainedModel:
     """A causal language model in evaluation mode, on the GPU if there is one.
 
     Args:
         base: As `locate` takes it.
         dtype: Name of a torch dtype.
         trust_remote_code: Passed on to transformers.
+        quantize: none, or 4bit: the frozen weights under an adapter in NF4 (QLoRA, Dettmers et al. 2023), products
+            in `dtype`. The output head, which the losses read, is left as it is.
+
+    Raises:
+        UserError: It does not load, or is to be quantised without a GPU or bitsandbytes.
     """
     place = locate(base, trust_remote_code)
+    quantization = _four_bits(dtype) if quantize == "4bit" else {}
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             place.name,
             dtype=getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
             **place.arguments(),
+            **quantization,
         )
     except (OSError, ValueError) as error:
         # No weights, weights that are cut short, or a model that is no causal language model.
@@ -145,7 +155,21 @@ def load_model(base: str, dtype: str = "float32", trust_remote_code: bool = Fals
         model.is_quantized = False
         model.hf_quantizer = None
         del model.config.quantization_config
+    if quantization:
+        return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False).eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _four_bits(dtype: str) -> dict[str, Any]:
+    if not torch.cuda.is_available() or find_spec("bitsandbytes") is None:
+        raise UserError("model.quantize: 4bit needs a GPU and bitsandbytes: pip install bitsandbytes, or say none")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+    return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}
 
 
 def add_lora(model: PreTrainedModel, *, r: int, alpha: int, dropout: float, targets: list[str]) -> PeftModel:

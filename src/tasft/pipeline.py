@@ -4,8 +4,8 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from tasft import data, evaluate, model, provenance, recipe
+from tasft import data, evaluate, launch, model, provenance, recipe
 from tasft.data import Example, Prompt
-from tasft.encode import encode_prompt
-from tasft.engines import Reply, Sampling, TransformersEngine
+from tasft.encode import encode_prompt, encode_rows, preview
+from tasft.engines import Reply, Sampling, TransformersEngine, requests_for
 from tasft.errors import UserError
+from tasft.guard import CollapseGuard, GuardLimits
 from tasft.harvest import HarvestSettings, harvest
 from tasft.judges import JUDGES, Judge
 from tasft.recipe import Recipe, Train
@@ -56,15 +58,20 @@ class Step:
     def run(self) -> float:
         """Do what is left; seconds it took.
 
-        A folder begun with other inputs is cleared first; one begun with the same is taken up.
+        A folder begun with other inputs is cleared first; one begun with the same is taken up. Of several
+        processes all do the work, and the first writes.
         """
         begun = self.folder / "begun.json"
-        if _key(begun) != self.key and self.folder.exists():
-            shutil.rmtree(self.folder)
-        provenance.write_json(begun, {"key": self.key, "reads": self.reads})
+        if launch.is_first():
+            if _key(begun) != self.key and self.folder.exists():
+                shutil.rmtree(self.folder)
+            provenance.write_json(begun, {"key": self.key, "reads": self.reads})
+        launch.wait()
         started = time.monotonic()
         self.work(self.folder)
-        provenance.write_json(self.folder / "done.json", {"key": self.key, "reads": self.reads})
+        launch.wait()
+        if launch.is_first():
+            provenance.write_json(self.folder / "done.json", {"key": self.key, "reads": self.reads})
         return time.monotonic() - started
 
 
@@ -84,7 +91,7 @@ class Inputs:
         """The base model's tokenizer; it has been seen to write a prompt."""
         spec = self.spec.model
         tokenizer = model.load_tokenizer(spec.base, spec.trust_remote_code)
-        encode_prompt(tokenizer, "Hello?", spec.prompt)
+        encode_prompt(tokenizer, "Hello?", spec.prompt, chat_template_kwargs=spec.chat_template_kwargs)
         return tokenizer
 
     @cached_property
@@ -196,7 +203,8 @@ class Run:
         return self._load(self.spec.model.base)
 
     def _load(self, place: str | Path) -> PreTrainedModel:
-        return model.load_model(str(place), self.spec.model.dtype, self.spec.model.trust_remote_code)
+        spec = self.spec.model
+        return model.load_model(str(place), spec.dtype, spec.trust_remote_code, spec.quantize)
 
     @contextmanager
     def _state(self, state: str) -> Iterator[PreTrainedModel]:
@@ -219,7 +227,10 @@ class Run:
         return "sft" if self.spec.sft else "base"
 
     def _engine(self, loaded: PreTrainedModel) -> TransformersEngine:
-        return TransformersEngine(loaded, self.inputs.tokenizer, self.spec.model.prompt)
+        spec = self.spec.model
+        return TransformersEngine(
+            loaded, self.inputs.tokenizer, spec.prompt, chat_template_kwargs=spec.chat_template_kwargs
+        )
 
     # Steps, in order
 
@@ -231,7 +242,7 @@ class Run:
     def _base_reads(self) -> dict[str, Any]:
         spec = self.spec.model
         return {
-            "model": {"base": spec.base, "prompt": spec.prompt, "dtype": spec.dtype},
+            "model": spec.model_dump(exclude={"lora", "trust_remote_code"}),
             "weights": model.fingerprint(spec.base),
             "seed": self.spec.seed,
         }
@@ -248,13 +259,18 @@ class Run:
             return self._base_reads
         return self._training_reads() | {"sft": self.spec.sft.model_dump(exclude={"save_steps"})}
 
-    def _sft(self) -> Iterator[Step]:
+    def _sft_settings(self) -> Train | None:
         training = self.spec.sft
         if training is None:
+            return None
+        return Train(**training.model_dump(), method="sft", penalty="none", kl_rows=0, guard=None)
+
+    def _sft(self) -> Iterator[Step]:
+        settings = self._sft_settings()
+        if settings is None:
             return
 
         def work(folder: Path) -> None:
-            settings = Train(**training.model_dump(), method="sft", penalty="none")
             self._train_on(self.inputs.imitate, settings, folder)
 
         yield Step(self.folder / "sft", self._before_reads(), work)
@@ -289,20 +305,26 @@ class Run:
 
         yield Step(self.folder / "harvest", reads, work)
 
+    def _harvested(self) -> list[Path]:
+        names = ("avoid", "anchor", "imitate") if self.spec.train.method == "tasft" else ()
+        return [self.folder / "harvest" / f"{name}.jsonl" for name in names]
+
+    def _training_rows(self) -> list[Example]:
+        files = [path for path in self._harvested() if path.stat().st_size]
+        return self.inputs.imitate + [row for path in files for row in data.read_examples(str(path))]
+
     def _train(self) -> Iterator[Step]:
         spec = self.spec.train
-        names = ("avoid", "anchor", "imitate") if spec.method == "tasft" else ()
-        files = [self.folder / "harvest" / f"{name}.jsonl" for name in names]
         reads = self._training_reads() | {
             "start": self._before_reads() if spec.start == "sft" else None,
             "train": spec.model_dump(exclude={"save_steps"}),
-            "rows": {path.name: provenance.file_hash(path) for path in files},
+            "rows": {path.name: provenance.file_hash(path) for path in self._harvested()},
         }
 
         def work(folder: Path) -> None:
-            harvested = [row for path in files if path.stat().st_size for row in data.read_examples(str(path))]
-            rows = self.inputs.imitate + harvested
-            provenance.write_jsonl(folder / "data.jsonl", (row.row() for row in rows))
+            rows = self._training_rows()
+            if launch.is_first():
+                provenance.write_jsonl(folder / "data.jsonl", (row.row() for row in rows))
             self._train_on(rows, spec, folder)
 
         yield Step(self.folder / "train", reads, work)
@@ -365,9 +387,15 @@ class Run:
 
         yield Step(self.folder / "report", reads, work)
 
-    def _train_on(self, rows: list[Example], spec: Train, folder: Path) -> None:
-        micro = spec.micro_batch_size or spec.batch_size
-        arguments = TASFTConfig(
+    def _arguments(self, spec: Train, folder: Path) -> TASFTConfig:
+        processes = launch.world_size()
+        micro = spec.micro_batch_size or max(1, spec.batch_size // processes)
+        if spec.batch_size % (micro * processes):
+            raise UserError(
+                f"batch_size {spec.batch_size} is not a multiple of {micro} rows in each of {processes} processes: "
+                "change batch_size, micro_batch_size or -n"
+            )
+        return TASFTConfig(
             output_dir=str(folder),
             penalty=spec.penalty,
             penalty_weight=spec.penalty_weight,
@@ -377,12 +405,24 @@ class Run:
             cost_space=spec.cost_space,
             center=spec.center,
             beta=spec.beta,
+            padding_free=spec.padding_free,
+            kl_rows=spec.kl_rows,
             prompt_format=self.spec.model.prompt,
             max_length=spec.max_length,
+            turns=spec.turns,
+            penalize_end=spec.penalize_end,
+            overlong=spec.overlong,
+            duplicates=spec.duplicates,
+            chat_template_kwargs=self.spec.model.chat_template_kwargs,
+            bf16=spec.precision == "bf16",
+            fp16=spec.precision == "fp16",
+            activation_checkpointing=spec.activation_checkpointing,
             num_train_epochs=spec.epochs or 1,
             max_steps=spec.steps or -1,
             per_device_train_batch_size=micro,
-            gradient_accumulation_steps=spec.batch_size // micro,
+            gradient_accumulation_steps=spec.batch_size // (micro * processes),
+            # All of them are used: a term without rows is a zero that reaches every parameter.
+            ddp_find_unused_parameters=False,
             learning_rate=spec.learning_rate,
             warmup_steps=spec.warmup,
             lr_scheduler_type="linear",
@@ -395,6 +435,9 @@ class Run:
             seed=self.spec.seed,
             report_to="none",
         )
+
+    def _train_on(self, rows: list[Example], spec: Train, folder: Path) -> None:
+        arguments = self._arguments(spec, folder)
         set_seed(self.spec.seed)
         lora = self.spec.model.lora
         loaded: PreTrainedModel | PeftModel
@@ -406,16 +449,75 @@ class Run:
             loaded = model.add_lora(self.base, **lora.model_dump())
         else:
             loaded = self.base
-        trainer = TASFTTrainer(loaded, arguments, rows, processing_class=self.inputs.tokenizer)
+        rows, watched = _held_out(rows, spec.kl_rows, self.spec.seed)
+        guard = self._guard(spec)
+        trainer = TASFTTrainer(
+            loaded,
+            arguments,
+            rows,
+            watched or None,
+            processing_class=self.inputs.tokenizer,
+            callbacks=[guard] if guard else None,
+        )
+        if launch.is_first():
+            print(f"{folder.name}: {trainer.encoding}", flush=True)
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+        if guard and guard.stopped and guard.last_good is None:
+            raise UserError(
+                f"{folder}: training collapsed before its first checkpoint (guard.jsonl says how): lower "
+                "train.penalty_weight or train.learning_rate, or train.save_steps to keep an earlier state"
+            )
         loaded.eval()
-        loaded.save_pretrained(folder / ("model" if lora is None else "adapter"))
-        if lora is None:
-            self.inputs.tokenizer.save_pretrained(folder / "model")
-            # Its weights may have changed: the next stage that wants the base model loads it again.
+        # Each process may hold a part of the weights: all of them take part in putting the whole together.
+        processes = launch.world_size()
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if processes > 1 else None
+        if launch.is_first():
+            loaded.save_pretrained(folder / ("model" if lora is None else "adapter"), state_dict=state)
+            if lora is None:
+                self.inputs.tokenizer.save_pretrained(folder / "model")
+        if lora is None or processes > 1:
+            # Its weights may have changed or be spread: the next stage that wants the base model loads it again.
             self.__dict__.pop("base", None)
         else:
             model.detach(loaded)
+
+    def _guard(self, spec: Train) -> CollapseGuard | None:
+        wanted = spec.guard
+        if wanted is None:
+            return None
+        prompts = requests_for(self.inputs.ordinary[: wanted.probes])
+
+        def probe(loaded: PreTrainedModel) -> list[tuple[str, str]]:
+            batches = self._engine(loaded).generate(prompts, Sampling(max_new_tokens=32), "probe")
+            return [(reply.prompt, reply.completion) for batch in batches for reply in batch]
+
+        limits = {each.name: getattr(wanted, each.name) for each in fields(GuardLimits)}
+        return CollapseGuard(
+            GuardLimits(**limits),
+            wanted.action,
+            probe=probe if prompts else None,
+            every=spec.save_steps,
+            patience=wanted.patience,
+            factor=wanted.factor,
+            times=wanted.times,
+        )
+
+    def preview(self, stage: str, count: int = 3) -> Iterator[Text]:
+        """The first rows of each kind, as `sft` or `train` would see them.
+
+        Raises:
+            UserError: A fault of recipe or data, or the stage before is not done.
+        """
+        self.inputs.check()
+        self._require_what_comes_before(stage)
+        spec = self.spec.train if stage == "train" else self._sft_settings()
+        if spec is None:
+            raise UserError("the recipe has no sft section: there is nothing to show")
+        rows = self._training_rows() if stage == "train" else self.inputs.imitate
+        chosen = [row for kind in (True, False) for row in [row for row in rows if row.label == kind][:count]]
+        encoding = self._arguments(spec, self.folder / stage).encoding()
+        encoded, _ = encode_rows(chosen, self.inputs.tokenizer, encoding)
+        return preview(encoded, self.inputs.tokenizer)
 
     def go(self, stages: tuple[str, ...] = STAGES) -> None:
         """Run stages in order, each only as far as it is not done.
@@ -426,28 +528,40 @@ class Run:
         """
         self.inputs.check()
         self._require_what_comes_before(stages[0])
-        with provenance.lock(self.folder):
+        if launch.world_size() > 1 and not {"sft", "train"}.issuperset(stages):
+            raise UserError("only sft and train share their work between processes: start the other stages in one")
+        with launch.joined(), provenance.lock(self.folder) if launch.is_first() else nullcontext():
+            self._go(stages)
+
+    def _go(self, stages: tuple[str, ...]) -> None:
+        manifest_path = self.folder / "manifest.json"
+        manifest = provenance.read_json(manifest_path) or {"started": datetime.now(UTC).isoformat(), "stages": {}}
+        manifest |= provenance.environment() | {
+            "device": "cuda" if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
+            "processes": launch.world_size(),
+            "seed": self.spec.seed,
+            "hashes": self.inputs.hashes,
+        }
+
+        def note(line: str) -> None:
+            if launch.is_first():
+                provenance.write_json(manifest_path, manifest)
+                print(line, flush=True)
+
+        if launch.is_first():
             provenance.atomic_write_text(self.folder / "recipe.yaml", recipe.dump(self.spec))
-            manifest_path = self.folder / "manifest.json"
-            manifest = provenance.read_json(manifest_path) or {"started": datetime.now(UTC).isoformat(), "stages": {}}
-            manifest |= provenance.environment() | {
-                "device": "cuda" if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
-                "seed": self.spec.seed,
-                "hashes": self.inputs.hashes,
-            }
             provenance.write_json(manifest_path, manifest)
-            for stage in stages:
-                for step in self.steps(stage):
-                    where = str(step.folder.relative_to(self.folder))
-                    if step.is_done:
-                        print(f"{where}: done before", flush=True)
-                        continue
-                    seconds = step.run()
-                    print(f"{where}: done in {seconds:.0f} s", flush=True)
-                    manifest["stages"][where] = {"seconds": round(seconds, 1)}
-                    provenance.write_json(manifest_path, manifest)
-            if "report" in stages:
-                print(f"report: {self.folder / 'report' / 'index.html'}", flush=True)
+        for stage in stages:
+            for step in self.steps(stage):
+                where = str(step.folder.relative_to(self.folder))
+                if step.is_done:
+                    note(f"{where}: done before")
+                    continue
+                seconds = step.run()
+                manifest["stages"][where] = {"seconds": round(seconds, 1)}
+                note(f"{where}: done in {seconds:.0f} s")
+        if "report" in stages:
+            print(f"report: {self.folder / 'report' / 'index.html'}", flush=True)
 
     def _require_what_comes_before(self, stage: str) -> None:
         for earlier in STAGES[: STAGES.index(stage)]:
@@ -462,6 +576,14 @@ class Run:
 @cache
 def _judge(name: str) -> Judge:
     return JUDGES[name]()
+
+
+def _held_out(rows: list[Example], count: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """Rows to train on, and imitate rows to watch: `count`, but at most one in ten."""
+    imitate = [index for index, row in enumerate(rows) if row.label]
+    chosen = set(random.Random(seed).sample(imitate, min(count, len(imitate) // 10)))
+    kept = [row for index, row in enumerate(rows) if index not in chosen]
+    return kept, [rows[index] for index in sorted(chosen)]
 
 
 def _last_checkpoint(folder: Path) -> str | None:

@@ -43,6 +43,7 @@ class Model(_Section):
     prompt: Literal["chat", "alpaca"] = Field("chat", description="How prompts are written.")
     chat_template_kwargs: dict[str, Any] = Field({}, description="Given to the chat template: enable_thinking: false.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Precision of the base weights.")
+    quantize: Literal["none", "4bit"] = Field("none", description="4bit: QLoRA, by bitsandbytes.")
     lora: Lora | None = Field(Lora(), description="The adapter; null trains all weights.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
 
@@ -93,6 +94,8 @@ class Training(_Section):
     duplicates: Literal["keep", "drop", "error"] = Field("keep", description="What becomes of rows that repeat one.")
     turns: Literal["last", "all"] = Field("last", description="Assistant turns of a conversation that are learned.")
     padding_free: bool = Field(False, description="Lay rows end to end instead of padding them.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Of products, whatever the weights are in.")
+    activation_checkpointing: bool = Field(False, description="Compute activations again in backward: less memory.")
     save_steps: int = Field(20, ge=1, description="Steps between checkpoints, from which an interrupted run goes on.")
 
     @model_validator(mode="after")
@@ -104,6 +107,21 @@ class Training(_Section):
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
         return self
+
+
+class Guard(_Section):
+    """What happens when training collapses, see `tasft.guard`."""
+
+    action: Literal["warn", "lower", "stop"] = Field("warn", description="Warn, lower penalty_weight, or go back.")
+    patience: int = Field(3, ge=1, description="Logs in a row over a limit.")
+    factor: Number = Field(0.5, gt=0, lt=1, description="lower: what the weight is multiplied by.")
+    times: int = Field(3, ge=1, description="lower: how often at most.")
+    probes: int = Field(0, ge=0, description="Ordinary prompts asked before each checkpoint.")
+    entropy_nats: Number | None = Field(0.1, ge=0, description="Least entropy on avoid tokens.")
+    entropy_fraction: Number | None = Field(0.25, ge=0, le=1, description="The same, of the first log's.")
+    nll_factor: Number | None = Field(2.0, gt=1, description="Highest imitate loss, of the first log's.")
+    kl_nats: Number | None = Field(2.0, gt=0, description="Highest divergence from step 0.")
+    broken_share: Number | None = Field(0.25, ge=0, le=1, description="Highest share of probe replies that broke.")
 
 
 class Train(Training):
@@ -121,6 +139,8 @@ class Train(Training):
     cost_space: Literal["output", "input"] = Field("output", description="Embedding whose distances are the cost.")
     center: bool = Field(False, description="Subtract the mean embedding first.")
     penalize_end: bool = Field(False, description="Penalise the end token of avoid rows too, as the paper reads.")
+    kl_rows: int = Field(16, ge=0, description="Imitate rows held out, on which the divergence from step 0 is watched.")
+    guard: Guard | None = Field(Guard(), description="Watches for collapse; null for none.")
     beta: Number = Field(0.1, gt=0, description="How soon penalty npo lets go of a response.")
 
     @model_validator(mode="after")
@@ -171,6 +191,8 @@ class Recipe(_Section):
             faults.append("train.method is sft: data.imitate is missing")
         if self.sft is not None and self.data.imitate is None:
             faults.append("the sft section needs data.imitate")
+        if self.model.quantize != "none" and self.model.lora is None:
+            faults.append("model.quantize: quantised weights cannot be trained: give model.lora")
         if self.train.start == "sft" and self.sft is None:
             faults.append("train.start is sft: add an sft section")
         if faults:

@@ -1,6 +1,7 @@
 """Which rows an optimizer step holds."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
@@ -51,20 +52,63 @@ class StratifiedSampler(Sampler[int]):
     def __len__(self) -> int:
         return len(self.imitate_rows) + self.steps * self.avoid_per_step
 
-    def _shuffled(self, rows: list[int], kind: int, turn: int) -> list[int]:
-        generator = torch.Generator().manual_seed((self.seed * 2 + kind) * 1_000_003 + turn)
-        return [rows[index] for index in torch.randperm(len(rows), generator=generator).tolist()]
-
     def _avoid_from(self, position: int) -> Iterator[int]:
         while True:
             turn, offset = divmod(position, len(self.avoid_rows))
-            yield from self._shuffled(self.avoid_rows, 1, turn)[offset:]
+            yield from _shuffled(self.avoid_rows, self.seed * 2 + 1, turn)[offset:]
             position += len(self.avoid_rows) - offset
 
     def __iter__(self) -> Iterator[int]:
-        imitate = self._shuffled(self.imitate_rows, 0, self.epoch)
+        imitate = _shuffled(self.imitate_rows, self.seed * 2, self.epoch)
         avoid = self._avoid_from(self.epoch * self.steps * self.avoid_per_step) if self.avoid_per_step else iter(())
         for step in range(self.steps):
             rows = imitate[step * self.imitate_per_step : (step + 1) * self.imitate_per_step]
             rows += [next(avoid) for _ in range(self.avoid_per_step)]
             yield from sorted(rows, key=self.lengths.__getitem__)
+
+
+class UniformSampler(Sampler[int]):
+    """All rows, shuffled anew in each epoch, as a function of seed and epoch alone."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self.rows, self.seed, self.epoch = rows, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the pass; the Trainer calls it before each."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        yield from _shuffled(range(self.rows), self.seed * 2, self.epoch)
+
+
+def _shuffled(rows: Sequence[int], seed: int, turn: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + turn)
+    return [rows[index] for index in torch.randperm(len(rows), generator=generator).tolist()]
+
+
+class FilledSampler(Sampler[int]):
+    """Another sampler's order, filled up to a multiple.
+
+    Args:
+        sampler: Gives the order.
+        multiple: Rows that all ranks take at once.
+        filler: The index that is added, of a row in which nothing counts.
+    """
+
+    def __init__(self, sampler: Any, multiple: int, filler: int) -> None:
+        self.sampler, self.multiple, self.filler = sampler, multiple, filler
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the pass, if the order has several."""
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.sampler) + -len(self.sampler) % self.multiple
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.sampler
+        yield from [self.filler] * (-len(self.sampler) % self.multiple)

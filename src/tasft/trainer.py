@@ -17,7 +17,7 @@ from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -57,7 +57,7 @@ from tasft.loss import (
 )
 from tasft.model import load_model, load_tokenizer
 from tasft.provenance import atomic_write_text, require
-from tasft.sampler import StratifiedSampler
+from tasft.sampler import FilledSampler, StratifiedSampler, UniformSampler
 
 # Older ones divide the loss by the micro-batches although `loss_is_scaled_for_ga` tells them not to.
 require("transformers")
@@ -118,6 +118,18 @@ class TASFTConfig(TrainingArguments):
     # Rows are token lists of our own making: transformers must not look for the model's argument names.
     remove_unused_columns: bool = field(default=False, init=False)
 
+    def encoding(self) -> Encoding:
+        """How rows become tokens."""
+        return Encoding(
+            self.prompt_format,
+            self.max_length,
+            self.turns,
+            self.penalize_end,
+            self.overlong,
+            self.duplicates,
+            self.chat_template_kwargs or {},
+        )
+
 
 class MetricsFile(TrainerCallback):
     """Keeps `metrics.jsonl`: one row for each logging step, none twice after a resume."""
@@ -148,17 +160,19 @@ class MetricsFile(TrainerCallback):
 
 
 @contextmanager
-def _head_calls(model: Any, function: Callable[[Tensor], None]) -> Iterator[None]:
+def _head_calls(model: Any, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Within, the output head hands its hidden states (B, T, D) to `function` instead of making logits.
 
-    The function runs inside the model's own forward, where sharded weights are gathered and hooks fire.
+    The function runs inside the model's own forward, where sharded weights are gathered and hooks fire. What it
+    returns adds nothing to the model's output, but the output comes to depend on it.
     """
     head = model.get_output_embeddings()
 
     def forward(hidden: Tensor) -> Tensor:
-        function(hidden)
+        sums = function(hidden)
         # What the model does to its logits afterwards must still work.
-        return hidden[..., :1]
+        logits = hidden[..., :1]
+        return logits if sums is None else logits + sums[:0].sum()
 
     head.forward = forward
     try:
@@ -240,6 +254,10 @@ class TASFTTrainer(Trainer):
         self._since = time.monotonic()
         self._kept_space: CostSpace | None = None
         self._start_head: Head | None = None
+        if self._shards():
+            self._require_whole_model()
+            # transformers leaves it where it is until it is sharded.
+            self.model.to(self.accelerator.device)
         if self.penalty is not None:
             self._space()  # now: a head that is trained will be another once a checkpoint is loaded
         for each in (rows, evaluated):
@@ -251,15 +269,7 @@ class TASFTTrainer(Trainer):
         """Rows to train or evaluate on, without those to avoid if there is no penalty."""
         if dataset is None:
             return None
-        encoding = Encoding(
-            args.prompt_format,
-            args.max_length,
-            args.turns,
-            args.penalize_end,
-            args.overlong,
-            args.duplicates,
-            args.chat_template_kwargs or {},
-        )
+        encoding = args.encoding()
         if not hasattr(dataset, "__len__"):
             if self.penalty is not None and self.penalty.needs & _REFERENCE:
                 raise UserError(
@@ -271,6 +281,16 @@ class TASFTTrainer(Trainer):
         self.encoding = self.encoding or report
         return [row for row in rows if self.penalty is not None or not row["avoid"]]
 
+    def _require_whole_model(self) -> None:
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.cpu_ram_efficient_loading:
+            way = "fsdp_cpu_ram_efficient_loading: false"
+        elif any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
+            way = "zero3_init_flag: false"
+        else:
+            return
+        raise UserError(f"every process looks at the whole model at step 0: set {way} in accelerate's configuration")
+
     # --- The model's parts, and what it was at step 0 ----------------------------------------
 
     def _head(self) -> Head:
@@ -279,13 +299,18 @@ class TASFTTrainer(Trainer):
     def _space(self) -> CostSpace:
         """The cost space as it was at step 0."""
         model = self.accelerator.unwrap_model(self.model)
-        output = self.args.cost_space == "output"
-        matrix = (model.get_output_embeddings() if output else model.get_input_embeddings()).weight
+        head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+        matrix = head if self.args.cost_space == "output" else embedding
+        # Where weights are sharded only those of the head are whole when the head is at work.
+        copied = matrix.requires_grad or (matrix is not head and self._shards())
         if self._kept_space is None:
-            kept = matrix.detach().clone() if matrix.requires_grad else matrix
+            kept = matrix.detach().clone() if copied else matrix
             self._kept_space = CostSpace.of(kept, center=self.args.center)
         # A frozen matrix is read where it is now: sharding and devices move it.
-        return self._kept_space if matrix.requires_grad else replace(self._kept_space, matrix=matrix.detach())
+        return self._kept_space if copied else replace(self._kept_space, matrix=matrix.detach())
+
+    def _shards(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     @torch.no_grad()
     def _look(self, batches: Iterable[Batch], function: Callable[..., None]) -> None:
@@ -363,14 +388,29 @@ class TASFTTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.sampling == "uniform" or not isinstance(rows, list):
+        if not isinstance(rows, list):
             return super()._get_train_sampler(train_dataset)
+        if self.args.sampling == "uniform":
+            return UniformSampler(len(rows), self.args.seed)
         avoid = [row["avoid"] for row in rows]
         step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         share = sum(avoid) / len(avoid)
         per_step = self.args.avoid_per_step or max(1, round(share * step_size))
         lengths = [len(row["input_ids"]) for row in rows]
         return StratifiedSampler(avoid, lengths, step_size, per_step, self.args.seed)
+
+    def _get_dataloader(
+        self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, **kwargs: Any
+    ) -> DataLoader[Any]:
+        """As transformers'; rows in which nothing counts come last where ranks would get unlike numbers of rows.
+
+        accelerate would give some rows again, which would count twice.
+        """
+        if self.args.world_size > 1 and isinstance(dataset, list) and dataset:
+            order = (sampler_fn and sampler_fn(dataset)) or SequentialSampler(dataset)
+            filled = FilledSampler(order, batch_size * self.args.world_size, len(dataset))
+            dataset, sampler_fn = _Filled(dataset, filled), lambda _: filled
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | None:
         """`_counts` of the whole optimizer step, and its micro-batches."""
@@ -392,8 +432,9 @@ class TASFTTrainer(Trainer):
         """The two terms of one micro-batch, divided by the counts of the optimizer step."""
         watch = not model.training or self._will_log()
 
-        def losses(hidden: Tensor) -> None:
+        def losses(hidden: Tensor) -> Tensor:
             self._terms = self._losses(hidden.flatten(0, 1), inputs, watch)
+            return torch.stack([self._terms[name].total for name in ("imitate_nll", "penalty") if name in self._terms])
 
         with _head_calls(self.accelerator.unwrap_model(model), losses):
             outputs = model(**_model_inputs(inputs))
@@ -403,7 +444,9 @@ class TASFTTrainer(Trainer):
         if watch and self.args.log_term_gradients and model.training:
             self._add_term_gradients(model, {"imitate": imitate, "penalty": penalty})
         self._remember(inputs, here)
-        loss = imitate + penalty
+        # DDP, FSDP and DeepSpeed follow a backward pass from the model's output: they must find it there, before the
+        # head's weights get their gradient.
+        loss = imitate + penalty + outputs.logits[:0].sum()
         return (loss, outputs) if return_outputs else loss
 
     def _will_log(self) -> bool:
@@ -513,6 +556,19 @@ class TASFTTrainer(Trainer):
         """As transformers' `Trainer.train`."""
         self._since = time.monotonic()
         return super().train(*args, **kwargs)
+
+
+class _Filled(list[Row]):
+    """Rows, and one in which nothing counts."""
+
+    def __init__(self, rows: Rows, order: FilledSampler) -> None:
+        empty = {"input_ids": [0], "labels": [IGNORE_INDEX], "avoid": False, "margins": [0.0], "reference": [0.0]}
+        super().__init__([*rows, {name: (empty | {"weight": 1.0})[name] for name in rows[0]}])
+        self.order = order
+
+    def set_epoch(self, epoch: int) -> None:
+        """Passed on: when a run is taken up, accelerate does not find the sampler below its own."""
+        self.order.set_epoch(epoch)
 
 
 class _Stream(IterableDataset[Row]):
