@@ -36,8 +36,6 @@ import torch
 from environment import environment
 from loss import cpu_rate, forget_peak, gpu_rate, number, resident_peak
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
-from rich.markdown import Markdown
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -140,6 +138,7 @@ class Entry:
     examples: list[Example]
 
     def adapter(self) -> LoraConfig:
+        """What is trained."""
         return LoraConfig(
             r=8, lora_alpha=16, lora_dropout=0.0, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
         )
@@ -151,6 +150,7 @@ class Entry:
         return rows
 
     def repeated(self, rows: list[Any]) -> list[Any]:
+        """A step's rows for each of the steps."""
         return rows * self.plan.steps
 
 
@@ -312,9 +312,11 @@ class Turns(TrainerCallback):
         self.start = 0.0
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Stand ready."""
         self._wait()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Tell the time; what the trainer still does after it belongs to the next turn."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         self.pipe.send(time.perf_counter() - self.start)
@@ -379,9 +381,11 @@ class Runner:
         self.peak = 0.0
 
     def step(self) -> None:
+        """One turn."""
         self.seconds.append(self._next())
 
     def finish(self) -> None:
+        """Hear the peak."""
         self.peak = self._next()
         self.process.join()
 
@@ -404,10 +408,10 @@ class Runner:
         return float(answer)
 
 
-def measure(plan: Plan, reasons: dict[str, str]) -> tuple[dict[str, Runner], list[float]]:
+def measure(names: list[str], plan: Plan, reasons: dict[str, str]) -> tuple[dict[str, Runner], list[float]]:
     """Everyone's steps, round by round, and the rate in operations a second of each round."""
     runners = {}
-    for name in CONTESTANTS:
+    for name in names:
         if name not in reasons:
             print(f"{name} ...", file=sys.stderr, flush=True)
             runners[name] = Runner(name, plan)
@@ -426,13 +430,13 @@ def measure(plan: Plan, reasons: dict[str, str]) -> tuple[dict[str, Runner], lis
 
 
 def report_rows(
-    runners: dict[str, Runner], rates: list[float], reasons: dict[str, str], work: dict[str, Any]
+    names: list[str], runners: dict[str, Runner], rates: list[float], reasons: dict[str, str], work: dict[str, Any]
 ) -> list[dict[str, Any]]:
     reasons = reasons | {name: runner.reason for name, runner in runners.items() if runner.reason}
     floors = [work["operations"] / rate for rate in rates[1:]]
     times = {name: runner.seconds[1:] for name, runner in runners.items() if name not in reasons}
     rows = []
-    for name in CONTESTANTS:
+    for name in names:
         if name in reasons:
             rows.append({"contestant": name, "not_run": reasons[name]})
             continue
@@ -551,14 +555,15 @@ def main() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # Threads do not outlive a fork, and a child would wait for them.
     reasons = missing()
-    wanted = args.only or [""]
-    reasons |= {name: "not asked for" for name in CONTESTANTS if not any(text in name for text in wanted)}
+    names = [name for name in CONTESTANTS if any(text in name for text in args.only or [""])]
+    if not names:
+        parser.error(f"no contestant is named like {args.only}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = f"{temporary}/model"
         size = save(model, folder)
         plan = Plan(folder, f"{temporary}/run", args.device, args.dtype, threads, rows, micro_batch, 1 + rounds)
         encoded, _ = encode_rows(examples(rows), load_tokenizer(folder), Encoding(penalize_end=True))
-        runners, rates = measure(plan, reasons)
+        runners, rates = measure(names, plan, reasons)
     lengths = [len(row["input_ids"]) for row in encoded]
     labels = sum(len(row["labels"]) - row["labels"].count(IGNORE_INDEX) for row in encoded)
     operations = 4 * (size["body"] * sum(lengths) + size["head"] * labels)
@@ -577,11 +582,11 @@ def main() -> None:
         "packages": {name: installed(name) for name in ("transformers", "peft", "trl")},
         "work": work,
         "rates_gflops": [rate / 1e9 for rate in rates[1:]],
-        "rows": report_rows(runners, rates, reasons, work),
+        "rows": report_rows(names, runners, rates, reasons, work),
     }
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
-    Console().print(Markdown(table(report)))
+    print(table(report))
     if args.page:
         put(table(report), args.page)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, needs_models
+from typer.testing import CliRunner
 
 from tasft.cli import app
 
@@ -37,10 +38,11 @@ def test_tasft_commands_are_accepted(line, tmp_path, monkeypatch):
     command = words[1]
     if command in ("--version", "--help"):
         arguments = words[1:]
-    elif "--out" in words:
-        arguments = ["check", *words[2 : words.index("--out")]]
     else:
-        arguments = ["check", *words[2:]]
+        first = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
+        arguments = ["check", *words[2:first]]
+        known = CliRunner().invoke(app, [command, "--help"], terminal_width=200).stdout
+        assert all(word in known for word in words[first:] if word.startswith("-"))
     # The hub is out of reach here: a model named there stands for the bundled one.
     arguments = ["model.base=smollm2-135m-instruct" if word.startswith("model.base=") else word for word in arguments]
     if "mine.yaml" in arguments:
@@ -76,7 +78,7 @@ def test_the_python_of_the_readme_runs(tiny, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "docs/evaluation.md", "docs/log.md"])
+@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in ("data", "evaluation", "log", "method"))])
 def test_links_and_named_files_exist(path):
     text = (ROOT / path).read_text()
     for target in re.findall(r"\]\(([^)#]+)", text):
@@ -101,6 +103,11 @@ def script(name):
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_the_method_page_has_the_table_of_the_collapse():
+    result = json.loads((ROOT / "docs" / "results" / "collapse.json").read_text())
+    assert script("collapse").table(result) in (ROOT / "docs" / "method.md").read_text()
 
 
 def test_the_tables_are_those_of_the_committed_results():

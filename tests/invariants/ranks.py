@@ -30,7 +30,7 @@ STEPS = (
     "AA AA AA AA",
 )
 AS_THEY_STAND = "".join(STEPS).replace(" ", "")
-# Two epochs of three steps of 6 + 2 rows and a last one of 4 + 2, where the second rank is short of rows.
+# Two epochs of three steps of 7 + 1 rows and a last one of 1 + 1, which the first rank takes alone.
 DRAWN = "I" * 22 + "A" * 5
 HELD_OUT = "IIAIIAI"
 MODELS = ("lora", "tied", "untied")
