@@ -3,7 +3,8 @@
 All contestants train the same LoRA on the same model and the same token ids, the same rows in every step. Each lives in
 a process of its own, and they take turns: one step of the first, one of the second and so on, then the next round.
 The speed of a machine drifts; the ratio of two steps of the same round hardly. A step is timed from the end of the one
-before, so that fetching rows, the optimizer and the trainer's own bookkeeping count. The first round is not.
+before, so that fetching rows, the optimizer and the trainer's own bookkeeping count. The first round does not, nor what
+passes between two turns: a process that waits gives back free memory, and has to ask for it again (see README.md).
 
 Peak memory is that of the process, or of torch's allocator on a GPU, above the model as it is once it is loaded.
 
@@ -13,6 +14,7 @@ it would be 6); of the output head for each label only. Nothing else is counted.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import re
@@ -319,7 +321,9 @@ class Turns(TrainerCallback):
         """Tell the time; what the trainer still does after it belongs to the next turn."""
         if self.device == "cuda":
             torch.cuda.synchronize()
-        self.pipe.send(time.perf_counter() - self.start)
+        seconds = time.perf_counter() - self.start
+        give_back()  # Not after the answer: by then the next one is measured.
+        self.pipe.send(seconds)
         self._wait()
 
     def _wait(self) -> None:
@@ -347,6 +351,12 @@ def compete(name: str, plan: Plan, pipe: Connection) -> None:
         pipe.send("out of memory")
     except EOFError:  # The process that tells the turns is gone.
         return
+
+
+def give_back() -> None:
+    """Return free memory to the system, where it can: a dozen processes would not fit with what each keeps."""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @torch.no_grad()

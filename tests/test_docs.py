@@ -78,7 +78,9 @@ def test_the_python_of_the_readme_runs(tiny, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in ("data", "evaluation", "log", "method"))])
+@pytest.mark.parametrize(
+    "path", ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in ("data", "evaluation", "log", "method"))]
+)
 def test_links_and_named_files_exist(path):
     text = (ROOT / path).read_text()
     for target in re.findall(r"\]\(([^)#]+)", text):
@@ -98,11 +100,18 @@ def test_the_project_speaks_of_itself_alone():
         assert word not in told
 
 
-def script(name):
-    spec = spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+def script(name, folder="scripts"):
+    spec = spec_from_file_location(name, ROOT / folder / f"{name}.py")
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_the_benchmarks_page_has_the_tables_of_its_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    loss = json.loads((ROOT / "benchmarks" / "results" / "loss.json").read_text())
+    assert script("loss", "benchmarks").table(loss) in page
 
 
 def test_the_method_page_has_the_table_of_the_collapse():

@@ -120,6 +120,13 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def sharding() -> str | None:
+    """What shares one model between the processes; None where each has a whole one."""
+    return next(
+        (name for name in ("fsdp", "deepspeed") if os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true"), None
+    )
+
+
 def is_first() -> bool:
     """Whether this is the process that writes files."""
     return os.environ.get("RANK", "0") == "0"

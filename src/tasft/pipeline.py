@@ -590,4 +590,13 @@ def _last_checkpoint(folder: Path) -> str | None:
     # trainer_state.json is written last: a folder without it is half a checkpoint.
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    return str(newest) if newest else None
+    if newest is None:
+        return None
+    kinds = {"fsdp": "pytorch_model_fsdp*", "deepspeed": "global_step*"}
+    wrote = next((kind for kind, files in kinds.items() if any(newest.glob(files))), None)
+    if wrote != launch.sharding():
+        raise UserError(
+            f"{newest} was written {f'under {wrote}' if wrote else 'by whole models'}: give the --launch that it was "
+            "begun with, or remove it to begin anew"
+        )
+    return str(newest)

@@ -164,7 +164,8 @@ def _head_calls(model: Any, function: Callable[[Tensor], Tensor | None]) -> Iter
     """Within, the output head hands its hidden states (B, T, D) to `function` instead of making logits.
 
     The function runs inside the model's own forward, where sharded weights are gathered and hooks fire. What it
-    returns adds nothing to the model's output, but the output comes to depend on it.
+    returns adds nothing to the model's output, but the output comes to depend on it: DDP takes for unused what
+    the output does not depend on.
     """
     head = model.get_output_embeddings()
 
@@ -248,21 +249,20 @@ class TASFTTrainer(Trainer):
             data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, padding_free=args.padding_free),
             **kwargs,
         )
+        # Of a stream, too, each rank takes its own rows; one rank can only hand out batches of one length.
+        self.accelerator.dataloader_config.dispatch_batches = False
         self._terms: dict[str, TokenSum] = {}
         self._window: dict[str, Tensor] = {}
         self._term_gradients: dict[str, list[Tensor]] = {}
         self._since = time.monotonic()
         self._kept_space: CostSpace | None = None
         self._start_head: Head | None = None
-        if self._shards():
-            self._require_whole_model()
-            # transformers leaves it where it is until it is sharded.
-            self.model.to(self.accelerator.device)
-        if self.penalty is not None:
-            self._space()  # now: a head that is trained will be another once a checkpoint is loaded
-        for each in (rows, evaluated):
-            self._add_reference(each)
-        self._start = self._remember_start(evaluated)
+        with self._whole_model():
+            if self.penalty is not None:
+                self._space()  # now: a head that is trained will be another once a checkpoint is loaded
+            for each in (rows, evaluated):
+                self._add_reference(each)
+            self._start = self._remember_start(evaluated)
         self.add_callback(MetricsFile(Path(args.output_dir) / "metrics.jsonl"))
 
     def _encode(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, args: TASFTConfig) -> Any:
@@ -281,15 +281,27 @@ class TASFTTrainer(Trainer):
         self.encoding = self.encoding or report
         return [row for row in rows if self.penalty is not None or not row["avoid"]]
 
-    def _require_whole_model(self) -> None:
+    @contextmanager
+    def _whole_model(self) -> Iterator[None]:
+        """Within, before the model is sharded, this process has all of its weights on its device."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and plugin.cpu_ram_efficient_loading:
-            way = "fsdp_cpu_ram_efficient_loading: false"
-        elif any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
-            way = "zero3_init_flag: false"
-        else:
+            raise UserError(
+                "every process looks at the whole model at step 0: set fsdp_cpu_ram_efficient_loading: false in "
+                "accelerate's configuration"
+            )
+        if self._shards():
+            # transformers leaves it where it is until it is sharded.
+            self.model.to(self.accelerator.device)
+        # transformers loads it in shards under ZeRO-3.
+        sharded = [parameter for parameter in self.model.parameters() if hasattr(parameter, "ds_id")]
+        if not sharded:
+            yield
             return
-        raise UserError(f"every process looks at the whole model at step 0: set {way} in accelerate's configuration")
+        from deepspeed import zero
+
+        with zero.GatheredParameters(sharded):
+            yield
 
     # --- The model's parts, and what it was at step 0 ----------------------------------------
 
@@ -444,8 +456,7 @@ class TASFTTrainer(Trainer):
         if watch and self.args.log_term_gradients and model.training:
             self._add_term_gradients(model, {"imitate": imitate, "penalty": penalty})
         self._remember(inputs, here)
-        # DDP, FSDP and DeepSpeed follow a backward pass from the model's output: they must find it there, before the
-        # head's weights get their gradient.
+        # Backward must pass through the model's output first: there ZeRO-3 gathers the head's weights again.
         loss = imitate + penalty + outputs.logits[:0].sum()
         return (loss, outputs) if return_outputs else loss
 

@@ -3,12 +3,13 @@
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.utils.data import SequentialSampler
+from torch.utils.data import IterableDataset, SequentialSampler
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
@@ -51,7 +52,18 @@ CASES = {
         {"penalty": "emd", "sampling": "uniform", "cost_space": "input", "center": True},
     ),
     "end to end": (DRAWN, "tied", {"penalty": "nlcl", "padding_free": True}),
+    "a stream": (DRAWN, "untied", {"penalty": "nlcl", "stream": True, "max_steps": 2}),
 }
+
+
+class Stream(IterableDataset):
+    """Rows without a number."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
 
 
 def example(index, kind):
@@ -84,7 +96,9 @@ class _Gradients(TrainerCallback):
         self.kept = kept
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        self.kept.append(whole({n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
+        # DeepSpeed has taken its step and dropped them by now.
+        if not args.deepspeed_plugin:
+            self.kept.append(whole({n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
 
 
 class Death(TrainerCallback):
@@ -104,7 +118,7 @@ def whole(tensors):
     return {name.removeprefix("module."): tensor.detach().cpu().clone() for name, tensor in full.items()}
 
 
-def build(folder, kinds, model, dtype=torch.float64, dropout=0.0, **settings):
+def build(folder, kinds, model, dtype=torch.float64, dropout=0.0, stream=False, **settings):
     lora = LoraConfig(r=4, lora_dropout=dropout, target_modules=["q_proj", "v_proj"]) if "lora" in model else None
     arguments = {
         "output_dir": str(folder),
@@ -122,11 +136,11 @@ def build(folder, kinds, model, dtype=torch.float64, dropout=0.0, **settings):
         "dataloader_pin_memory": False,
         "use_cpu": world_size() == 1,
     }
-    torch.manual_seed(0)
+    rows = [example(index, kind) for index, kind in enumerate(kinds)]
     return Watched(
         tiny_model(tied="untied" not in model).to(dtype),
         TASFTConfig(**arguments | settings),
-        [example(index, kind) for index, kind in enumerate(kinds)],
+        Stream(rows) if stream else rows,
         [example(100 + index, kind) for index, kind in enumerate(HELD_OUT)] if kinds == DRAWN else None,
         processing_class=tiny_tokenizer(),
         peft_config=lora,
@@ -134,23 +148,32 @@ def build(folder, kinds, model, dtype=torch.float64, dropout=0.0, **settings):
     )
 
 
-def train(folder, kinds, model, settings):
+def train(folder, kinds, model, settings, **rest):
     """What one run saw and made, with the rows of all ranks together."""
     if kinds == DRAWN:
         settings = settings | {"eval_strategy": "steps", "eval_steps": 4, "kl_rows": 3}
-    subject = build(folder, kinds, model, **settings)
+    subject = build(folder, kinds, model, **settings, **rest)
     subject.train()
-    sharded = {isinstance(parameter, DTensor) for parameter in subject.model.parameters()}
+    parameters = dict(subject.model.named_parameters())
+    sharded = any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in parameters.values())
     shares = [subject.rows_of_step]
     if world_size() > 1:
         shares = [None] * world_size()
         dist.all_gather_object(shares, subject.rows_of_step)
+    if subject.is_deepspeed_enabled:
+        from deepspeed import zero
+
+        gather = zero.GatheredParameters(
+            [parameter for parameter in parameters.values() if hasattr(parameter, "ds_id")]
+        )
+    with gather if subject.is_deepspeed_enabled else nullcontext():
+        weights = whole(parameters)
     return {
         "gradients": subject.gradients,
-        "weights": whole(dict(subject.model.named_parameters())),
+        "weights": weights,
         "rows": [sorted(row for share in shares for row in share[step]) for step in subject.rows_of_step],
         "log": subject.state.log_history,
-        "sharded": True in sharded,
+        "sharded": sharded,
     }
 
 
@@ -177,6 +200,10 @@ def main(task, folder):
     with joined():
         if task == "cases":
             results = {name: train(folder / name, *case) for name, case in CASES.items()}
+            if is_first():
+                torch.save(results, folder / "results.pt")
+        if task == "cases in float32":
+            results = {name: train(folder / name, *case, dtype=torch.float32) for name, case in CASES.items()}
             if is_first():
                 torch.save(results, folder / "results.pt")
         if task == "cases" and world_size() > 1:

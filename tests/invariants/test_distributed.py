@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,24 @@ def test_two_ranks_take_the_steps_of_one(runs, kind):
         assert [row.keys() for row in found["log"]] == [row.keys() for row in wanted["log"]], name
         for row, other in zip(wanted["log"], found["log"], strict=True):
             assert measured(other) == pytest.approx(measured(row), rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+def test_two_ranks_of_deepspeed_end_with_the_weights_of_one(runs, tmp_path, kind):
+    """In float32, which is all that it offers, after steps that move weights by hundredths."""
+    one = results(runs("one"))
+    assert start(kind, "cases in float32", tmp_path) == 0
+    two = results(tmp_path)
+    for name, wanted in one.items():
+        found = two[name]
+        assert found["sharded"] == (kind == "zero3"), name
+        assert found["rows"] == wanted["rows"], name
+        for parameter, weight in wanted["weights"].items():
+            torch.testing.assert_close(found["weights"][parameter].double(), weight, atol=2e-4, rtol=0)
+        for row, other in zip(wanted["log"], found["log"], strict=True):
+            assert measured(other) == pytest.approx(measured(row), rel=1e-3, abs=1e-4), name
 
 
 def test_the_rows_of_a_step_are_as_many_of_each_kind_as_asked_for(runs):

@@ -1,0 +1,117 @@
+"""Several processes of one command: how they end, and that they train as one does."""
+
+import os
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_pipeline import go, rows, small  # noqa: F401
+
+from tasft import cli, launch
+from tasft.errors import UserError
+
+needs_deepspeed = pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed")
+TASFT = [sys.executable, "-c", "from tasft.cli import main; main()"]
+ADAPTER = "train/adapter/adapter_model.safetensors"
+SCRIPT = """
+import sys
+from tasft import TASFTConfig, TASFTTrainer
+from conftest import tiny_model, tiny_tokenizer
+from peft import LoraConfig
+
+rows = [{"prompt": f"Say {n}", "completion": f"well {n}", "label": n % 3 > 0} for n in range(9)]
+arguments = TASFTConfig(
+    output_dir=sys.argv[1],
+    use_cpu=True,
+    max_steps=3,
+    per_device_train_batch_size=2,
+    report_to="none",
+    penalty="emd_hinge",
+)
+lora = LoraConfig(r=2, target_modules=["q_proj"])
+trainer = TASFTTrainer(tiny_model(), arguments, rows, processing_class=tiny_tokenizer(), peft_config=lora)
+trainer.train()
+trainer.save_model()
+print("world", arguments.world_size)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_each(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def test_the_first_exit_code_is_passed_on_and_the_others_are_stopped():
+    code = "import os, sys, time; sys.exit(3) if os.environ['RANK'] == '1' else time.sleep(60)"
+    started = time.monotonic()
+    assert launch.launch([sys.executable, "-c", code], "ddp", 3) == 3
+    assert time.monotonic() - started < 30
+    assert launch.launch([sys.executable, "-c", "pass"], "ddp", 2) == 0
+
+
+def test_what_cannot_be_launched_is_refused_with_a_way_out(monkeypatch):
+    monkeypatch.setattr(launch, "gpus", lambda: 1)
+    with pytest.raises(UserError, match=r"this machine has 1 GPU$"):
+        launch.launch(["true"], "ddp", 2)
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install deepspeed"):
+        launch.launch(["true"], "zero2", 1)
+
+
+def test_the_command_line_names_every_kind():
+    assert set(cli.Launch.__args__) == set(launch.KINDS)
+
+
+def test_a_batch_that_does_not_divide_is_said_once(small, tmp_path, capfd):  # noqa: F811
+    go(small, tmp_path / "run", stages=("harvest",))
+    command = [*TASFT, "train", str(small), "train.batch_size=5", "--out", str(tmp_path / "run")]
+    assert subprocess.run([*command, "--launch", "ddp", "-n", "2"]).returncode == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("tasft:")]
+    assert len(said) == 1
+    assert "not a multiple of 2 rows in each of 2 processes" in said[0]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "ddp",
+        pytest.param("fsdp2", marks=pytest.mark.slow),
+        pytest.param("zero2", marks=[pytest.mark.slow, needs_deepspeed]),
+        pytest.param("zero3", marks=[pytest.mark.slow, needs_deepspeed]),
+    ],
+)
+def test_a_launched_training_gives_the_adapter_of_one_process(small, tmp_path, kind, capfd):  # noqa: F811
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        go(small, folder, stages=("harvest",))
+    go(small, one, stages=("train",))
+    command = [*TASFT, "train", str(small), "--out", str(two), "--launch", kind, "-n", "2"]
+    assert subprocess.run(command).returncode == 0
+    assert capfd.readouterr().out.count("train: done in") == 1 + 1
+    alone, together = (load_file(folder / ADAPTER) for folder in (one, two))
+    assert alone.keys() == together.keys()
+    for name, weight in alone.items():
+        torch.testing.assert_close(together[name], weight, atol=1e-6, rtol=0)
+    assert rows(one / "train" / "data.jsonl") == rows(two / "train" / "data.jsonl")
+    assert [row["step"] for row in rows(two / "train" / "metrics.jsonl")] == [1]
+    # The next stage, in one process, finds the training done.
+    go(small, two, stages=("evaluate",))
+
+
+def test_a_script_under_torchrun_trains_in_ranks(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    places = [str(path) for path in (os.path.dirname(__file__), os.environ.get("PYTHONPATH")) if path]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "script.py"), str(tmp_path / "out")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert done.returncode == 0
+    assert done.stdout.count("world 2") == 2
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
