@@ -107,6 +107,18 @@ def script(name, folder="scripts"):
     return module
 
 
+def test_every_planted_fault_was_found():
+    rows = json.loads((ROOT / "docs" / "results" / "mutations.json").read_text())
+    mutate = script("mutate")
+    assert mutate.table(rows) in (ROOT / "docs" / "log.md").read_text()
+    assert [row["what"] for row in rows] == [mutation.what for mutation in mutate.MUTATIONS], (
+        "run scripts/mutate.py again"
+    )
+    assert all(row["red"] for row in rows)
+    for mutation in mutate.MUTATIONS:
+        assert (ROOT / "src" / "tasft" / "loss" / mutation.file).read_text().count(mutation.old) == 1, mutation.what
+
+
 def test_the_benchmarks_page_has_the_tables_of_its_results(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     page = (ROOT / "benchmarks" / "README.md").read_text()
