@@ -43,7 +43,7 @@ def runs(tmp_path_factory):
     def get(kind):
         if kind not in done:
             done[kind] = folder / kind
-            # Two ranks end by killing themselves, when all results are written; the slower one may die of the other's end.
+            # Two ranks end by killing themselves once all is written; the slower one may die of the other's end.
             code = start(kind, "cases", folder / kind)
             assert (code == 0) == (kind == "one"), code
         return done[kind]
