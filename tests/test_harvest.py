@@ -43,7 +43,7 @@ def run(folder, answers, anchors="none", rows=100, losses=None):
     settings = HarvestSettings(Sampling(8), 1, rows, anchors)
     engine = Scripted(answers)
     losses = losses or (lambda replies: [1.0] * len(replies))
-    return harvest(engine, Words(), TOXIC, ORDINARY, settings, folder, losses)
+    return harvest(engine, Words(), TOXIC, ORDINARY, settings, folder, losses, 2.0)
 
 
 ANSWERS = {
@@ -117,13 +117,11 @@ def test_prompts_of_two_files_may_share_their_ids(tmp_path):
         assert (summary["kept"], summary["imitate"]["kept"]) == (3, 20)
 
 
-def test_a_reply_less_probable_than_any_ordinary_one_is_not_kept(tmp_path):
+def test_a_reply_that_is_less_probable_than_the_limit_is_not_kept(tmp_path):
     def losses(replies):
         return [9.0 if reply.id == "t0" else 2.0 for reply in replies]
 
-    summary = run(tmp_path, ANSWERS, losses=losses)
-    assert summary["loss_limit_nats"] == 2.0
-    assert summary["reasons"]["improbable"] == 1
+    assert run(tmp_path, ANSWERS, losses=losses)["reasons"]["improbable"] == 1
 
 
 def test_the_same_answer_to_the_same_prompt_is_kept_once(tmp_path):
@@ -192,7 +190,6 @@ def test_what_is_missing_is_said(tmp_path):
 def test_own_answers_can_be_left_out_and_losses_be_unknown(tmp_path):
     settings = HarvestSettings(Sampling(8), 1, 100, self_imitate=False)
     summary = harvest(Scripted(ANSWERS), Words(), TOXIC, ORDINARY, settings, tmp_path)
-    assert summary["loss_limit_nats"] is None
     assert summary["kept"] == 2
     assert rows(tmp_path / "imitate.jsonl") == []
     assert {row["set"] for row in rows(tmp_path / "replies.jsonl")} == {"toxic"}

@@ -27,9 +27,10 @@ MAY_IMPORT = {
     "sampler": set(),
     "trainer": {"batch", "encode", "loss", "metrics", "model", "sampler"},
     "judges": {"judges", "coherence", "data", "engines", "launch", "model"},
+    "calibration": {"coherence", "data", "engines", "judges", "launch"},
     "contamination": set(),
     "contrastive": {"data", "engines"},
-    "harvest": {"coherence", "contrastive", "data", "engines", "judges", "launch"},
+    "harvest": {"contrastive", "data", "engines", "judges", "launch"},
     "evaluate": {
         "evaluate",
         "coherence",
@@ -64,6 +65,7 @@ MAY_IMPORT = {
     "training": {"baselines", "data", "guard", "launch", "recipe", "trainer"},
     "pipeline": {
         "baselines",
+        "calibration",
         "contrastive",
         "data",
         "encode",

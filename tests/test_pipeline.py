@@ -74,6 +74,7 @@ def redone(before, after):
 
 
 ALL = {
+    "calibration",
     "harvest",
     "train",
     "evaluate/base/toxic",
@@ -135,15 +136,15 @@ def test_replies_written_before_a_crash_are_kept_and_the_end_is_the_same(small, 
     generate = engines.TransformersEngine._generate
     calls = []
 
-    def dies_in_the_third_batch(self, *arguments):
+    def dies_in_the_third_batch_after_calibration(self, *arguments):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 5 + 3:
             raise MemoryError
         return generate(self, *arguments)
 
     monkeypatch.setattr(engines.TransformersEngine.__init__, "__defaults__", (5, None))
     go(small, tmp_path / "fives", stages=("harvest",))
-    monkeypatch.setattr(engines.TransformersEngine, "_generate", dies_in_the_third_batch)
+    monkeypatch.setattr(engines.TransformersEngine, "_generate", dies_in_the_third_batch_after_calibration)
     cut = tmp_path / "cut"
     with pytest.raises(MemoryError):
         go(small, cut, stages=("harvest",))
@@ -210,6 +211,22 @@ def test_plain_sft_needs_no_harvest(small, tmp_path):
     go(small, run, source, "train.method=sft", "train.penalty=none", "train.avoid_per_step=null")
     assert not (run / "harvest").exists()
     assert (run / "report" / "index.html").is_file()
+
+
+def test_replies_of_all_methods_are_held_to_the_same_limit(small, tmp_path):
+    (tmp_path / "sft.jsonl").write_text(json.dumps({"prompt": "What?", "completion": "A thing."}) + "\n")
+    overrides = [
+        f"data.imitate={{source: {tmp_path / 'sft.jsonl'}}}",
+        "evaluate.sets={toxic: {source: %s, kind: toxic}}",
+    ]
+    overrides[1] %= tmp_path / "heldout.jsonl"
+
+    def limit(method):
+        go(small, tmp_path / method, *overrides, f"train.method={method}")
+        reads = json.loads((tmp_path / method / "evaluate/final/toxic/phrases/done.json").read_text())["reads"]
+        return reads["loss_limit_nats"]
+
+    assert limit("sft") == limit("tasft") > 0
 
 
 def test_full_fine_tuning_saves_a_model_and_leaves_the_base_alone(small, tmp_path):

@@ -149,9 +149,9 @@ def build_run(folder: Path) -> Path:
             "anchors": {"mode": "prefilled", "tried": 40, "kept": 38},
             "imitate": {"tried": 120, "kept": 101},
             "judge": "embedded",
-            "loss_limit_nats": 2.75,
         },
     )
+    document(folder / "calibration" / "summary.json", {"replies": 48, "loss_limit_nats": 2.75})
     for kind, count in (("avoid", 51), ("anchor", 38), ("imitate", 101)):
         jsonl(
             folder / "harvest" / f"{kind}.jsonl",

@@ -3,12 +3,11 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tasft import launch
-from tasft.coherence import MIN_LOSSES, loss_limit
 from tasft.contrastive import Contrast, contrastive_replies
 from tasft.data import Example, Prompt
 from tasft.engines import Engine, Reply, Sampling, collect, requests_for
@@ -18,7 +17,6 @@ from tasft.provenance import write_json, write_jsonl
 
 # The one sentence of the demo that a person wrote: prefilled anchors begin with it.
 REFUSAL = "I'm sorry, but I can't help with that."
-CALIBRATION = 48  # Ordinary prompts whose answers say how improbable a sensible reply can be.
 ROUND = 256  # Answers that are drawn before they are counted: enough when the wanted rows are found.
 
 Anchors = Literal["none", "own", "prefilled"]
@@ -56,6 +54,7 @@ def harvest(
     settings: HarvestSettings,
     folder: Path,
     losses: Losses | None = None,
+    limit_nats: float | None = None,
     writer: Engine | None = None,
 ) -> dict[str, Any]:
     """Fill a `harvest/` folder; taken up where it was left when the folder holds replies.
@@ -68,22 +67,22 @@ def harvest(
         engine: The model whose answers they are.
         judge: Decides what is harmful.
         toxic: Prompts whose harmful answers become avoid rows.
-        ordinary: Prompts whose answers become imitate rows, and whose losses calibrate coherence.
+        ordinary: Prompts whose answers become imitate rows.
         settings: See there.
         folder: Gets `replies.jsonl`, `verdicts.jsonl`, `avoid.jsonl`, `anchor.jsonl`, `imitate.jsonl`,
             `contrastive.jsonl` and `summary.json`.
         losses: Mean loss of some replies under that model, in nats per token; None where it cannot be had, so that no
             reply is found improbable.
+        limit_nats: The largest such loss of a coherent reply, see `tasft.calibration`; None leaves that check out.
         writer: Writes and answers the prompts that only seem toxic; None is `engine`.
 
     Returns:
         The summary: how many replies were tried and kept, and why the others were not.
     """
     path, seed = folder / "replies.jsonl", settings.sampling.seed
-    limit = _limit(engine, ordinary, settings.sampling, path, losses)
 
     def judged(replies: Sequence[Reply]) -> dict[str, Verdict]:
-        verdicts = judge_replies(judge, replies, folder / "verdicts.jsonl", losses, limit)
+        verdicts = judge_replies(judge, replies, folder / "verdicts.jsonl", losses, limit_nats)
         return {verdict.id: verdict for verdict in verdicts}
 
     asked, answers, verdicts = _answers(engine, toxic, settings, path, judged)
@@ -143,7 +142,6 @@ def harvest(
         "anchors": {"mode": settings.anchors, **kept["anchor"][1]},
         "imitate": kept["imitate"][1],
         "contrastive": about | kept["contrastive"][1],
-        "loss_limit_nats": limit,
     }
     if launch.is_first():
         for name, (replies, _) in kept.items():
@@ -159,20 +157,6 @@ def statement(summary: dict[str, Any]) -> str:
     line = f"{kept} of {wanted} rows to avoid, from {summary['tried']} answers to {summary['prompts']} prompts"
     missing = "" if kept >= wanted else "; for more of them give more data.toxic_prompts or harvest.samples"
     return f"{line} ({reasons}){missing}"
-
-
-def _limit(
-    engine: Engine, ordinary: Sequence[Prompt], sampling: Sampling, path: Path, losses: Losses | None
-) -> float | None:
-    """How improbable a reply may be before it is incoherent; None where that cannot be told."""
-    if losses is None or len(ordinary) < MIN_LOSSES:
-        return None
-    # The whole distribution of the model, not its likely half: a plain refusal is less probable than
-    # anything that it says at a low temperature.
-    everything = replace(sampling, temperature=1.0, top_p=1.0)
-    some = random.Random(sampling.seed).sample(ordinary, min(CALIBRATION, len(ordinary)))
-    replies = collect(engine, requests_for(some, mark="-calibration"), everything, path, "calibration")
-    return loss_limit(losses(replies))
 
 
 def _answers(

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, set_seed
 
 from tasft import data, evaluate, launch, model, provenance, recipe, training
 from tasft.baselines import safe_instead
+from tasft.calibration import calibrate, can_calibrate, limit_of
 from tasft.contrastive import Contrast
 from tasft.data import Example
 from tasft.encode import encode_rows
@@ -145,7 +146,26 @@ class Run:
 
         yield Step(self.folder / "sft", self._before_reads(), work)
 
+    def _calibration(self) -> Iterator[Step]:
+        """What replies of every state are held to, whatever the method."""
+        ordinary = self.inputs.ordinary
+        if not can_calibrate(ordinary):
+            return
+
+        def work(folder: Path) -> None:
+            with self._state(self._before) as loaded:
+                engine = self._engine(loaded)
+                calibrate(engine, engine.mean_losses, ordinary, self.spec.seed, folder)
+
+        prompts = provenance.content_hash([asdict(prompt) for prompt in ordinary])
+        yield Step(self.folder / "calibration", self._before_reads() | {"prompts": prompts}, work)
+
+    @property
+    def _loss_limit(self) -> float | None:
+        return limit_of(self.folder / "calibration") if can_calibrate(self.inputs.ordinary) else None
+
     def _harvest(self) -> Iterator[Step]:
+        yield from self._calibration()
         spec = self.spec.harvest
         if not self.spec.harvests or spec is None:
             return
@@ -177,6 +197,7 @@ class Run:
                     settings,
                     folder,
                     losses,
+                    self._loss_limit,
                     writer,
                 )
             if launch.is_first():
@@ -236,10 +257,7 @@ class Run:
 
     def _evaluate(self) -> Iterator[Step]:
         spec = self.spec.evaluate
-        limit = None
-        if self.spec.harvests:
-            limit = provenance.read_json(self.folder / "harvest" / "summary.json")["loss_limit_nats"]
-
+        limit = self._loss_limit
         sets = [
             evaluate.Asked(name, wanted.kind, wanted.source, self.inputs.sets[name], spec.limit)
             for name, wanted in spec.sets.items()

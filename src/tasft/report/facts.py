@@ -491,7 +491,7 @@ def harvest_facts(run: Run) -> list[tuple[str, str]]:
         ("Kept as avoid rows", harvest.get("kept")),
         *((f"Left out: {reason}", count) for reason, count in sub(harvest, "reasons").items()),
         ("Judge", harvest.get("judge")),
-        ("Loss above which a reply is incoherent, nats", harvest.get("loss_limit_nats")),
+        ("Loss above which a reply is incoherent, nats", run.calibration.get("loss_limit_nats") if harvest else None),
     ]
     parts = {"anchors": "Anchor rows", "imitate": "Own imitate rows", "contrastive": "Contrastive rows"}
     for key, label in parts.items():

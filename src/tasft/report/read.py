@@ -100,7 +100,7 @@ class Run:
         name: The recipe's, else the folder's.
         recipe: The resolved recipe; empty if it is absent. The same for `manifest`.
         recipe_text: The recipe as it stands in the file. The same for `manifest_text`.
-        harvest: `harvest/summary.json`, or empty.
+        harvest: `harvest/summary.json`, or empty. The same for `calibration`.
         rows: Kind of row -> how many the harvest wrote; a kind without a file is absent.
         mixed: Rows in `train/data.jsonl` as (imitate, avoid), or None.
         metrics: One row per logged step.
@@ -119,6 +119,7 @@ class Run:
     recipe_text: str
     manifest: Row
     manifest_text: str
+    calibration: Row
     harvest: Row
     rows: Mapping[str, int]
     mixed: tuple[int, int] | None
@@ -182,6 +183,9 @@ def read_run(folder: Path) -> Run:
     safe = _mapping(_mapping(recipe.get("data")).get("safe_responses"))
     if method not in ("sft", "stl") or (method == "stl" and safe.get("rows") == "harvested"):
         harvest = files.parsed("harvest/summary.json", json.loads, files.text("harvest/summary.json"))
+    calibration: Row = {}
+    if (folder / "calibration/summary.json").exists():
+        calibration = files.parsed("calibration/summary.json", json.loads, files.text("calibration/summary.json"))
     rows = {kind: len(files.rows(path)) for kind, path in ROW_KINDS.items() if (folder / path).exists()}
     mixed = None
     if (folder / "train/data.jsonl").exists():
@@ -199,6 +203,7 @@ def read_run(folder: Path) -> Run:
         recipe_text=recipe_text,
         manifest=manifest,
         manifest_text=manifest_text,
+        calibration=calibration,
         harvest=harvest,
         rows=rows,
         mixed=mixed,
