@@ -469,7 +469,7 @@ def main() -> None:
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             # The first rank finds the same fault and says it for all, and its end is theirs. If not, this one must.
-            time.sleep(5)
+            time.sleep(30)
         for fault in error.faults:
             # It may quote a file, which may hold what moves a cursor.
             print(f"tasft: {visible(fault)}", file=sys.stderr)
