@@ -48,6 +48,7 @@ MAY_IMPORT = {
     },
     "recipe": {"engines", "judges", "loss", "sets"},
     "report": {"report", "stats", "text"},
+    "gate": {"recipe", "report", "stats"},
     "steps": {"launch"},
     "baselines": {"data", "encode", "loss", "metrics"},
     "inputs": {
@@ -71,6 +72,7 @@ MAY_IMPORT = {
         "encode",
         "engines",
         "evaluate",
+        "gate",
         "harvest",
         "inputs",
         "judges",

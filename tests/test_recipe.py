@@ -146,3 +146,31 @@ def test_every_field_is_read_by_something_and_says_what_it_means():
             assert name in read | passed_whole, f"{section.__name__}.{name} is read by nothing"
             nested = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
             assert field.description or nested or name in ("model", "data", "train", "evaluate"), name
+
+
+@pytest.mark.parametrize(
+    ("gate", "sentence"),
+    [
+        ({}, "gate: no limit is given"),
+        ({"strict": True}, "gate: no limit is given"),
+        ({"harmfull": 2}, "gate.harmfull: no such field"),
+        ({"harmful": -1}, "gate.harmful: input should be greater than or equal to 0"),
+        ({"harmful": 101}, "gate.harmful"),
+        ({"harmful": "2%"}, "gate.harmful: input should be a valid number"),
+        ({"over_refusal": 5}, "gate.over_refusal needs ordinary prompts: evaluate.sets has none"),
+        ({"capability": {"boolq": -1}}, "gate.capability.boolq: evaluate.capability does not run it (no task)"),
+        ({"jailbreak": {"prefix": 1}}, "gate.jailbreak.prefix: evaluate.jailbreak does not run it (no attack)"),
+        ({"jailbreak": {"prefixx": 1}}, "gate.jailbreak.prefixx"),
+    ],
+)
+def test_a_wrong_gate_gets_a_sentence(tmp_path, gate, sentence):
+    assert any(sentence in fault for fault in faults(tmp_path, SMALL | {"gate": gate}))
+
+
+def test_a_gate_is_read_with_what_it_limits(tmp_path):
+    sets = SMALL["evaluate"]["sets"] | {"ordinary": {"source": "demo-ordinary-heldout", "kind": "ordinary"}}
+    evaluate = {"sets": sets, "capability": {"tasks": ["boolq"]}, "jailbreak": {"set": "toxic", "prefix": "Sure"}}
+    limits = {"harmful": 2, "over_refusal": 5, "capability": {"boolq": -1}, "jailbreak": {"prefix": 10}}
+    spec = recipe.load(written(tmp_path, SMALL | {"evaluate": evaluate, "gate": limits}))
+    assert spec.gate.capability == {"boolq": -1.0}
+    assert recipe.load(written(tmp_path, recipe.dump(spec), "again.yaml")) == spec

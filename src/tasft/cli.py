@@ -72,11 +72,17 @@ def _go(source: str, overrides: Sequence[str] | None, out: Path | None, stages: 
     opened = _open(source, overrides, out)
     with _resumable():
         opened.go(*([] if stages is None else [tuple(stages)]))
+    if (stages is None or "report" in stages) and (found := opened.gate) and not found["met"]:
+        broken = [limit["sentence"] for limit in found["limits"] if not limit["met"]]
+        print("\n".join(f"tasft: gate not met: {visible(sentence)}" for sentence in broken), file=sys.stderr)
+        raise typer.Exit(3)
 
 
 @app.command()
 def run(recipe: RecipeArgument, overrides: OverridesArgument = None, out: OutOption = None) -> None:
     """Run all stages; run it again to go on after an interruption.
+
+    Exit code 0: done; 2: you can put right what is said; 3: done, but the recipe's gate is not met.
 
     Example: tasft run demo --out runs/demo
     """
@@ -458,7 +464,7 @@ def judge_file(
 
 
 def main() -> None:
-    """Entry point: exit code 0 done, 2 the user can fix it, 130 interrupted."""
+    """Entry point: exit code 0 done, 2 the user can fix it, 3 a gate is not met, 130 interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Said at every checkpoint of a GGUF model, whose folder has no config.json; the vocabulary is not changed here.
     warnings.filterwarnings("ignore", message="Could not find a config file in")

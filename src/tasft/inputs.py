@@ -190,6 +190,7 @@ class Inputs:
             self._check_filter,
             self._check_who_attacks_and_judges,
             self._check_queries,
+            self._check_gate,
         )
         for read in reads:
             try:
@@ -285,6 +286,20 @@ class Inputs:
             f"more than {wanted.queries} queries: lower a limit, or raise evaluate.jailbreak.queries"
             for attack in wanted.attacks
             if len(self.behaviours) * times[attack] > wanted.queries
+        ]
+        if faults:
+            raise UserError(faults)
+
+    def _check_gate(self) -> None:
+        if self.spec.gate is None:
+            return
+        name = self.spec.evaluate.judges[0]
+        limits = {"harmful": self.spec.gate.harmful, "refusal": self.spec.gate.over_refusal}
+        fields = {"harmful": "gate.harmful", "refusal": "gate.over_refusal"}
+        faults = [
+            f"{fields[what]} needs a judge that tells {what} first in evaluate.judges, which {name} does not"
+            for what, limit in limits.items()
+            if limit is not None and what not in self.judge(name).tells
         ]
         if faults:
             raise UserError(faults)

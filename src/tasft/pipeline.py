@@ -13,7 +13,7 @@ from peft import PeftModel
 from rich.text import Text
 from transformers import PreTrainedModel, set_seed
 
-from tasft import data, evaluate, launch, model, provenance, recipe, training
+from tasft import data, evaluate, gate, launch, model, provenance, recipe, training
 from tasft.baselines import safe_instead
 from tasft.calibration import calibrate, can_calibrate, limit_of
 from tasft.contrastive import Contrast
@@ -29,6 +29,7 @@ from tasft.judges.judging import Losses, rules
 from tasft.preview import preview
 from tasft.recipe import Jailbreak, Recipe, Train
 from tasft.report import write_report
+from tasft.report.read import read_run
 from tasft.steps import Step, done_key
 
 STAGES = ("sft", "harvest", "train", "evaluate", "report")
@@ -420,10 +421,17 @@ class Run:
         steps = [step for stage in STAGES[:-1] for step in self.steps(stage)]
         reads = {"recipe": self.spec.model_dump(), "steps": [step.key for step in steps]}
 
-        def work(_: Path) -> None:
+        def work(folder: Path) -> None:
+            if self.spec.gate:
+                provenance.write_json(folder / "gate.json", gate.judge(self.spec.gate, read_run(self.folder)))
             write_report(self.folder)
 
         yield Step(self.folder / "report", reads, work)
+
+    @property
+    def gate(self) -> dict[str, Any] | None:
+        """What `tasft.gate` found when the report was written; None without limits."""
+        return provenance.read_json(self.folder / "report" / "gate.json")
 
     def _train_on(self, rows: list[Example], spec: Train, folder: Path) -> None:
         lora = self.spec.model.lora
@@ -537,6 +545,8 @@ class Run:
                 manifest["stages"][str(where)] = {"seconds": round(seconds, 1)}
                 note(f"{where}: done in {seconds:.0f} s")
         if "report" in stages:
+            for limit in self.gate["limits"] if self.gate else ():
+                print(f"gate: {'met' if limit['met'] else 'NOT MET'}: {limit['sentence']}", flush=True)
             print(f"report: {self.folder / 'report' / 'index.html'}", flush=True)
 
     def _require_what_comes_before(self, stage: str) -> None:

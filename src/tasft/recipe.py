@@ -319,6 +319,62 @@ class Evaluate(_Section):
         return value
 
 
+Percent = Annotated[float, Field(strict=False, ge=0, le=100)]
+Points = Annotated[float, Field(strict=False, ge=-100, le=100)]
+
+
+class Gate(_Section):
+    """Limits that the trained model must keep, see `tasft.gate`; before: the SFT model if there is one, else the base.
+
+    Judged by the first of `evaluate.judges`.
+    """
+
+    harmful: Percent | None = Field(None, description="Most harmful replies to toxic prompts, in percent.")
+    incoherent: Percent | None = Field(
+        None, description="Most incoherent replies to toxic prompts, and to ordinary ones, in percent."
+    )
+    over_refusal: Points | None = Field(
+        None, description="Most refusals of ordinary prompts beyond those before, in percentage points: 5."
+    )
+    capability: dict[str, Points] = Field(
+        {}, description="Least change of accuracy on tasks of evaluate.capability, in percentage points: {boolq: -1}."
+    )
+    jailbreak: dict[Literal["prefix", "templates", "pair"], Percent] = Field(
+        {}, description="Most prompts on which an attack of evaluate.jailbreak succeeds, in percent: {prefix: 10}."
+    )
+    strict: bool = Field(False, description="The worse end of the 95% interval must keep the limit, not the value.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Gate":
+        if not self.capability and not self.jailbreak and {self.harmful, self.incoherent, self.over_refusal} == {None}:
+            raise ValueError("no limit is given: say harmful: 2, or over_refusal: 5")
+        return self
+
+    def faults(self, evaluate: Evaluate) -> list[str]:
+        """Limits on what is not evaluated."""
+        kinds = {each.kind for each in evaluate.sets.values()}
+        tasks = evaluate.capability.tasks if evaluate.capability else []
+        attacks = evaluate.jailbreak.attacks if evaluate.jailbreak else []
+        needs = {"harmful": "toxic", "over_refusal": "ordinary"}
+        return [
+            *(
+                f"gate.{name} needs {kind} prompts: evaluate.sets has none"
+                for name, kind in needs.items()
+                if getattr(self, name) is not None and kind not in kinds
+            ),
+            *(
+                f"gate.capability.{name}: evaluate.capability does not run it ({', '.join(tasks) or 'no task'})"
+                for name in self.capability
+                if name not in tasks
+            ),
+            *(
+                f"gate.jailbreak.{name}: evaluate.jailbreak does not run it ({', '.join(attacks) or 'no attack'})"
+                for name in self.jailbreak
+                if name not in attacks
+            ),
+        ]
+
+
 class Recipe(_Section):
     """One run."""
 
@@ -333,6 +389,7 @@ class Recipe(_Section):
     harvest: Harvest | None = Field(None, description="Needed by methods tasft and kto.")
     train: Train
     evaluate: Evaluate
+    gate: Gate | None = Field(None, description="Limits for the trained model; null for none.")
 
     @property
     def harvests(self) -> bool:
@@ -394,6 +451,7 @@ class Recipe(_Section):
                 )
             if not jailbreak.attacks:
                 faults.append('evaluate.jailbreak: no attack is named; add prefix: "Sure, here is", templates or pair')
+        faults += self.gate.faults(self.evaluate) if self.gate else []
         if faults:
             raise ValueError("; ".join(faults))
         return self

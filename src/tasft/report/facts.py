@@ -172,6 +172,12 @@ def headlines(run: Run, tables: Tables) -> Headlines:
     return found
 
 
+def compared(run: Run, kind: str, measure: str) -> Comparison | None:
+    """A measure by the main judge over all sets of a kind together; None without such a set or a judge."""
+    prompts = _together(run, kind) if run.judges else None
+    return _compare(prompts, run.judges[0], measure) if prompts else None
+
+
 def _together(run: Run, kind: str) -> PromptSet | None:
     """The sets of one kind as one; those with both states alone, if there are such, so that like meets like."""
     sets = [prompts for prompts in run.sets if prompts.kind == kind]
@@ -187,7 +193,7 @@ def _together(run: Run, kind: str) -> PromptSet | None:
             if state in prompts.states and judge in prompts.states[state].judged
             for key, verdict in prompts.states[state].judged[judge].verdicts.items()
         }
-        outcomes = {m: [o for v in verdicts.values() if (o := _outcome(v, m)) is not None] for m in HEADLINE[kind]}
+        outcomes = {m: [o for v in verdicts.values() if (o := _outcome(v, m)) is not None] for m in SHOWN[kind]}
         estimates = {measure: rate(known) for measure, known in outcomes.items()}
         if verdicts:
             states[state] = Evaluated({}, {judge: Judged(estimates, verdicts, 0)})
@@ -302,6 +308,8 @@ def odds(p: float) -> str:
 def warnings(run: Run, tables: Tables) -> list[str]:
     """What a reader must know before believing the figures."""
     found = []
+    if broken := [sentence for _, sentence, kept in gate_rows(run) if kept == "no"]:
+        found.append(f"The gate of the recipe is not met: {'; '.join(broken)}.")
     worse = [
         f"{row.label.lower()} on {title_of(prompts)} ({points(row.change.value)}, {', '.join(row.judges)})"
         for prompts in run.sets
@@ -328,6 +336,19 @@ def warnings(run: Run, tables: Tables) -> list[str]:
     if unreadable:
         found.append(f"Verdicts that could not be read, left out of n: {'; '.join(unreadable)}.")
     return found + [f"The guard against collapse, {event.get('message')}" for event in run.guard]
+
+
+GATE_COLUMNS = ("Limit", "Figure", "Kept")
+
+
+def gate_rows(run: Run) -> list[tuple[str, ...]]:
+    """Cells of the table of limits, under `GATE_COLUMNS`; empty when the recipe has none."""
+    limits = run.gate.get("limits")
+    return [
+        (str(row.get("field")), str(row.get("sentence")), "yes" if row.get("met") is True else "no")
+        for row in (limits if isinstance(limits, list) else [])
+        if isinstance(row, dict)
+    ]
 
 
 def done(run: Run) -> list[str]:

@@ -112,6 +112,7 @@ class Run:
         checkpoints: Step -> set -> what was measured of the model saved at that step; without replies and verdicts.
         unmeasured: The evaluations of other kinds that are not there.
         notes: What is missing or could not be read, one sentence each.
+        gate: What `tasft.gate` found, or empty.
     """
 
     name: str
@@ -132,6 +133,7 @@ class Run:
     checkpoints: Mapping[int, Mapping[str, Evaluated]]
     unmeasured: list[str]
     notes: list[str]
+    gate: Row
 
     def field(self, path: str) -> Any:
         """The recipe's value at a dotted path such as `train.penalty`; None where there is none."""
@@ -225,6 +227,9 @@ def read_run(folder: Path) -> Run:
             if not list(folder.glob(f"evaluate/final/{place}/**/summary.json"))
         ],
         notes=files.notes,
+        gate=files.parsed("report/gate.json", json.loads, files.text("report/gate.json"))
+        if recipe.get("gate") and (folder / "report/gate.json").exists()
+        else {},
     )
 
 

@@ -14,6 +14,7 @@ NOTE = (
     "have moved, both in nats per token; neither says how good an answer is. A win rate is an annotator's preference "
     "for the model's answers. Changes are of the same items: paired bootstrap for shares, Student's interval otherwise."
 )
+_Outcomes = dict[str, tuple[float, object]]
 _PREFERENCES = {"win_rate": "preference", "length_controlled_win_rate": ""}  # What items call it.
 
 
@@ -28,25 +29,45 @@ def _rows(name: str, states: Mapping[str, Measured]) -> list[tuple[str, ...]]:
     return [_row(f"{name}: {metric}", metric, *there) for metric in metrics]
 
 
+def change(before: Measured | None, after: Measured | None, metric: str) -> Estimate | None:
+    """Change of a share on the same items, as `paired_difference`; None when there is none to pair, or it is no share.
+
+    Args:
+        before: The task before training.
+        after: And after.
+        metric: Of lm-eval, such as acc.
+    """
+    was, now = (_outcomes(each, metric) for each in (before, after))
+    pairs = _pairs(was, now)
+    return paired_difference(*zip(*pairs, strict=True)) if pairs and _are_shares(was, now) else None
+
+
+def _pairs(was: _Outcomes, now: _Outcomes) -> list[tuple[float, float]]:
+    return [(was[key][0], now[key][0]) for key in was if key in now and was[key][1] == now[key][1]]
+
+
+def _are_shares(*states: _Outcomes) -> bool:
+    return all(value in (0.0, 1.0) for state in states for value, _ in state.values())
+
+
 def _row(label: str, metric: str, before: Measured | None, after: Measured | None) -> tuple[str, ...]:
     was, now = (_outcomes(each, metric) for each in (before, after))
-    same = [key for key in was if key in now and was[key][1] == now[key][1]]
-    pairs = [(was[key][0], now[key][0]) for key in same]
-    is_share = metric in _PREFERENCES or all(value in (0.0, 1.0) for value, _ in [*was.values(), *now.values()])
-    change, changed = "—", "—"
+    pairs = _pairs(was, now)
+    is_share = metric in _PREFERENCES or _are_shares(was, now)
+    moved, changed = "—", "—"
     if pairs and is_share and metric not in _PREFERENCES:
-        change = in_words(paired_difference(*zip(*pairs, strict=True)), signed=True)
+        moved = in_words(paired_difference(*zip(*pairs, strict=True)), signed=True)
         flips = mcnemar([a == 1 for a, _ in pairs], [b == 1 for _, b in pairs])
         changed = f"{flips.gained} right now, {flips.lost} no longer; {odds(flips.p)}"
     elif pairs:
-        moved = mean([b - a for a, b in pairs])
-        change = in_words(moved, signed=True) if is_share else _number(moved, "+")
+        mean_move = mean([b - a for a, b in pairs])
+        moved = in_words(mean_move, signed=True) if is_share else _number(mean_move, "+")
     shown = in_words if is_share else _number
     cells = [each.estimates.get(metric) if each else None for each in (before, after)]
-    return (label, *(shown(cell) if cell and cell.n else "—" for cell in cells), change, changed)
+    return (label, *(shown(cell) if cell and cell.n else "—" for cell in cells), moved, changed)
 
 
-def _outcomes(measured: Measured | None, metric: str) -> dict[str, tuple[float, object]]:
+def _outcomes(measured: Measured | None, metric: str) -> _Outcomes:
     """Of each item its outcome, and what tells that it is the same item."""
     name, _, chosen = _PREFERENCES.get(metric, metric).partition(",")
     rows: list[Row] = list(measured.items) if measured else []

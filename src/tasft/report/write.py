@@ -89,7 +89,11 @@ def _markdown(run: Run, tables: facts.Tables, heads: facts.Headlines) -> str:
     text = inline_markdown
     lines = [f"# {text(run.name)}: report", "", text(facts.verdict(run, heads)), ""]
     lines += [f"> {text(warning)}\n" for warning in facts.warnings(run, tables)]
-    lines += ["## What was done", "", *map(text, facts.done(run)), "", "## Before and after", ""]
+    lines += ["## What was done", "", *map(text, facts.done(run)), ""]
+    if limits := facts.gate_rows(run):
+        lines += ["## Gate", "", f"| {' | '.join(facts.GATE_COLUMNS)} |", "|---|---|---|"]
+        lines += [*(f"| {' | '.join(map(text, row))} |" for row in limits), ""]
+    lines += ["## Before and after", ""]
     for prompts in run.sets:
         source = f" Source: {text(prompts.source)}." if prompts.source else ""
         lines += [f"### {text(facts.title_of(prompts).capitalize())}", ""]
