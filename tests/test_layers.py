@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "model": {"loss"},
     "encode": {"data", "loss"},
     "metrics": set(),
+    "progress": set(),
     "preview": {"encode", "loss", "text"},
     "engines": {"engines", "data", "encode", "launch", "model"},
     "batch": {"loss"},
@@ -84,8 +85,8 @@ MAY_IMPORT = {
         "steps",
         "training",
     },
-    "sweep": {"inputs", "pipeline", "recipe", "report"},
-    "cli": {"evaluate", "inputs", "judges", "launch", "pipeline", "recipe", "report", "sweep", "text"},
+    "sweep": {"inputs", "pipeline", "progress", "recipe", "report"},
+    "cli": {"evaluate", "inputs", "judges", "launch", "pipeline", "progress", "recipe", "report", "sweep", "text"},
     "__init__": {"trainer"},
 }
 PURE = {"errors": set(), "loss": {"loss"}, "coherence": set(), "provenance": {"errors"}, "stats": {"errors"}}

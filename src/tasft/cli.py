@@ -1,6 +1,8 @@
 """The command `tasft`. Heavy imports live inside the commands, so that --help answers at once."""
 
 import os
+import shlex
+import signal
 import sys
 import time
 import warnings
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tasft.errors import UserError
+from tasft.progress import plain_without_terminal
 from tasft.text import visible
 
 if TYPE_CHECKING:
@@ -60,12 +63,24 @@ def _open(source: str, overrides: Sequence[str] | None, out: Path | None) -> "Ru
 
 @contextmanager
 def _resumable() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end with 130 and 143, as is usual, and with the line that goes on."""
+    asked = signal.SIGINT
+
+    def terminated(number: int, frame: object) -> None:
+        nonlocal asked
+        asked = signal.SIGTERM
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminated)
     try:
         yield
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            print("tasft: interrupted; run the same command again to go on", file=sys.stderr)
-        raise typer.Exit(130) from None
+            again = visible(shlex.join(["tasft", *sys.argv[1:]]))
+            print(f"tasft: interrupted; what was done is kept. Go on with: {again}", file=sys.stderr)
+        raise typer.Exit(128 + asked) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _go(source: str, overrides: Sequence[str] | None, out: Path | None, stages: Sequence[str] | None) -> None:
@@ -464,8 +479,9 @@ def judge_file(
 
 
 def main() -> None:
-    """Entry point: exit code 0 done, 2 the user can fix it, 3 a gate is not met, 130 interrupted."""
+    """Entry point: exit code 0 done, 2 the user can fix it, 3 a gate is not met, 130 or 143 interrupted."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    plain_without_terminal()
     # Said at every checkpoint of a GGUF model, whose folder has no config.json; the vocabulary is not changed here.
     warnings.filterwarnings("ignore", message="Could not find a config file in")
     # Between transformers and peft; nothing that a user could do about it.

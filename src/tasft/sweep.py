@@ -22,6 +22,7 @@ from tasft import provenance, recipe
 from tasft.errors import UserError
 from tasft.inputs import Inputs
 from tasft.pipeline import STAGES, Run
+from tasft.progress import plain_without_terminal
 from tasft.recipe import NAME, Recipe
 from tasft.report import write_sweep_report
 
@@ -271,6 +272,7 @@ def _work(spec: Recipe, folder: Path, here: Path, untrained: bool = False) -> Ou
     """
     os.chdir(here)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    plain_without_terminal()
     started = time.monotonic()
     try:
         stages = ("sft", "harvest", "evaluate") if untrained else STAGES

@@ -1,6 +1,9 @@
 """One training of a run: from settings in a recipe to weights in a folder."""
 
+import os
 import random
+import signal
+import threading
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -8,7 +11,17 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from tqdm import tqdm
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from tasft import launch, provenance
 from tasft.baselines import kto_trainer
@@ -119,7 +132,15 @@ def fit(
         encoded = trainer.encoding
     if launch.is_first():
         print(f"{folder.name}: {encoded}", flush=True)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Bar(folder.name))
+    trainer.add_callback(stop := _Stop())
+    try:
+        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    finally:
+        stop.restore()
+    if stop.asked:
+        signal.raise_signal(stop.asked)
     if guard and guard.stopped and guard.last_good is None:
         raise UserError(
             f"{folder}: training collapsed before its first checkpoint (guard.jsonl says how): lower "
@@ -134,13 +155,94 @@ def fit(
             tokenizer.save_pretrained(folder / "model")
 
 
+class _Bar(TrainerCallback):  # type: ignore[misc]
+    """Steps done, their rate, the time left and the loss; what else is logged stands in metrics.jsonl."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.bar: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.name,
+            unit="step",
+            disable=not state.is_world_process_zero,
+        )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            self.bar.set_postfix_str(f"loss {logs['loss']:.3g}", refresh=False)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.bar.close()
+
+
+# In a checkpoint that was written because training was stopped there, at no multiple of save_steps.
+STOPPED = "stopped"
+
+
+class _Stop(TrainerCallback):  # type: ignore[misc]
+    """On SIGTERM and Ctrl-C the step is ended and a checkpoint written; the second signal is taken at once.
+
+    Of several processes none waits: they do not hear of it in the same step.
+    """
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if launch.world_size() == 1 and threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.asked is not None and number == signal.SIGINT:
+            self.restore()
+            signal.raise_signal(number)
+        self.asked = number
+        # print could be at work already.
+        os.write(2, b"\ntasft: a checkpoint is written when this step is done; Ctrl-C again stops at once\n")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.asked is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.asked is not None and state.global_step % args.save_steps:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / STOPPED).touch()
+
+    def restore(self) -> None:
+        """Let signals do what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
 def checkpoints(folder: Path, save_steps: int) -> list[str]:
     """Names of the checkpoints of a finished training, in its order, without one that equals its result.
 
     Raises:
         UserError: Earlier ones were not kept, or they hold parts of a model.
     """
-    found = sorted(_whole(folder), key=_step)
+    found = sorted((path for path in _whole(folder) if not (path / STOPPED).exists()), key=_step)
     if len(found) == 1 and _step(found[0]) > save_steps:
         raise UserError(
             f"evaluate.checkpoints: {folder} was trained without it and kept its last checkpoint alone: remove that "

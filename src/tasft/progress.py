@@ -1,0 +1,49 @@
+"""Progress bars, also of libraries, as plain lines where there is no terminal."""
+
+import os
+import re
+import sys
+from typing import Any, TextIO
+
+# Read by tqdm when it is imported; what somebody has set already stays.
+PLAIN = {
+    "TQDM_MININTERVAL": "30",
+    "TQDM_MAXINTERVAL": "60",
+    "TQDM_DELAY": "1",
+    "TQDM_BAR_FORMAT": "{desc}: {n_fmt} of {total_fmt} ({rate_fmt}, {remaining} left{postfix})",
+}
+
+
+class Lines:
+    """A text stream that gives each state of a progress bar a line of its own.
+
+    Args:
+        stream: Where all goes in the end.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._in_bar = False
+
+    def write(self, text: str) -> int:
+        r"""Write text; what begins with `\r` would overwrite its line on a terminal, and gets a new one."""
+        if "\r" in text or "\x1b[A" in text or (self._in_bar and not text.strip()):
+            # A bar ends with an empty line feed, or is wiped out by spaces.
+            shown = [line.strip() for line in re.split(r"\r|\n|\x1b\[A", text)]
+            self._stream.write("".join(f"{line}\n" for line in shown if line))
+            self._in_bar = "\n" not in text
+        else:
+            self._stream.write(text)
+            self._in_bar = False
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def plain_without_terminal() -> None:
+    """Where stderr is no terminal: a line every half minute for what takes longer; call it before tqdm is imported."""
+    if not sys.stderr.isatty():
+        for name, value in PLAIN.items():
+            os.environ.setdefault(name, value)
+        sys.stderr = Lines(sys.stderr)  # type: ignore[assignment]
