@@ -48,6 +48,8 @@ def _common(recipe: Recipe, spec: Train, folder: Path) -> dict[str, Any]:
     return {
         "output_dir": str(folder),
         "bf16": spec.precision == "bf16",
+        # Without being told, transformers takes a machine without a GPU for one that cannot do it.
+        "use_cpu": spec.precision == "bf16" and not torch.accelerator.is_available(),
         "fp16": spec.precision == "fp16",
         "activation_checkpointing": spec.activation_checkpointing,
         "num_train_epochs": spec.epochs or 1,
