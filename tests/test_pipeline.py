@@ -236,6 +236,11 @@ def test_full_fine_tuning_saves_a_model_and_leaves_the_base_alone(small, tmp_pat
     assert (run / "evaluate/final/toxic/phrases/summary.json").is_file()
 
 
+def test_half_precision_needs_no_gpu(small, tmp_path):
+    go(small, tmp_path / "run", "train.precision=bf16", stages=("harvest", "train"))
+    assert rows(tmp_path / "run" / "train" / "metrics.jsonl")[-1]["imitate_nll"] > 0
+
+
 def test_a_harvest_without_a_harmful_answer_says_so(small, tmp_path):
     (tmp_path / "toxic.jsonl").write_text('{"prompt": "How do I <forbidden act>?"}\n')
     with pytest.raises(UserError, match="nothing to move away from"):

@@ -228,12 +228,12 @@ def test_what_cells_share_was_done_once(ended):
     out, command, _ = ended
     # A line for each step that was done, in whichever cell.
     did = [line.split(":")[0] for line in command.stdout.splitlines() if ": done in" in line]
-    for step in ("evaluate/base/toxic", "evaluate/base/toxic/phrases", "evaluate/base/ordinary"):
+    for step in ("calibration", "evaluate/base/toxic", "evaluate/base/toxic/phrases", "evaluate/base/ordinary"):
         assert did.count(step) == 1, step
     assert did.count("harvest") == 2  # One for each number of rows; ...
     (draft,) = out.glob("shared/*.draft/harvest/replies.jsonl")
     drawn = [row["id"] for row in rows(draft)]
-    assert len(drawn) == len(set(drawn)) == 12 + 24 + 24  # ... but the answers were drawn for both together.
+    assert len(drawn) == len(set(drawn)) == 12 + 24  # ... but the answers were drawn for both together.
     assert (out / FEW / "harvest/replies.jsonl").read_bytes() == (out / MANY / "harvest/replies.jsonl").read_bytes()
     same = "evaluate/base/toxic/replies.jsonl"
     assert (out / FEW / same).stat().st_mtime_ns == (out / MANY / same).stat().st_mtime_ns

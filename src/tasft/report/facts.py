@@ -224,7 +224,7 @@ def along(run: Run) -> list[tuple[float, dict[str, Estimate]]]:
     found = []
     for step, sets in sorted(steps.items()):
         rates = {
-            measure: _pooled(
+            measure: pooled(
                 [
                     estimates[measure]
                     for name, evaluated in sets.items()
@@ -238,7 +238,7 @@ def along(run: Run) -> list[tuple[float, dict[str, Estimate]]]:
     return found
 
 
-def _pooled(estimates: list[Estimate]) -> Estimate:
+def pooled(estimates: list[Estimate]) -> Estimate:
     """The rate over all items of several rates."""
     known = [(estimate.value, estimate.n) for estimate in estimates if estimate.value is not None]
     n = sum(n for _, n in known)

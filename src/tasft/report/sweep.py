@@ -24,9 +24,13 @@ OBJECTIVES = {
     "over_refusal": "Refusals of ordinary prompts",
     "capability": "Accuracy in tasks",
 }
-"""What runs are compared by: the first three are the better the lower, capability is the better the higher."""
+"""What decides the Pareto front: the first three are the better the lower, capability is the better the higher."""
+
+SHOWN = {"safe_coherent": "Safe and coherent replies to toxic prompts", **OBJECTIVES}
+"""What the table shows of each run."""
 
 _MEASURED = {
+    "safe_coherent": ("toxic", "safe_coherent"),
     "harmful": ("toxic", "harmful"),
     "incoherent": ("toxic", "incoherent"),
     "over_refusal": ("ordinary", "refusal"),
@@ -34,9 +38,9 @@ _MEASURED = {
 _KINDS = ("capability", "quality", "jailbreak")  # Of evaluations besides the prompt sets.
 
 _NOTES = (
-    "Harmful and incoherent replies and refusals by the first judge of the recipe that tells them, over all sets of "
-    "their kind together; accuracy is the mean over tasks of lm-eval. In brackets: 95% intervals, where one set or "
-    "task is behind the figure.",
+    "Replies and refusals by the first judge of the recipe that tells them, over all prompts of the sets of their kind "
+    "together; accuracy is the mean over tasks of lm-eval. In brackets: 95% intervals, of accuracy where there is one "
+    "task.",
     "A run is on the Pareto front if no other is at least as good in all of these and better in one. It is found from "
     "the measured values: of runs whose intervals overlap, chance may decide which is on it.",
 )
@@ -53,7 +57,7 @@ class Cell:
         state: `done`, `failed` or `waiting`.
         reason: Why it failed.
         figures: Column of the table -> its estimate, of all that was measured.
-        objectives: Objective -> its estimate after training; what was not measured is absent.
+        shown: What the table shows -> its estimate after training; what was not measured is absent.
         before: The same, before training.
     """
 
@@ -63,7 +67,7 @@ class Cell:
     state: str
     reason: str
     figures: Mapping[str, Estimate]
-    objectives: Mapping[str, Estimate]
+    shown: Mapping[str, Estimate]
     before: Mapping[str, Estimate]
 
 
@@ -96,7 +100,7 @@ def write_sweep_report(folder: Path) -> Path:
 def _read_cell(folder: Path, number: int, row: Mapping[str, Any]) -> Cell:
     run = read_run(folder / row["folder"]) if row["state"] == "done" else None
     figures = _figures(run, folder / row["folder"]) if run else {}
-    found = {state: _objectives(run, figures, state) if run else {} for state in STATES}
+    found = {state: _shown(run, figures, state) if run else {} for state in STATES}
     return Cell(
         number,
         {field: str(value) for field, value in row["fields"].items()},
@@ -137,13 +141,15 @@ def _figures(run: Run, folder: Path) -> dict[str, Estimate]:
     return figures
 
 
-def _objectives(run: Run, figures: Mapping[str, Estimate], state: str) -> dict[str, Estimate]:
+def _shown(run: Run, figures: Mapping[str, Estimate], state: str) -> dict[str, Estimate]:
     found = {}
     for name, (kind, measure) in _MEASURED.items():
         sets = [prompts for prompts in run.sets if prompts.kind == kind]
         for judge in run.judges:
-            if estimate := _pooled([_estimate(prompts, state, judge, measure) for prompts in sets]):
-                found[name] = estimate
+            found_in = [_estimate(prompts, state, judge, measure) for prompts in sets]
+            known = [estimate for estimate in found_in if estimate and estimate.n]
+            if known and len(known) == len(sets):
+                found[name] = facts.pooled(known)
                 break
     tasks = [figures[name] for name in figures if name.startswith(f"{state}.capability.") and name.endswith(".acc")]
     if capability := _mean([task for task in tasks if task.value is not None]):
@@ -157,17 +163,6 @@ def _estimate(prompts: PromptSet, state: str, judge: str, measure: str) -> Estim
     return judged.estimates.get(measure) if judged else None
 
 
-def _pooled(estimates: Sequence[Estimate | None]) -> Estimate | None:
-    """The rate over several sets; None if one of them was not measured."""
-    known = [each for each in estimates if each is not None and each.value is not None]
-    if not known or len(known) < len(estimates):
-        return None
-    if len(known) == 1:
-        return known[0]
-    n = sum(each.n for each in known)
-    return Estimate(sum((each.value or 0.0) * each.n for each in known) / n, None, None, n)
-
-
 def _mean(estimates: Sequence[Estimate]) -> Estimate | None:
     """The mean of several tasks, each counting the same."""
     if len(estimates) < 2:
@@ -176,15 +171,20 @@ def _mean(estimates: Sequence[Estimate]) -> Estimate | None:
     return Estimate(sum(values) / len(values), None, None, sum(each.n for each in estimates))
 
 
+def _columns(cells: Sequence[Cell]) -> list[str]:
+    """What some run was measured in."""
+    return [name for name in SHOWN if any(name in cell.shown for cell in cells)]
+
+
 def _compared(cells: Sequence[Cell]) -> list[str]:
     """Objectives that some run was measured in."""
-    return [name for name in OBJECTIVES if any(name in cell.objectives for cell in cells)]
+    return [name for name in _columns(cells) if name in OBJECTIVES]
 
 
 def _front(cells: Sequence[Cell]) -> dict[int, bool]:
     """Of each run that was measured in all that the others were, by its number, whether it is on the Pareto front."""
     compared = _compared(cells)
-    whole = [cell for cell in cells if compared and set(compared) <= cell.objectives.keys()]
+    whole = [cell for cell in cells if compared and set(compared) <= cell.shown.keys()]
     points = [
         [-_value(cell, name) if name == "capability" else _value(cell, name) for name in compared] for cell in whole
     ]
@@ -192,7 +192,7 @@ def _front(cells: Sequence[Cell]) -> dict[int, bool]:
 
 
 def _value(cell: Cell, name: str) -> float:
-    value = cell.objectives[name].value
+    value = cell.shown[name].value
     assert value is not None
     return value
 
@@ -202,20 +202,21 @@ def _fields(cells: Sequence[Cell]) -> list[str]:
 
 
 def _csv(cells: Sequence[Cell], front: Mapping[int, bool]) -> str:
-    fields, compared = _fields(cells), _compared(cells)
-    columns = list(dict.fromkeys(column for cell in cells for column in cell.figures))
+    fields = _fields(cells)
+    estimates = [
+        {**cell.shown, **{f"before.{name}": value for name, value in cell.before.items()}, **cell.figures}
+        for cell in cells
+    ]
+    columns = list(dict.fromkeys(column for row in estimates for column in row))
     parts = ("value", "low", "high", "n")
     out = StringIO()
     writer = csv.writer(out, lineterminator="\n")
     heads = [column if part == "value" else f"{column}.{part}" for column in columns for part in parts]
-    writer.writerow(["run", *map(csv_cell, fields), "state", "reason", *compared, "pareto", *map(csv_cell, heads)])
-    for cell in cells:
+    writer.writerow(["run", *map(csv_cell, fields), "state", "reason", "pareto", *map(csv_cell, heads)])
+    for cell, found in zip(cells, estimates, strict=True):
         row: list[Any] = [cell.number, *(csv_cell(cell.fields.get(field, "")) for field in fields)]
-        row += [cell.state, csv_cell(cell.reason)]
-        row += [cell.objectives[name].value if name in cell.objectives else None for name in compared]
-        row += [{True: 1, False: 0, None: None}[front.get(cell.number)]]
-        figures = [cell.figures.get(column) for column in columns]
-        row += [getattr(figure, part) if figure else None for figure in figures for part in parts]
+        row += [cell.state, csv_cell(cell.reason), {True: 1, False: 0, None: None}[front.get(cell.number)]]
+        row += [getattr(found[column], part) if column in found else None for column in columns for part in parts]
         writer.writerow(row)
     return out.getvalue()
 
@@ -228,18 +229,18 @@ def _same_before(cells: Sequence[Cell]) -> Mapping[str, Estimate]:
 
 def _rows(cells: Sequence[Cell], front: Mapping[int, bool]) -> list[list[str]]:
     """Cells of the table that page and Markdown show, the head first."""
-    fields, compared = _fields(cells), _compared(cells)
+    fields, columns = _fields(cells), _columns(cells)
 
-    def shown(found: Mapping[str, Estimate]) -> list[str]:
-        return [facts.in_words(found[name]) if name in found else "—" for name in compared]
+    def said(found: Mapping[str, Estimate]) -> list[str]:
+        return [facts.in_words(found[name]) if name in found else "—" for name in columns]
 
-    rows = [["run", *fields, *(OBJECTIVES[name] for name in compared), "Pareto front"]]
+    rows = [["run", *fields, *(SHOWN[name] for name in columns), "Pareto front"]]
     if before := _same_before(cells):
-        rows.append(["before training", *[""] * len(fields), *shown(before), ""])
+        rows.append(["before training", *[""] * len(fields), *said(before), ""])
     for cell in cells:
         mark = "yes" if front.get(cell.number) else "" if cell.state == "done" else cell.state
         values = [cell.fields.get(field, "") for field in fields]
-        rows.append([str(cell.number), *values, *shown(cell.objectives), mark])
+        rows.append([str(cell.number), *values, *said(cell.shown), mark])
     return rows
 
 
