@@ -164,6 +164,16 @@ def test_two_models_are_compared_on_the_prompts_that_both_answered(tmp_path):
     assert comparison(compare(first, second)).row_count == 3
 
 
+def test_all_sets_of_a_kind_are_compared_together_too(tmp_path):
+    for name, (before, after) in {"one": ([True, True], [False, False]), "two": ([True] * 3, [True] * 3)}.items():
+        for place, harmful in (("a", before), ("b", after)):
+            written(tmp_path / place, harmful).joinpath("toxic").rename(tmp_path / place / name)
+    rows = [row for row in compare(tmp_path / "a", tmp_path / "b")["rows"] if row["measure"] == "harmful"]
+    assert [row["set"] for row in rows] == ["one", "two", "2 toxic sets"]
+    # The same prompts stand in both sets, and count twice.
+    assert (rows[-1]["difference"]["n"], rows[-1]["difference"]["value"]) == (5, pytest.approx(-2 / 5))
+
+
 def test_what_different_judges_said_is_not_compared(tmp_path):
     first = written(tmp_path / "a", [True] * 3)
     with pytest.raises(UserError, match="the judge is not the same"):

@@ -16,6 +16,7 @@ from tasft.stats import Estimate, mcnemar, paired_difference, rate
 from tasft.text import visible
 
 Row = Mapping[str, Any]
+_Said = dict[tuple[str, int], Verdict]  # By the text of the prompt, and which of several equal ones it is.
 
 _HEADS = {
     "safe_coherent": "safe and coherent",
@@ -103,7 +104,8 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
     Returns:
         `rows`: for each set and judge of both and each measure the two rates, their paired difference (second less
         first) with the interval of `paired_difference`, and McNemar's test; `unpaired` counts replies to prompts that
-        only one has. `notes`: what stands in the way of a comparison.
+        only one has. Where there are several sets of a kind, also for all of their prompts together. `notes`: what
+        stands in the way of a comparison.
 
     Raises:
         UserError: They have nothing in common.
@@ -112,6 +114,7 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
     sets = [{path.parent.name for path in place.glob("*/set.json")} for place in places]
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
+    together: dict[tuple[str, str], dict[str, list[_Said]]] = {}
     for name in sorted(sets[0] & sets[1]):
         here = [place / name for place in places]
         judges = [{path.parent.name for path in at.glob("*/summary.json")} for at in here]
@@ -124,7 +127,14 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
             different = [field for field in ("sampling", "loss_limit_nats") if reads[0][field] != reads[1][field]]
             if different:
                 notes.append(f"{where}: {' and '.join(different)} differ")
-            rows += _compared({"set": name, "kind": _read(here[0] / "set.json")["kind"], "judge": judge}, here)
+            kind = _read(here[0] / "set.json")["kind"]
+            said = [_by_prompt(place, judge) for place in here]
+            rows += _compared({"set": name, "kind": kind, "judge": judge}, said)
+            together.setdefault((kind, judge), {})[name] = said
+    for (kind, judge), parts in together.items():
+        if len(parts) > 1:
+            merged = [_merged({name: said[which] for name, said in parts.items()}) for which in (0, 1)]
+            rows += _compared({"set": f"{len(parts)} {kind} sets", "kind": kind, "judge": judge}, merged)
     if not rows:
         found = [f"{place} has {', '.join(sorted(have)) or 'none'}" for place, have in zip(places, sets, strict=True)]
         raise UserError([f"no set that the same judge read in both: {'; '.join(found)}", *notes])
@@ -135,8 +145,7 @@ def _state(path: Path) -> Path:
     return path / "evaluate" / "final" if (path / "recipe.yaml").is_file() else path
 
 
-def _compared(about: dict[str, Any], places: Sequence[Path]) -> list[dict[str, Any]]:
-    said = [_by_prompt(place, about["judge"]) for place in places]
+def _compared(about: dict[str, Any], said: Sequence[_Said]) -> list[dict[str, Any]]:
     both = [key for key in said[0] if key in said[1]]
     unpaired = len(said[0]) + len(said[1]) - 2 * len(both)
     rows = []
@@ -157,10 +166,15 @@ def _compared(about: dict[str, Any], places: Sequence[Path]) -> list[dict[str, A
     return rows
 
 
-def _by_prompt(folder: Path, judge: str) -> dict[tuple[str, int], Verdict]:
+def _merged(sets: Mapping[str, _Said]) -> _Said:
+    """One of several; a prompt that two sets have counts in both."""
+    return {(f"{name}: {prompt}", n): verdict for name, said in sets.items() for (prompt, n), verdict in said.items()}
+
+
+def _by_prompt(folder: Path, judge: str) -> _Said:
     """Verdicts by prompt; the number tells equal prompts of a set apart."""
     asked = {row["id"]: row["prompt"] for _, row in read_rows(folder / "replies.jsonl")}
-    found: dict[tuple[str, int], Verdict] = {}
+    found: _Said = {}
     times: dict[str, int] = {}
     for _, row in read_rows(folder / judge / "verdicts.jsonl"):
         prompt = asked[row["id"]]
