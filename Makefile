@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup check test test-slow demo bench clean
+.PHONY: setup check audit test test-slow demo bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    the whole path on a real 135M model, about 10 minutes on 2 cores"
 	@echo "make test    every test but the slow ones (make test-slow)"
 	@echo "make check   formatting, lint, types"
+	@echo "make audit   known faults of the packages (asks PyPI), and bandit"
 	@echo "make bench   benchmarks, quick"
 
 setup: $(READY)
@@ -25,6 +26,12 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+audit: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[audit]'
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml src scripts benchmarks
+	# --strict: a package that PyPI says nothing of is no package without faults.
+	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not gpu"

@@ -8,7 +8,8 @@ EVERYWHERE = {"errors", "provenance"}
 
 # Module or package: what it may import from tasft, besides `errors` and `provenance`.
 MAY_IMPORT = {
-    "errors": set(),
+    "redact": set(),
+    "errors": {"redact"},
     "provenance": set(),
     "sets": set(),
     "data": {"sets"},
@@ -21,7 +22,7 @@ MAY_IMPORT = {
     "metrics": set(),
     "progress": set(),
     "preview": {"encode", "loss", "text"},
-    "engines": {"engines", "data", "encode", "launch", "model"},
+    "engines": {"engines", "data", "encode", "launch", "model", "redact"},
     "batch": {"loss"},
     "guard": {"coherence"},
     "launch": set(),
@@ -47,7 +48,7 @@ MAY_IMPORT = {
         "steps",
         "text",
     },
-    "recipe": {"engines", "judges", "loss", "sets"},
+    "recipe": {"engines", "judges", "loss", "redact", "sets"},
     "report": {"report", "stats", "text"},
     "gate": {"recipe", "report", "stats"},
     "steps": {"launch"},
@@ -85,11 +86,30 @@ MAY_IMPORT = {
         "steps",
         "training",
     },
-    "sweep": {"inputs", "pipeline", "progress", "recipe", "report"},
-    "cli": {"evaluate", "inputs", "judges", "launch", "pipeline", "progress", "recipe", "report", "sweep", "text"},
+    "sweep": {"inputs", "pipeline", "progress", "recipe", "redact", "report"},
+    "cli": {
+        "evaluate",
+        "inputs",
+        "judges",
+        "launch",
+        "pipeline",
+        "progress",
+        "recipe",
+        "redact",
+        "report",
+        "sweep",
+        "text",
+    },
     "__init__": {"trainer"},
 }
-PURE = {"errors": set(), "loss": {"loss"}, "coherence": set(), "provenance": {"errors"}, "stats": {"errors"}}
+PURE = {
+    "redact": set(),
+    "errors": {"redact"},
+    "loss": {"loss"},
+    "coherence": set(),
+    "provenance": {"errors"},
+    "stats": {"errors"},
+}
 
 
 def imports_of(path):

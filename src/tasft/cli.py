@@ -5,6 +5,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -15,6 +16,7 @@ import typer
 
 from tasft.errors import UserError
 from tasft.progress import plain_without_terminal
+from tasft.redact import redacted
 from tasft.text import visible
 
 if TYPE_CHECKING:
@@ -478,9 +480,20 @@ def judge_file(
     print(json.dumps(result, indent=2) if as_json else scoring.rendered(result))
 
 
+# No library tells anybody that it is used.
+_QUIET = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # Asked by datasets for local files, too.
+    "DO_NOT_TRACK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "GRADIO_ANALYTICS_ENABLED": "False",
+}
+
+
 def main() -> None:
-    """Entry point: exit code 0 done, 2 the user can fix it, 3 a gate is not met, 130 or 143 interrupted."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    """Entry point: exit code 0 done, 1 a fault of ours, 2 the user can fix it, 3 a gate is not met, 130 or 143 stopped."""
+    for name, value in {"TOKENIZERS_PARALLELISM": "false", **_QUIET}.items():
+        os.environ.setdefault(name, value)
     plain_without_terminal()
     # Said at every checkpoint of a GGUF model, whose folder has no config.json; the vocabulary is not changed here.
     warnings.filterwarnings("ignore", message="Could not find a config file in")
@@ -496,3 +509,7 @@ def main() -> None:
             # It may quote a file, which may hold what moves a cursor.
             print(f"tasft: {visible(fault)}", file=sys.stderr)
         sys.exit(2)
+    except Exception:
+        # What a library says may hold a key.
+        print(redacted(traceback.format_exc()), file=sys.stderr)
+        sys.exit(1)

@@ -26,6 +26,9 @@ File = BufferedReader | gzip.GzipFile
 MAX_ROW = 4 << 20
 MAX_LIST = 256 << 20
 
+# What a recipe may say of a data set on the hub: nothing that names a place to write to, or holds a key.
+HUB_ARGUMENTS = ("split", "name", "revision", "data_dir", "data_files")
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -238,8 +241,8 @@ class Source(NamedTuple):
 def read_source(source: str, data_dir: str | None = None) -> Source:
     """Rows of a source: a named set, a file that `read_rows` reads, or a data set on the hub.
 
-    `hub:OWNER/NAME?split=train` is read with `datasets.load_dataset`, which gets everything after the question mark as
-    its arguments. `#COLUMN` at the end of any source names the field with the prompt.
+    `hub:OWNER/NAME?split=train` is read with `datasets.load_dataset`, which gets what is after the question mark as
+    its arguments, those of `HUB_ARGUMENTS`. `#COLUMN` at the end of any source names the field with the prompt.
 
     Args:
         source: As above.
@@ -284,6 +287,12 @@ def _hub_rows(place: str) -> Rows:
     arguments = dict(parse_qsl(query))
     if not name or "split" not in arguments:
         raise UserError(f"{place!r}: expected hub:OWNER/NAME?split=train")
+    if others := sorted(arguments.keys() - set(HUB_ARGUMENTS)):
+        # Not what they say: it may be a key.
+        raise UserError(
+            f"hub:{name}: {', '.join(others)}: leave that out; an address may say {', '.join(HUB_ARGUMENTS)} (a token "
+            "belongs into the environment variable HF_TOKEN)"
+        )
     try:
         import datasets
     except ImportError:

@@ -6,7 +6,9 @@ a process that `accelerate launch` or `torchrun` started is told apart by nothin
 
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,6 +49,7 @@ KINDS: dict[str, dict[str, str]] = {
 """Ways to share a model, and the environment that asks accelerate for it."""
 
 _SHARED = ContextVar("within a part of a shared work", default=False)
+LOOPBACK = "127.0.0.1"
 _GRACE = 10.0  # Seconds that a process has to end before it is killed.
 
 
@@ -70,16 +73,17 @@ def launch(command: Sequence[str], kind: str, processes: int) -> int:
         raise UserError(f"-n {processes}: this machine has {gpus()} GPU{'s' * (gpus() > 1)}")
     if kind.startswith("zero") and find_spec("deepspeed") is None:
         raise UserError(f"--launch {kind} needs DeepSpeed: pip install deepspeed")
-    # Held here, where the system chose the port: none of the processes has to guess one that is free.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    store = _store()
     shared = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         **KINDS[kind],
     }
+    # Of what the processes send each other on a CPU; a user who knows better says so.
+    shared.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     if not gpus():
         # accelerate takes the first for a reason not to share at all; the second merely names the device.
         shared |= {"ACCELERATE_USE_CPU": "true"} if kind == "ddp" else {"ACCELERATE_TORCH_DEVICE": "cpu"}
@@ -102,6 +106,19 @@ def launch(command: Sequence[str], kind: str, processes: int) -> int:
         return 128 + signal.SIGINT
     finally:
         _stop(running)
+
+
+def _store() -> Any:
+    """Where the processes find each other: a server that this machine alone can reach.
+
+    It is held here, where the system chooses the port: none of the processes has to guess one that is free. Left to
+    itself it would listen on every network.
+    """
+    listening = socket.create_server((LOOPBACK, 0))
+    port = listening.getsockname()[1]
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+    )
 
 
 def _stop(running: Sequence["subprocess.Popen[bytes]"]) -> None:

@@ -44,6 +44,9 @@ BUNDLED = {
 }
 
 
+NO_PICKLES = "as reading one can run code: load it where you trust it and save it as safetensors (save_pretrained)"
+
+
 @dataclass(frozen=True)
 class Place:
     """Where `from_pretrained` finds a model: a folder or hub name, and a GGUF file in it if that is what it is."""
@@ -85,17 +88,28 @@ def locate(base: str, trust_remote_code: bool = False) -> Place:
     if base.endswith(".gguf"):
         if not path.is_file():
             raise UserError(f"model.base: {base}: no such file")
-        return Place(str(path.parent), path.name)
+        # From the root: a bare folder name would be looked up on the hub, too.
+        return Place(str(path.parent.absolute()), path.name)
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"model.base: {base} is a folder without config.json: not a saved model")
     try:
         AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except Exception as error:  # hub, cache and parsing errors share no base class
+        _refuse_code(base, error)
         raise UserError(
             f"model.base: {base} is neither a folder, a .gguf file, one of {', '.join(BUNDLED)}, nor a model "
             f"that the hub gives here ({type(error).__name__}: {str(error).splitlines()[0]:.200})"
         ) from error
     return Place(base)
+
+
+def _refuse_code(base: str, error: Exception) -> None:
+    """Say so where transformers refuses to run code that comes with a model."""
+    if "trust_remote_code" in str(error):
+        raise UserError(
+            f"model.base: {base} comes with code of its own, which is not run unless you read it and say "
+            "model.trust_remote_code: true"
+        ) from error
 
 
 def fingerprint(base: str) -> list[tuple[str, int, int]] | str | None:
@@ -113,11 +127,19 @@ def fingerprint(base: str) -> list[tuple[str, int, int]] | str | None:
 
 
 def load_tokenizer(base: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model, with a padding token."""
+    """The tokenizer of a base model, with a padding token.
+
+    Raises:
+        UserError: It is not there, or comes with code that is not trusted.
+    """
     place = locate(base, trust_remote_code)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        place.name, trust_remote_code=trust_remote_code, **place.arguments()
-    )
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            place.name, trust_remote_code=trust_remote_code, **place.arguments()
+        )
+    except ValueError as error:
+        _refuse_code(base, error)
+        raise
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -145,10 +167,14 @@ def load_model(
             place.name,
             dtype=getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
+            # A pickle can run code.
+            use_safetensors=None if place.gguf_file else True,
             **place.arguments(),
             **quantization,
         )
     except (OSError, ValueError) as error:
+        if list(Path(base).glob("pytorch_model*.bin")):
+            raise UserError(f"model.base: {base} holds pickled weights (.bin), {NO_PICKLES}") from error
         # No weights, weights that are cut short, or a model that is no causal language model.
         raise UserError(f"model.base: {base} does not load ({str(error).splitlines()[0]:.200})") from error
     if place.gguf_file is not None:
@@ -218,7 +244,13 @@ def add_lora(model: PreTrainedModel, *, r: int, alpha: int, dropout: float, targ
 
 
 def attach_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False) -> PeftModel:
-    """The model with a saved adapter on it; `detach` gives the model back as it was."""
+    """The model with a saved adapter on it; `detach` gives the model back as it was.
+
+    Raises:
+        UserError: Its weights are not in safetensors.
+    """
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise UserError(f"{adapter}: there is no adapter_model.safetensors; a pickle (.bin) is no choice, {NO_PICKLES}")
     return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
 
 

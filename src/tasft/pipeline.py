@@ -502,7 +502,8 @@ class Run:
             raise UserError("the report is written by one process: start that stage alone")
         # The process that was at work in a cell of a sweep may be on its way out.
         wait = self.store is not None
-        with launch.joined(), provenance.lock(self.folder, wait) if launch.is_first() else nullcontext():
+        private, first = provenance.private(), launch.is_first()
+        with launch.joined(), private, provenance.lock(self.folder, wait) if first else nullcontext():
             self._go(stages, untrained)
 
     def _go(self, stages: tuple[str, ...], untrained: bool) -> None:

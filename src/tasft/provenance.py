@@ -6,7 +6,8 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -89,12 +90,16 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Add rows to a file that grows while a stage runs; on disk when this returns."""
+    """Add rows to a file that grows while a stage runs, its owner's alone; on disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+    with open(path, "a", encoding="utf-8", errors="backslashreplace", opener=_private) as file:
         file.write(_lines(rows))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def resume_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -121,6 +126,36 @@ def resume_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@contextmanager
+def private() -> Iterator[None]:
+    """Within, files and folders that this process or its children make are their owner's alone, whoever writes them.
+
+    Replies are harmful text. This sets the umask, which all threads share.
+    """
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse a folder with a symbolic link that leads out of it: what is written there would land elsewhere.
+
+    Raises:
+        UserError: Names each.
+    """
+    home = folder.resolve()
+    found = (Path(where) / name for where, *names in os.walk(folder) for name in (*names[0], *names[1]))
+    faults = [
+        f"{path} is a link that leads out of {folder}: whoever made it chose where tasft would write; remove it"
+        for path in found
+        if path.is_symlink() and not path.resolve().is_relative_to(home)
+    ]
+    if faults:
+        raise UserError(sorted(faults))
+
+
 def lock(run: Path, wait: bool = False) -> FileLock:
     """The lock of a run folder, held; the operating system lets go when the process ends.
 
@@ -129,9 +164,10 @@ def lock(run: Path, wait: bool = False) -> FileLock:
         wait: Until another process lets go.
 
     Raises:
-        UserError: Another process holds it, and this one does not wait.
+        UserError: Another process holds it, and this one does not wait; or a link leads out of the folder.
     """
     run.mkdir(parents=True, exist_ok=True)
+    refuse_links(run)
     # Replies are harmful text: for the eyes of whoever made the run.
     run.chmod(0o700)
     held = FileLock(run / ".lock", timeout=-1 if wait else 0)

@@ -12,6 +12,7 @@ from tasft.engines.server import Server
 from tasft.errors import UserError
 from tasft.judges import JUDGES, JudgeSettings
 from tasft.loss import PENALTIES
+from tasft.redact import redacted, secrets_in
 from tasft.sets import NAMED, expanded
 
 
@@ -404,7 +405,11 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
-        faults = []
+        faults = [
+            f"{where}: holds a key or a password, and a recipe is copied into the run folder: keys belong into the "
+            "environment"
+            for where in secrets_in(self.model_dump())
+        ]
         method = self.train.method
         if self.harvests:
             wanted = f"train.method is {method}" + (" and data.safe_responses.rows harvested" if self.replaces else "")
@@ -582,5 +587,5 @@ def sentence(path: Path, fault: Any) -> str:
         "extra_forbidden": "no such field",
         "missing": "is missing",
         "value_error": str(fault.get("ctx", {}).get("error", fault["msg"])),
-    }.get(fault["type"], f"{fault['msg'][0].lower()}{fault['msg'][1:]}, found {fault['input']!r:.60}")
+    }.get(fault["type"], f"{fault['msg'][0].lower()}{fault['msg'][1:]}, found {redacted(repr(fault['input'])):.60}")
     return f"{path}: {where}: {what}"

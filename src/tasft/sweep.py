@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import re
+import sys
 import threading
 import time
 import traceback
@@ -24,6 +25,7 @@ from tasft.inputs import Inputs
 from tasft.pipeline import STAGES, Run
 from tasft.progress import plain_without_terminal
 from tasft.recipe import NAME, Recipe
+from tasft.redact import redacted
 from tasft.report import write_sweep_report
 
 RETRIES = 5  # Nodes that may die under one cell.
@@ -212,7 +214,7 @@ def go(sweep: Sweep, cells: Sequence[Cell], folder: Path, ray: str | None = None
     """
     _refuse_other(sweep, folder)
     folder = folder.resolve()
-    with provenance.lock(folder):
+    with provenance.private(), provenance.lock(folder):
         ended = {cell.name: Outcome() for cell in cells if _is_done(cell, folder)}
         left = [cell for cell in cells if cell.name not in ended]
 
@@ -280,13 +282,13 @@ def _work(spec: Recipe, folder: Path, here: Path, untrained: bool = False) -> Ou
     except UserError as error:
         return Outcome("; ".join(error.faults))
     except Exception as error:
-        traceback.print_exc()
+        print(redacted(traceback.format_exc()), file=sys.stderr)
         return Outcome(_line(f"{type(error).__name__}: {error}"), is_ours=True)
     return Outcome(seconds=time.monotonic() - started)
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())[:500]
+    return " ".join(redacted(text).split())[:500]
 
 
 def _child(answer: Connection, *arguments: Any) -> None:

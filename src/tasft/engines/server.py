@@ -14,6 +14,7 @@ from tasft.data import Messages
 from tasft.encode import ALPACA, PromptFormat
 from tasft.engines.base import Reply, Request, Sampling, derived_seed
 from tasft.errors import UserError
+from tasft.redact import named_like_a_key
 
 if TYPE_CHECKING:
     from tasft.engines.asking import Answer, Asker
@@ -60,6 +61,16 @@ class Server(BaseModel):
             raise ValueError("an address is named twice: raise concurrency instead")
         return addresses
 
+    @field_validator("body")
+    @classmethod
+    def _without_keys(cls, body: dict[str, Any]) -> dict[str, Any]:
+        if found := next(filter(named_like_a_key, _names(body)), None):
+            raise ValueError(
+                f"{found!r:.40} is called like a key, and a recipe is copied into the run folder: put the key into the "
+                "environment variable that key_env names"
+            )
+        return body
+
     @field_validator("key_env")
     @classmethod
     def _is_a_name(cls, key_env: str) -> str:
@@ -77,6 +88,14 @@ class Server(BaseModel):
         if not (key.isascii() and key.isprintable()):
             raise UserError(f"the environment variable {self.key_env} holds letters that no key has: set it anew")
         return key
+
+
+def _names(value: Any) -> Iterator[str]:
+    """Names of all fields of a JSON value, at any depth."""
+    if isinstance(value, dict):
+        yield from map(str, value)
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _names(each)
 
 
 class ServerEngine:

@@ -98,7 +98,8 @@ class Alone:
         def engine() -> Iterator[Engine]:
             yield TransformersEngine(self._loaded, tokenizer, self.prompt)
 
-        with launch.joined(), provenance.lock(folder) if launch.is_first() else nullcontext():
+        private, first = provenance.private(), launch.is_first()
+        with launch.joined(), private, provenance.lock(folder) if first else nullcontext():
             if launch.is_first():
                 provenance.write_json(manifest, {"model": self.name, **provenance.environment()})
             for step in steps_of(folder, engine, sets, judges, Sampling(max_new_tokens), reads, about):

@@ -214,6 +214,11 @@ def annotator_config(name: str, server: Server | None) -> dict[str, Any]:
             f"alpaca_eval: {', '.join(known)}"
         )
     (found,) = yaml.safe_load(path.read_text(encoding="utf-8")).values()
+    if "trust_remote_code" in yaml.safe_dump(found):
+        raise UserError(
+            f"evaluate.quality.annotator.config: {name} sets trust_remote_code: no annotator may run code of its own; "
+            "give one without it, or a server"
+        )
     # A relative path is meant from the folder that holds all annotators.
     found["prompt_template"] = str((path.parents[1] / found["prompt_template"]).resolve())
     if server is not None:

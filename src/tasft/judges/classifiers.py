@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,8 +43,15 @@ class StlDeberta:
     def _loaded(self) -> tuple[Any, Any]:
         with naming(self.name):
             try:
-                tokenizer = AutoTokenizer.from_pretrained(self._model, truncation_side="right")
-                model = AutoModelForSequenceClassification.from_pretrained(self._model, dtype=torch.float32)
+                tokenizer = AutoTokenizer.from_pretrained(self._model, truncation_side="right", trust_remote_code=False)
+                # Its publisher has it as a pickle, maybe alone, which is read without running what it says
+                # (weights_only); a folder must have safetensors.
+                model = AutoModelForSequenceClassification.from_pretrained(
+                    self._model,
+                    dtype=torch.float32,
+                    trust_remote_code=False,
+                    use_safetensors=Path(self._model).is_dir() or None,
+                )
             except (ImportError, OSError, ValueError) as error:
                 first = str(error).strip().splitlines()[0]
                 raise UserError(f"{self._model} does not load ({first:.200})") from error

@@ -112,8 +112,10 @@ class Encoder:
     def _loaded(self) -> tuple[Any, Any]:
         from transformers import AutoModel, AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        model = AutoModel.from_pretrained(self.folder, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        model = AutoModel.from_pretrained(
+            self.folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        )
         return tokenizer, model.eval()
 
     @torch.inference_mode()
