@@ -491,7 +491,7 @@ _QUIET = {
 
 
 def main() -> None:
-    """Entry point: exit code 0 done, 1 a fault of ours, 2 the user can fix it, 3 a gate is not met, 130 or 143 stopped."""
+    """Entry point: exit code 0 done, 1 our fault, 2 the user can fix it, 3 a gate is not met, 130 or 143 stopped."""
     for name, value in {"TOKENIZERS_PARALLELISM": "false", **_QUIET}.items():
         os.environ.setdefault(name, value)
     plain_without_terminal()
