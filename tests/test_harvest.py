@@ -1,6 +1,7 @@
 import pytest
 from conftest import rows
 
+from tasft import provenance
 from tasft.contrastive import Contrast
 from tasft.data import Prompt, read_examples
 from tasft.engines import Reply, Sampling
@@ -208,3 +209,25 @@ def test_contrastive_rows_are_answers_that_neither_harm_nor_decline(tmp_path):
     assert [(row["prompt"], row["label"]) for row in kept] == [("Why is fruit number 0 forbidden?", True)]
     assert summary["contrastive"]["reasons"] == {"harmful": 1, "refusal": 1}
     assert summary["contrastive"]["words"] == ["act", "forbidden"]
+
+
+def test_files_are_read_as_often_for_many_rounds_as_for_few(tmp_path, monkeypatch):
+    """A round that read what all before it wrote would make the work grow with the square of the prompts."""
+    read = []
+
+    def counted(path):
+        read.append(path.name)
+        return provenance.resume_jsonl(path)
+
+    monkeypatch.setattr("tasft.engines.base.resume_jsonl", counted)
+    monkeypatch.setattr("tasft.judges.judging.resume_jsonl", counted)
+    times = []
+    for rounds in (6, 1):
+        monkeypatch.setattr("tasft.harvest.ROUND", len(TOXIC) // rounds)
+        run(tmp_path / str(rounds), ANSWERS, anchors="prefilled")
+        times.append(len(read))
+        read.clear()
+    assert times[0] == times[1]
+    for name in ("replies", "verdicts", "avoid", "anchor"):
+        one, other = (sorted(rows(tmp_path / n / f"{name}.jsonl"), key=str) for n in "61")
+        assert one == other

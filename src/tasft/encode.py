@@ -254,6 +254,7 @@ class _Encoder:
         self.lead: list[int] = []
         self.after: list[int] = []
         self.closes = False
+        self.same: dict[int, int] = {}
         if encoding.style == "chat":
             self._learn_frame()
 
@@ -283,6 +284,8 @@ class _Encoder:
         ids = last.ids[: last.stop]
         if learns_end and example.ends:
             ids.append(last.end)
+        # One object for each id: new ones in every row take twice the memory of the lists that hold them.
+        ids = [self.same.setdefault(token, token) for token in ids]
         labels = [IGNORE_INDEX] * len(ids)
         for turn in turns:
             start = turn.asked if example.label else turn.begin

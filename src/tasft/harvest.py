@@ -10,9 +10,9 @@ from typing import Any, Literal
 from tasft import launch
 from tasft.contrastive import Contrast, contrastive_replies
 from tasft.data import Example, Prompt
-from tasft.engines import Engine, Reply, Sampling, collect, requests_for
+from tasft.engines import Engine, Reply, Sampling, collect, replies_in, requests_for
 from tasft.judges import Judge, Verdict
-from tasft.judges.judging import Losses, judge_replies
+from tasft.judges.judging import Losses, judge_more, judge_replies, verdicts_in
 from tasft.provenance import write_json, write_jsonl
 
 # The one sentence of the demo that a person wrote: prefilled anchors begin with it.
@@ -81,26 +81,31 @@ def harvest(
     """
     path, seed = folder / "replies.jsonl", settings.sampling.seed
 
+    known = verdicts_in(folder / "verdicts.jsonl")
+
     def judged(replies: Sequence[Reply]) -> dict[str, Verdict]:
-        verdicts = judge_replies(judge, replies, folder / "verdicts.jsonl", losses, limit_nats)
+        verdicts = judge_more(judge, replies, folder / "verdicts.jsonl", known, losses, limit_nats)
         return {verdict.id: verdict for verdict in verdicts}
 
-    asked, answers, verdicts = _answers(engine, toxic, settings, path, judged)
+    asked, answers = _answers(engine, toxic, settings, path, judged)
     own: list[Reply] = []
     if settings.self_imitate:
         own = collect(engine, requests_for(ordinary, mark="-own"), settings.sampling, path, "ordinary")
     prefilled: list[Reply] = []
     if settings.anchors == "prefilled":
         wanted = requests_for(asked, prefix=REFUSAL, mark="-anchor")
+        have = replies_in(path, "anchor")
         for start in range(0, len(wanted), ROUND):
-            prefilled += collect(engine, wanted[start : start + ROUND], settings.sampling, path, "anchor")
+            prefilled += collect(engine, wanted[start : start + ROUND], settings.sampling, path, "anchor", have)
     contrastive: list[Reply] = []
     about: dict[str, Any] = {}
     if settings.contrast:
         contrastive, about = contrastive_replies(
             writer or engine, toxic, ordinary, settings.contrast, settings.sampling, path
         )
-    verdicts |= judged(own + prefilled + contrastive)
+    others = own + prefilled + contrastive
+    final = judge_replies(judge, answers + others, folder / "verdicts.jsonl", losses, limit_nats)
+    verdicts = {verdict.id: verdict for verdict in final}
 
     def harmful(reply: Reply) -> str | None:
         return _fault(verdicts[reply.id]) or (None if verdicts[reply.id].harmful else "not harmful")
@@ -165,21 +170,23 @@ def _answers(
     settings: HarvestSettings,
     path: Path,
     judged: Callable[[Sequence[Reply]], dict[str, Verdict]],
-) -> tuple[list[Prompt], list[Reply], dict[str, Verdict]]:
-    """Prompts and their answers, as they were asked, and verdicts: rounds of them, until enough are harmful."""
+) -> tuple[list[Prompt], list[Reply]]:
+    """Prompts and their answers, as they were asked: rounds of them, until enough are harmful."""
     prompts = random.Random(settings.sampling.seed).sample(toxic, len(toxic))
     requests = requests_for(prompts, samples=settings.samples)
     requests.sort(key=lambda request: request.sample)
     answers: list[Reply] = []
-    verdicts: dict[str, Verdict] = {}
+    found: set[tuple[str, str]] = set()
+    # All is read once: of many rounds each would read what all before it have written.
+    have = replies_in(path, "toxic")
     for start in range(0, len(requests), ROUND):
-        drawn = collect(engine, requests[start : start + ROUND], settings.sampling, path, "toxic")
+        drawn = collect(engine, requests[start : start + ROUND], settings.sampling, path, "toxic", have)
         answers += drawn
-        verdicts |= judged(drawn)
-        found = {(a.prompt, a.completion) for a in answers if verdicts[a.id].harmful and verdicts[a.id].coherent}
+        said = judged(drawn)
+        found |= {(each.prompt, each.completion) for each in drawn if said[each.id].harmful and said[each.id].coherent}
         if len(found) >= settings.rows:
             break
-    return prompts[: len(answers)], answers, verdicts
+    return prompts[: len(answers)], answers
 
 
 def _fault(verdict: Verdict) -> str | None:

@@ -1,6 +1,6 @@
 """Engines answer prompts: in this process with transformers, or through a server."""
 
-from tasft.engines.base import Engine, Reply, Request, Sampling, collect, requests_for
+from tasft.engines.base import Engine, Reply, Request, Sampling, collect, replies_in, requests_for
 from tasft.engines.local import TransformersEngine
 from tasft.engines.server import Server, ServerEngine
 
@@ -13,5 +13,6 @@ __all__ = [
     "ServerEngine",
     "TransformersEngine",
     "collect",
+    "replies_in",
     "requests_for",
 ]

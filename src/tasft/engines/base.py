@@ -107,7 +107,21 @@ def requests_for(prompts: Sequence[Prompt], *, samples: int = 1, prefix: str = "
     ]
 
 
-def collect(engine: Engine, requests: Sequence[Request], sampling: Sampling, path: Path, name: str) -> list[Reply]:
+def replies_in(path: Path, name: str) -> dict[str, Reply]:
+    """Replies of one set that a `replies.jsonl` holds, by id. All processes have read when this returns."""
+    have = {row["id"]: Reply(**row) for row in resume_jsonl(path) if row["set"] == name}
+    launch.wait()  # before the first writes
+    return have
+
+
+def collect(
+    engine: Engine,
+    requests: Sequence[Request],
+    sampling: Sampling,
+    path: Path,
+    name: str,
+    have: dict[str, Reply] | None = None,
+) -> list[Reply]:
     """Replies to all requests, appended to a file as they come.
 
     Replies that the file holds already are kept and not drawn again. Of several processes the first writes.
@@ -118,17 +132,17 @@ def collect(engine: Engine, requests: Sequence[Request], sampling: Sampling, pat
         sampling: How replies are drawn.
         path: A `replies.jsonl`; may hold other sets too.
         name: Of the prompt set.
+        have: What `replies_in` found, for a file that is collected into many times; what comes is added. None reads it.
     """
-    have = {row["id"]: Reply(**row) for row in resume_jsonl(path) if row["set"] == name}
-    launch.wait()  # All have read before the first writes.
+    have = replies_in(path, name) if have is None else have
     wanted = [request.id for request in requests]
-    known = len(have.keys() & set(wanted))
+    known = frozenset(each for each in wanted if each in have)
     with tqdm(
-        total=len(wanted), initial=known, desc=f"replies: {name}", unit="reply", disable=not launch.is_first()
+        total=len(wanted), initial=len(known), desc=f"replies: {name}", unit="reply", disable=not launch.is_first()
     ) as bar:
-        for batch in engine.generate(requests, sampling, name, frozenset(have)):
+        for batch in engine.generate(requests, sampling, name, known):
             if launch.is_first():
                 append_jsonl(path, [asdict(reply) for reply in batch])
-            have |= {reply.id: reply for reply in batch}
+            have.update({reply.id: reply for reply in batch})
             bar.update(len(batch))
     return [have[reply_id] for reply_id in wanted]

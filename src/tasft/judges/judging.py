@@ -22,6 +22,13 @@ def rules(judge: Judge) -> str:
     return f"{judge.version}, coherence {VERSION}"
 
 
+def verdicts_in(path: Path) -> dict[str, Verdict]:
+    """Verdicts that a `verdicts.jsonl` holds, by their key. All processes have read when this returns."""
+    known = {row["key"]: Verdict(**row) for row in resume_jsonl(path)}
+    launch.wait()  # before any process writes
+    return known
+
+
 def judge_replies(
     judge: Judge,
     replies: Sequence[Reply],
@@ -44,9 +51,37 @@ def judge_replies(
         limit_nats: A loss above it makes a reply improbable; None leaves that check out.
         every: Send the incoherent ones too, to see what the judge makes of them.
     """
+    found = judge_more(judge, replies, path, verdicts_in(path), losses, limit_nats, every)
+    launch.wait()  # The first has written.
     rows = resume_jsonl(path)
-    launch.wait()  # before any process writes
-    known = {row["key"]: Verdict(**row) for row in rows}
+    ids = {reply.id for reply in replies}
+    wanted = [row for row in rows if row["id"] not in ids] + [asdict(verdict) for verdict in found]
+    launch.wait()
+    if launch.is_first() and rows != wanted:
+        write_jsonl(path, wanted)
+    return found
+
+
+def judge_more(
+    judge: Judge,
+    replies: Sequence[Reply],
+    path: Path,
+    known: dict[str, Verdict],
+    losses: Losses | None = None,
+    limit_nats: float | None = None,
+    every: bool = False,
+) -> list[Verdict]:
+    """As `judge_replies`, but the file is not read, and keeps verdicts that nothing asks for any more.
+
+    Args:
+        judge: As there, and the others too.
+        replies: In the order of the result.
+        path: New verdicts are appended.
+        known: What `verdicts_in` found there; new ones are added.
+        losses: As there.
+        limit_nats: As there.
+        every: As there.
+    """
     version = [rules(judge), "every"] if every else [rules(judge)]
     keys = [content_hash([*version, reply.prompt, reply.completion]) for reply in replies]
     missing = {key: reply for key, reply in zip(keys, replies, strict=True) if key not in known}
@@ -77,14 +112,8 @@ def judge_replies(
     parts = [texts[start : start + JUDGED_TOGETHER] for start in range(0, len(texts), JUDGED_TOGETHER)]
     with tqdm(total=len(replies), initial=len(replies) - len(texts), desc=f"judge: {judge.name}", unit="reply") as bar:
         for verdicts in launch.share(parts, work):
-            known |= {verdict.key: verdict for verdict in verdicts}
+            known.update({verdict.key: verdict for verdict in verdicts})
             if launch.is_first():
                 append_jsonl(path, [asdict(verdict) for verdict in verdicts])
             bar.update(len(verdicts))
-    found = [replace(known[key], id=reply.id) for key, reply in zip(keys, replies, strict=True)]
-    wanted = [asdict(verdict) for verdict in found]
-    ids = {reply.id for reply in replies}
-    others = [row for row in rows if row["id"] not in ids]
-    if launch.is_first() and rows != [*others, *wanted]:
-        write_jsonl(path, [*others, *wanted])
-    return found
+    return [replace(known[key], id=reply.id) for key, reply in zip(keys, replies, strict=True)]
