@@ -34,6 +34,7 @@ from tasft.provenance import content_hash, write_jsonl
 
 SIZES = {"harvest": [2_500, 5_000, 10_000, 20_000], "encode": [6_250, 12_500, 25_000, 50_000]}
 TITLES = {"harvest": "Prompts through harvest", "encode": "Training rows read, hashed and encoded"}
+UNITS = {"cpu_s": "seconds computed", "peak_mib": "MiB at most"}
 HELD_OUT = 500
 BATCH = 64
 WORDS = """
@@ -124,23 +125,20 @@ def one(what: str, rows: int) -> dict[str, Any]:
 
 
 def fitted(rows: Sequence[float], values: Sequence[float]) -> dict[str, float]:
-    """The line through some points, its R2, and the exponent of the power law: 1 where growth is linear."""
+    """The line through some points and its R2."""
     slope, start = np.polyfit(rows, values, 1)
-    exponent = np.polyfit(np.log(rows), np.log(values), 1)[0]
-    return {
-        "slope": float(slope),
-        "intercept": float(start),
-        "r2": float(np.corrcoef(rows, values)[0, 1] ** 2),
-        "exponent": float(exponent),
-    }
+    r2 = np.corrcoef(rows, values)[0, 1] ** 2
+    return {"per_1000_rows": float(slope) * 1000, "at_0_rows": float(start), "r2": float(r2)}
 
 
 def fits(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of seconds and of memory a line; of seconds also the exponent of a power law, 1 where they are linear."""
     found: dict[str, Any] = {}
     for what in SIZES:
         mine = [each for each in results if each["what"] == what]
         rows = [each["rows"] for each in mine]
         found[what] = {key: fitted(rows, [each[key] for each in mine]) for key in ("cpu_s", "peak_mib")}
+        found[what]["cpu_exponent"] = float(np.polyfit(np.log(rows), np.log([each["cpu_s"] for each in mine]), 1)[0])
     return found
 
 
@@ -148,18 +146,17 @@ def draw(result: dict[str, Any], path: Path) -> None:
     """Seconds and memory by rows, as SVG; the same result gives the same bytes."""
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tasft", "font.size": 9.5}):
         figure = Figure(figsize=(9.2, 6.2), layout="constrained")
-        for line, what in zip(figure.subplots(2, 2), SIZES, strict=True):
+        for panels, what in zip(figure.subplots(2, 2), SIZES, strict=True):
             mine = [each for each in result["results"] if each["what"] == what]
-            for axes, (key, unit) in zip(
-                line, {"cpu_s": "seconds computed", "peak_mib": "MiB at most"}.items(), strict=True
-            ):
+            for axes, key in zip(panels, UNITS, strict=True):
                 fit = result["fits"][what][key]
                 end = max(each["rows"] for each in mine)
-                axes.plot([0, end], [fit["intercept"], fit["intercept"] + fit["slope"] * end], "--", color="#56606b")
+                line = [fit["at_0_rows"], fit["at_0_rows"] + fit["per_1000_rows"] * end / 1000]
+                axes.plot([0, end], line, "--", color="#56606b")
                 axes.plot([each["rows"] for each in mine], [each[key] for each in mine], "o", color="#0072b2")
                 axes.set_ylim(bottom=0)
                 axes.set_xlim(left=0)
-                axes.set_title(f"{TITLES[what]}: {unit}", loc="left", fontsize=10)
+                axes.set_title(f"{TITLES[what]}: {UNITS[key]}", loc="left", fontsize=10)
                 axes.set_xlabel("rows")
                 axes.grid(color="#dde2e8", linewidth=0.8)
                 axes.spines[["top", "right"]].set_visible(False)
