@@ -157,7 +157,7 @@ def fit(
             tokenizer.save_pretrained(folder / "model")
 
 
-class _Bar(TrainerCallback):  # type: ignore[misc]
+class _Bar(TrainerCallback):
     """Steps done, their rate, the time left and the loss; what else is logged stands in metrics.jsonl."""
 
     def __init__(self, name: str) -> None:
@@ -199,7 +199,7 @@ class _Bar(TrainerCallback):  # type: ignore[misc]
 STOPPED = "stopped"
 
 
-class _Stop(TrainerCallback):  # type: ignore[misc]
+class _Stop(TrainerCallback):
     """On SIGTERM and Ctrl-C the step is ended and a checkpoint written; the second signal is taken at once.
 
     Of several processes none waits: they do not hear of it in the same step.
