@@ -51,6 +51,7 @@ MAY_IMPORT = {
     "report": {"report", "stats", "text"},
     "doctor": {"judges", "model", "text"},
     "init": {"model", "recipe"},
+    "estimate": {"calibration", "encode", "model", "pipeline", "recipe", "text", "training"},
     "gate": {"recipe", "report", "stats"},
     "steps": {"launch"},
     "baselines": {"data", "encode", "loss", "metrics"},
@@ -90,6 +91,7 @@ MAY_IMPORT = {
     "sweep": {"inputs", "pipeline", "progress", "recipe", "report"},
     "cli": {
         "doctor",
+        "estimate",
         "evaluate",
         "init",
         "inputs",

@@ -112,6 +112,35 @@ def _resumable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Only say what there is to do, and about how long it takes; write nothing.")
+]
+
+
+def _plan(
+    source: str, overrides: Sequence[str] | None, out: Path | None, stages: Sequence[str] | None, as_json: bool = False
+) -> None:
+    from tasft import estimate
+    from tasft.pipeline import STAGES
+
+    with _alone(as_json):
+        opened = _open(source, overrides, out)
+        found = estimate.plan(opened, tuple(stages or STAGES))
+    if as_json:
+        _print_json(found)
+        return
+    from tasft.recipe import dump
+
+    print(f"# The resolved recipe, for {opened.folder}\n{dump(opened.spec)}")
+    for field, count in found["rows"].items():
+        print(f"{field}: {count:,}")
+    print(f"model: {found['model']['parameters']:,} parameters")
+    _table(estimate.table(found))
+    if found["memory_gib"] is not None:
+        print(f"memory of training: about {found['memory_gib']} GiB")
+    print(found.get("rule") or found["not_estimated"])
+
+
 def _go(
     source: str, overrides: Sequence[str] | None, out: Path | None, stages: Sequence[str] | None, as_json: bool = False
 ) -> None:
@@ -132,7 +161,11 @@ def _go(
 
 @app.command()
 def run(
-    recipe: RecipeArgument, overrides: OverridesArgument = None, out: OutOption = None, as_json: JsonOption = False
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    out: OutOption = None,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Run all stages; run it again to go on after an interruption.
 
@@ -140,7 +173,7 @@ def run(
 
     Example: tasft run demo --out runs/demo
     """
-    _go(recipe, overrides, out, None, as_json)
+    (_plan if dry_run else _go)(recipe, overrides, out, None, as_json)
 
 
 # As `tasft.launch.KINDS`, which must not be imported for --help alone.
@@ -201,9 +234,12 @@ def _training(name: str, what: str) -> None:
         launch: LaunchOption = None,
         processes: ProcessesOption = None,
         preview: PreviewOption = False,
+        dry_run: DryRunOption = False,
     ) -> None:
         if preview:
             _preview(recipe, overrides, out, name)
+        elif dry_run:
+            _plan(recipe, overrides, out, [name])
         else:
             _launch(name, recipe, overrides, out, launch, processes)
 
@@ -217,8 +253,12 @@ def _answering(name: str, what: str) -> None:
         out: OutOption = None,
         launch: DataParallelOption = None,
         processes: ProcessesOption = None,
+        dry_run: DryRunOption = False,
     ) -> None:
-        _launch(name, recipe, overrides, out, launch, processes)
+        if dry_run:
+            _plan(recipe, overrides, out, [name])
+        else:
+            _launch(name, recipe, overrides, out, launch, processes)
 
     _add(command, name, what)
 
@@ -256,6 +296,7 @@ def evaluate(
     as_json: JsonOption = False,
     launch: DataParallelOption = None,
     processes: ProcessesOption = None,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Answer prompt sets and judge the replies; run it again to go on after an interruption.
 
@@ -267,7 +308,7 @@ def evaluate(
     import json
 
     named, judges = ([name for each in option or () for name in each.split(",") if name] for option in (sets, judge))
-    if launch is not None:
+    if launch is not None and not dry_run:
         options = {
             "--out": out,
             "--sets": ",".join(named),
@@ -283,28 +324,33 @@ def evaluate(
     from tasft import recipe as recipes
 
     wanted: set[Path] | None = None
+    asked = {
+        "evaluate.sets": named,
+        "evaluate.judges": judges,
+        "data.data_dir": data_dir and str(data_dir),
+        "evaluate.limit": limit,
+        "evaluate.max_new_tokens": max_new_tokens,
+    }
+    fields = [*(overrides or ()), *(f"{key}={json.dumps(value)}" for key, value in asked.items() if value)]
     with _resumable(), _alone(as_json):
-        if recipes.is_recipe(what):
-            if prompt is not None:
-                raise UserError("--prompt is for a model alone: override model.prompt, which trains it so, too")
-            asked = {
-                "evaluate.sets": named,
-                "evaluate.judges": judges,
-                "data.data_dir": data_dir and str(data_dir),
-                "evaluate.limit": limit,
-                "evaluate.max_new_tokens": max_new_tokens,
-            }
-            opened = _open(
-                what, [*(overrides or ()), *(f"{key}={json.dumps(v)}" for key, v in asked.items() if v)], out
-            )
+        is_recipe = recipes.is_recipe(what)
+        if is_recipe and prompt is not None:
+            raise UserError("--prompt is for a model alone: override model.prompt, which trains it so, too")
+        if overrides and not is_recipe:
+            raise UserError(f"{what} is taken for a model, which has no field to override: {', '.join(overrides)}")
+        if dry_run and not is_recipe:
+            raise UserError(f"--dry-run needs a recipe, and {what} is taken for a model")
+        if is_recipe and not dry_run:
+            opened = _open(what, fields, out)
             opened.go(("evaluate",))
             folder = opened.folder / "evaluate"
             # Not what an earlier form of the recipe left there.
             wanted = {step.folder for step in opened.steps("evaluate")}
-        else:
-            if overrides:
-                raise UserError(f"{what} is taken for a model, which has no field to override: {', '.join(overrides)}")
+        elif not dry_run:
             folder = _evaluate_model(what, named, judges, data_dir, limit, max_new_tokens, prompt, out)
+    if dry_run:
+        _plan(what, fields, out, ["evaluate"], as_json)
+        return
     if os.environ.get("RANK", "0") != "0":
         return
     from tasft.evaluate.results import results, table
