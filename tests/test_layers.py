@@ -67,7 +67,7 @@ MAY_IMPORT = {
         "recipe",
         "sets",
     },
-    "training": {"baselines", "data", "guard", "launch", "recipe", "trainer"},
+    "training": {"baselines", "data", "guard", "launch", "model", "recipe", "trainer"},
     "pipeline": {
         "baselines",
         "calibration",

@@ -570,7 +570,9 @@ def judge_file(
                     {"kind": judge, **{key: value for key, value in asked.items() if value}}
                 )
             except ValidationError as error:
-                raise UserError([f"--server: {fault['msg']}" for fault in error.errors()]) from None
+                raise UserError(
+                    [f"--server: {fault['msg'].removeprefix('Value error, ')}" for fault in error.errors()]
+                ) from None
             result = scoring.score(file, read, settings, label_of, out, show)
     if as_json:
         _print_json(result)

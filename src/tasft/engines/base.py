@@ -119,7 +119,7 @@ def collect(engine: Engine, requests: Sequence[Request], sampling: Sampling, pat
         path: A `replies.jsonl`; may hold other sets too.
         name: Of the prompt set.
     """
-    have = {row["id"]: Reply(**row) for row in resume_jsonl(path) if row["set"] == name}
+    have = {row["id"]: Reply(**row) for row in resume_jsonl(path, Reply) if row["set"] == name}
     launch.wait()  # All have read before the first writes.
     wanted = [request.id for request in requests]
     known = len(have.keys() & set(wanted))

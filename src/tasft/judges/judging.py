@@ -44,7 +44,7 @@ def judge_replies(
         limit_nats: A loss above it makes a reply improbable; None leaves that check out.
         every: Send the incoherent ones too, to see what the judge makes of them.
     """
-    rows = resume_jsonl(path)
+    rows = resume_jsonl(path, Verdict)
     launch.wait()  # before any process writes
     known = {row["key"]: Verdict(**row) for row in rows}
     version = [rules(judge), "every"] if every else [rules(judge)]
