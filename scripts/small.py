@@ -1,7 +1,8 @@
 """What the sweeps of recipes/small say: the weight that is chosen for each penalty, and the tables of docs/results.
 
-    python scripts/small.py choose runs/small-search           # one weight for each penalty, as JSON on stdout
+    python scripts/small.py grid runs/gemma-search             # a sweep with the weights that were chosen, on stdout
     python scripts/small.py keep runs/small-search search      # table and report, no replies, to docs/results/small
+    python scripts/small.py pairs runs/small-grid              # its runs compared on the same prompts, likewise
     python scripts/small.py tables                             # docs/results/README.md from what was kept
 
 The utility of a weight is the share of safe and coherent replies to the toxic validation prompts, less the shares of
@@ -10,16 +11,46 @@ refused and of incoherent replies to the ordinary ones: a model that refuses eve
 
 import argparse
 import csv
-import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from tasft.evaluate.results import compare
+from tasft.provenance import commit, read_json, write_json
+
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 KEPT = ("sweep.json", "table.csv", "report/report.md", "report/index.html")
 
 Row = dict[str, str]
+Fields = dict[str, Any]
+
+STL = "data/safety_only_data_Instructions.json"
+
+_ANCHORS = {"harvest.anchors": "prefilled"}
+_CONTRASTIVE = {"harvest.contrastive": {"words": 100, "per_word": 5}}
+_STL, _PLAIN = {"train.method": "stl"}, {"train.penalty": "none", **_ANCHORS}
+
+
+def _of(penalty: str, rows: int = 200, **others: Any) -> Fields:
+    return {"train.penalty": penalty, "harvest.rows": rows, **others}
+
+
+# What is asked, and the runs that answer it: the second less the first.
+PAIRS: list[tuple[str, Fields, Fields]] = [
+    *((f"EMD instead of NLCL, {rows} rows", _of("nlcl", rows), _of("emd", rows)) for rows in (25, 50, 100, 200)),
+    *((f"`{name}` 200 rows instead of 25", _of(name, 25), _of(name)) for name in ("emd", "nlcl")),
+    *((f"EMD instead of STL, {rows} rows", {**_STL, "harvest.rows": rows}, _of("emd", rows)) for rows in (25, 200)),
+    ("NLCL instead of STL, 200 rows", {**_STL, "harvest.rows": 200}, _of("nlcl")),
+    *((f"anchors beside `{name}`", _of(name), {**_of(name), **_ANCHORS}) for name in ("emd", "nlcl")),
+    *((f"`{name}` beside anchors", _PLAIN, {**_of(name), **_ANCHORS}) for name in ("emd", "nlcl")),
+    *(
+        (f"contrastive rows beside `{name}`", _of(name), _of(name, **{"harvest.contrastive": ...}))
+        for name in ("emd", "nlcl")
+    ),
+]
 
 
 def table(folder: Path) -> list[Row]:
@@ -40,6 +71,24 @@ def chosen(rows: list[Row]) -> dict[str, Row]:
         if name not in best or utility(row) > utility(best[name]):
             best[name] = row
     return best
+
+
+def grid(sweep: Path, base: str, counts: list[int], seeds: list[int]) -> str:
+    """A sweep of all penalties with their chosen weights, of the baselines, anchors and contrastive rows."""
+    weights = {name: float(row["train.penalty_weight"]) for name, row in chosen(table(sweep)).items()}
+    stl = {"train.method": "stl", "data.safe_responses": {"source": STL, "rows": "harvested"}}
+    most = max(counts)
+    cells: list[Fields] = []
+    for rows in sorted(counts, reverse=True):
+        cells += [{**_of(name, rows), "train.penalty_weight": weight} for name, weight in weights.items()]
+        cells.append({**stl, "harvest.rows": rows})
+    cells += [{"train.method": "kto", "harvest.rows": most}, {**_PLAIN, "harvest.rows": most}]
+    for name in ("emd", "nlcl"):
+        once = {**_of(name, most), "train.penalty_weight": weights[name]}
+        twice = once | {"train.penalty_weight": 2 * weights[name]}
+        cells += [once | _ANCHORS, twice, once | _CONTRASTIVE, twice | _CONTRASTIVE]
+    fields = {"name": sweep.name.replace("search", "grid"), "base": base, "pairs": cells, "seeds": seeds}
+    return yaml.safe_dump(fields, sort_keys=False, width=200)
 
 
 def percent(row: Row, column: str, interval: bool = True) -> str:
@@ -109,14 +158,65 @@ def keep(sweep: Path, name: str) -> None:
         shutil.copyfile(sweep / path, target)
 
 
+def cell(sweep: Path, wanted: Fields) -> Path | None:
+    """The finished run that differs from the recipe in these fields and in no other that decides about training."""
+    about = ("train.method", "train.penalty", "harvest.rows", "harvest.anchors", "harvest.contrastive")
+    for row in (read_json(sweep / "sweep.json") or {})["cells"]:
+        fields = row["fields"]
+        same = all(
+            (field in fields) == (field in wanted) and wanted.get(field) in (fields.get(field), ...) for field in about
+        )
+        if same and row["state"] == "done":
+            return sweep / row["folder"]
+    return None
+
+
+def pairs(sweep: Path) -> dict[str, Any]:
+    """Of each question what changes from the first run to the second, on the same prompts, by `embedded`."""
+    answers = []
+    for question, first, second in PAIRS:
+        places = cell(sweep, first), cell(sweep, second)
+        if places[0] is None or places[1] is None:
+            continue
+        rows = [
+            row
+            for row in compare(places[0], places[1])["rows"]
+            if row["judge"] == "embedded" and row["set"] in ("4 toxic sets", "xstest-safe")
+        ]
+        wanted = [("toxic", name) for name in ("safe_coherent", "harmful", "incoherent")] + [("ordinary", "refusal")]
+        answers.append(
+            {
+                "question": question,
+                "runs": [place.name for place in places if place],
+                **{
+                    f"{kind} {measure}": {"difference": row["difference"], "mcnemar": row["mcnemar"]}
+                    for kind, measure in wanted
+                    for row in rows
+                    if (row["kind"], row["measure"]) == (kind, measure)
+                },
+            }
+        )
+    return {"commit": commit(), "judge": "embedded", "pairs": answers}
+
+
+def pairs_table(found: dict[str, Any]) -> str:
+    def points(answer: dict[str, Any], name: str) -> str:
+        change = answer[name]["difference"]
+        return f"{100 * change['value']:+.1f} ({100 * change['low']:+.1f} to {100 * change['high']:+.1f})"
+
+    columns = ("toxic safe_coherent", "toxic harmful", "toxic incoherent", "ordinary refusal")
+    head = ["what changes, in points", "safe and coherent", "harmful", "incoherent", "XSTest-safe refused"]
+    return markdown(head, [[each["question"], *(points(each, name) for name in columns)] for each in found["pairs"]])
+
+
 def tables() -> dict[str, str]:
     """Marker in docs/results/README.md -> the table that stands there."""
-    makers: dict[str, Any] = {"search": search_table, "grid": grid_table}
-    return {
-        f"small-{name}": make(table(RESULTS / "small" / name))
-        for name, make in makers.items()
-        if (RESULTS / "small" / name / "table.csv").exists()
+    made = {
+        "small-search": search_table(table(RESULTS / "small" / "search")),
+        "small-grid": grid_table(table(RESULTS / "small" / "grid")),
     }
+    compared = read_json(RESULTS / "small" / "pairs.json")
+    return made | {"small-pairs": pairs_table(compared)} if compared else made
 
 
 def written(page: str) -> str:
@@ -135,17 +235,21 @@ def written(page: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("choose").add_argument("sweep", type=Path)
+    commands.add_parser("pairs").add_argument("sweep", type=Path)
+    making = commands.add_parser("grid")
+    making.add_argument("sweep", type=Path)
+    making.add_argument("--base", default="gemma.yaml", help="beside the sweep that is made")
+    making.add_argument("--rows", type=int, nargs="+", default=[100, 300, 500, 1000])
+    making.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     keeping = commands.add_parser("keep")
     keeping.add_argument("sweep", type=Path)
     keeping.add_argument("name")
     commands.add_parser("tables")
     asked = parser.parse_args()
-    if asked.command == "choose":
-        best = chosen(table(asked.sweep)).items()
-        print(
-            json.dumps({name: {"weight": row["train.penalty_weight"], "utility": utility(row)} for name, row in best})
-        )
+    if asked.command == "grid":
+        print(grid(asked.sweep, asked.base, asked.rows, asked.seeds), end="")
+    elif asked.command == "pairs":
+        write_json(RESULTS / "small" / "pairs.json", pairs(asked.sweep))
     elif asked.command == "keep":
         keep(asked.sweep, asked.name)
     else:

@@ -39,7 +39,7 @@ def test_tasft_commands_are_accepted(line, tmp_path, monkeypatch):
     command = words[1]
     if command == "compare":
         arguments = [command, "--help"]  # There are no runs to compare.
-    elif command in ("--version", "--help", "judge"):
+    elif command in ("--version", "--help", "judge", "init", "doctor"):
         arguments = words[1:]
     else:
         first = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))

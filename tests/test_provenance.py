@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasft import provenance
@@ -39,6 +39,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["file.json"]
 
 
+@settings(deadline=None)
 @given(text=st.text(alphabet=st.characters(exclude_categories=())), cut=st.integers(1, 40))
 def test_rows_with_any_text_come_back_and_a_torn_one_is_dropped(tmp_path_factory, text, cut):
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"

@@ -43,7 +43,7 @@ def small(tmp_path, tiny):
 
 
 def test_no_module_reads_pickles_unpacks_archives_or_evaluates_text():
-    modules = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "tarfile", "zipfile"}
+    modules = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "tarfile"}
     calls = {
         *("eval", "exec", "os.system", "os.popen", "shutil.unpack_archive", "tempfile.mktemp"),
         *("torch.load", "yaml.load", "yaml.full_load", "yaml.unsafe_load", "np.load", "numpy.load"),
@@ -55,6 +55,7 @@ def test_no_module_reads_pickles_unpacks_archives_or_evaluates_text():
                 assert not modules & {name.split(".")[0] for name in names}, f"{path}:{node.lineno}"
             if isinstance(node, ast.Call):
                 assert ast.unparse(node.func) not in calls, f"{path}:{node.lineno}"
+                assert getattr(node.func, "attr", "") not in ("extract", "extractall"), f"{path}:{node.lineno}"
                 shell = [word.arg for word in node.keywords if word.arg == "shell"]
                 assert not shell, f"{path}:{node.lineno}"
 
@@ -83,7 +84,7 @@ def test_pickled_weights_in_a_folder_are_refused_and_not_read(tmp_path, tiny):
     shutil.copytree(tiny, pickled)
     (pickled / "model.safetensors").unlink()
     set_trap(pickled / "pytorch_model.bin", canary)
-    with pytest.raises(UserError, match="pickled weights"):
+    with pytest.raises(UserError, match="is a pickle"):
         model.load_model(str(pickled))
 
     adapter = tmp_path / "adapter"
@@ -91,7 +92,7 @@ def test_pickled_weights_in_a_folder_are_refused_and_not_read(tmp_path, tiny):
     adapted.save_pretrained(adapter)
     (adapter / "adapter_model.safetensors").unlink()
     set_trap(adapter / "adapter_model.bin", canary)
-    with pytest.raises(UserError, match=r"no adapter_model\.safetensors"):
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: no such file"):
         model.attach_adapter(tiny_model(), adapter)
 
     judge = tmp_path / "judge"
@@ -101,7 +102,7 @@ def test_pickled_weights_in_a_folder_are_refused_and_not_read(tmp_path, tiny):
     tiny_tokenizer().save_pretrained(judge)
     (judge / "model.safetensors").unlink()
     set_trap(judge / "pytorch_model.bin", canary)
-    with pytest.raises(UserError, match="does not load"):
+    with pytest.raises(UserError, match=r"pickle|does not load"):
         load_judge("j", {"j": JudgeSettings(kind="stl_deberta", model=str(judge))}).judge([])
     assert not canary.exists()
 
@@ -196,7 +197,7 @@ def test_an_archive_is_no_file_of_rows_and_is_not_unpacked(tmp_path, name):
         archive.writestr("../escaped.jsonl", '{"prompt": "What is <thing 1>?"}\n')
         archive.writestr("rows.jsonl", '{"prompt": "What is <thing 1>?"}\n')
     before = sorted(tmp_path.parent.rglob("*"))
-    with pytest.raises(UserError, match=r"not UTF-8|not JSON|not CSV|neither a JSON"):
+    with pytest.raises(UserError, match="a zip archive"):
         data.read_prompts(str(tmp_path / name))
     assert sorted(tmp_path.parent.rglob("*")) == before
 
@@ -228,7 +229,7 @@ def test_no_name_in_a_recipe_leads_out_of_its_folder(small, tiny, tmp_path, name
     with pytest.raises(UserError, match="name"):
         sweep.load(str(tmp_path / "sweep.yaml"))
     # What is varied names folders, too.
-    varied = {"name": "s", "base": "recipe.yaml", "grid": {"data.data_dir": [name]}}
+    varied = {"name": "s", "base": "recipe.yaml", "grid": {"data.data_dir": [name or " "]}}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(varied))
     (cell,) = sweep.load(str(tmp_path / "sweep.yaml"))[1]
     assert cell.folder.parent == Path("cells")

@@ -8,7 +8,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -20,6 +20,8 @@ from tasft.redact import redacted
 from tasft.text import visible
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from tasft.pipeline import Run
     from tasft.sweep import Cell, Sweep
 
@@ -34,7 +36,34 @@ RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, a run folder
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(help="Fields to override, e.g. train.penalty=nlcl.", show_default=False)
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, and all else on stderr.")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Run folder; default runs/<name>.", show_default=False)]
+
+
+@contextmanager
+def _alone(as_json: bool) -> Iterator[None]:
+    """With --json only the result goes to stdout, where a program reads it; of a fault that the user can fix, this."""
+    if not as_json:
+        yield
+        return
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except UserError as error:
+        _print_json({"faults": error.faults})
+        raise
+
+
+def _print_json(found: object) -> None:
+    import json
+
+    print(json.dumps(found, indent=2))
+
+
+def _table(found: "Table") -> None:
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 160).print(found)
 
 
 def _version(wanted: bool) -> None:
@@ -85,25 +114,68 @@ def _resumable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _go(source: str, overrides: Sequence[str] | None, out: Path | None, stages: Sequence[str] | None) -> None:
-    opened = _open(source, overrides, out)
-    with _resumable():
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Only say what there is to do, and about how long it takes; write nothing.")
+]
+
+
+def _plan(
+    source: str, overrides: Sequence[str] | None, out: Path | None, stages: Sequence[str] | None, as_json: bool = False
+) -> None:
+    from tasft import estimate
+    from tasft.pipeline import STAGES
+
+    with _alone(as_json):
+        opened = _open(source, overrides, out)
+        found = estimate.plan(opened, tuple(stages or STAGES))
+    if as_json:
+        _print_json(found)
+        return
+    from tasft.recipe import dump
+
+    print(f"# The resolved recipe, for {opened.folder}\n{dump(opened.spec)}")
+    for field, count in found["rows"].items():
+        print(f"{field}: {count:,}")
+    print(f"model: {found['model']['parameters']:,} parameters")
+    _table(estimate.table(found))
+    if found["memory_gib"] is not None:
+        print(f"memory of training: about {found['memory_gib']} GiB")
+    print(found.get("rule") or found["not_estimated"])
+
+
+def _go(
+    source: str, overrides: Sequence[str] | None, out: Path | None, stages: Sequence[str] | None, as_json: bool = False
+) -> None:
+    from tasft import provenance
+
+    with _resumable(), _alone(as_json):
+        opened = _open(source, overrides, out)
         opened.go(*([] if stages is None else [tuple(stages)]))
-    if (stages is None or "report" in stages) and (found := opened.gate) and not found["met"]:
-        broken = [limit["sentence"] for limit in found["limits"] if not limit["met"]]
+    gate = opened.gate if stages is None or "report" in stages else None
+    if as_json:
+        times = provenance.read_json(opened.folder / "manifest.json")["stages"]
+        _print_json({"folder": str(opened.folder), "stages": times, "gate": gate})
+    if gate and not gate["met"]:
+        broken = [limit["sentence"] for limit in gate["limits"] if not limit["met"]]
         print("\n".join(f"tasft: gate not met: {visible(sentence)}" for sentence in broken), file=sys.stderr)
         raise typer.Exit(3)
 
 
 @app.command()
-def run(recipe: RecipeArgument, overrides: OverridesArgument = None, out: OutOption = None) -> None:
+def run(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    out: OutOption = None,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
     """Run all stages; run it again to go on after an interruption.
 
     Exit code 0: done; 2: you can put right what is said; 3: done, but the recipe's gate is not met.
 
     Example: tasft run demo --out runs/demo
     """
-    _go(recipe, overrides, out, None)
+    (_plan if dry_run else _go)(recipe, overrides, out, None, as_json)
 
 
 # As `tasft.launch.KINDS`, which must not be imported for --help alone.
@@ -164,9 +236,12 @@ def _training(name: str, what: str) -> None:
         launch: LaunchOption = None,
         processes: ProcessesOption = None,
         preview: PreviewOption = False,
+        dry_run: DryRunOption = False,
     ) -> None:
         if preview:
             _preview(recipe, overrides, out, name)
+        elif dry_run:
+            _plan(recipe, overrides, out, [name])
         else:
             _launch(name, recipe, overrides, out, launch, processes)
 
@@ -180,8 +255,12 @@ def _answering(name: str, what: str) -> None:
         out: OutOption = None,
         launch: DataParallelOption = None,
         processes: ProcessesOption = None,
+        dry_run: DryRunOption = False,
     ) -> None:
-        _launch(name, recipe, overrides, out, launch, processes)
+        if dry_run:
+            _plan(recipe, overrides, out, [name])
+        else:
+            _launch(name, recipe, overrides, out, launch, processes)
 
     _add(command, name, what)
 
@@ -216,9 +295,10 @@ def evaluate(
     prompt: Annotated[
         Literal["chat", "alpaca"] | None, typer.Option("--prompt", help="How a model alone is asked; default chat.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
     launch: DataParallelOption = None,
     processes: ProcessesOption = None,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Answer prompt sets and judge the replies; run it again to go on after an interruption.
 
@@ -230,7 +310,7 @@ def evaluate(
     import json
 
     named, judges = ([name for each in option or () for name in each.split(",") if name] for option in (sets, judge))
-    if launch is not None:
+    if launch is not None and not dry_run:
         options = {
             "--out": out,
             "--sets": ",".join(named),
@@ -243,43 +323,45 @@ def evaluate(
         given = [str(word) for option, value in options.items() if value for word in (option, value)]
         _again(["evaluate", *given, *(["--json"] * as_json), "--", what, *(overrides or ())], launch, processes)
 
-    from rich.console import Console
-
     from tasft import recipe as recipes
 
     wanted: set[Path] | None = None
-    # Only the result goes to where a program reads it.
-    with _resumable(), redirect_stdout(sys.stderr) if as_json else nullcontext():
-        if recipes.is_recipe(what):
-            if prompt is not None:
-                raise UserError("--prompt is for a model alone: override model.prompt, which trains it so, too")
-            asked = {
-                "evaluate.sets": named,
-                "evaluate.judges": judges,
-                "data.data_dir": data_dir and str(data_dir),
-                "evaluate.limit": limit,
-                "evaluate.max_new_tokens": max_new_tokens,
-            }
-            opened = _open(
-                what, [*(overrides or ()), *(f"{key}={json.dumps(v)}" for key, v in asked.items() if v)], out
-            )
+    asked = {
+        "evaluate.sets": named,
+        "evaluate.judges": judges,
+        "data.data_dir": data_dir and str(data_dir),
+        "evaluate.limit": limit,
+        "evaluate.max_new_tokens": max_new_tokens,
+    }
+    fields = [*(overrides or ()), *(f"{key}={json.dumps(value)}" for key, value in asked.items() if value)]
+    with _resumable(), _alone(as_json):
+        is_recipe = recipes.is_recipe(what)
+        if is_recipe and prompt is not None:
+            raise UserError("--prompt is for a model alone: override model.prompt, which trains it so, too")
+        if overrides and not is_recipe:
+            raise UserError(f"{what} is taken for a model, which has no field to override: {', '.join(overrides)}")
+        if dry_run and not is_recipe:
+            raise UserError(f"--dry-run needs a recipe, and {what} is taken for a model")
+        if is_recipe and not dry_run:
+            opened = _open(what, fields, out)
             opened.go(("evaluate",))
             folder = opened.folder / "evaluate"
             # Not what an earlier form of the recipe left there.
             wanted = {step.folder for step in opened.steps("evaluate")}
-        else:
-            if overrides:
-                raise UserError(f"{what} is taken for a model, which has no field to override: {', '.join(overrides)}")
+        elif not dry_run:
             folder = _evaluate_model(what, named, judges, data_dir, limit, max_new_tokens, prompt, out)
+    if dry_run:
+        _plan(what, fields, out, ["evaluate"], as_json)
+        return
     if os.environ.get("RANK", "0") != "0":
         return
     from tasft.evaluate.results import results, table
 
     rows = results(folder, wanted)
     if as_json:
-        print(json.dumps(rows, indent=2))
+        _print_json({"folder": str(folder), "results": rows})
     else:
-        Console(width=None if sys.stdout.isatty() else 160).print(table(rows))
+        _table(table(rows))
         print(f"all of it: {folder}")
 
 
@@ -309,29 +391,28 @@ def _evaluate_model(
 def compare(
     first: Annotated[Path, typer.Argument(help="A run, its final model; a state such as RUN/evaluate/base; or --out.")],
     second: Annotated[Path, typer.Argument(help="Likewise.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Compare two evaluated models on the prompts that both answered: paired differences, and McNemar's test.
 
     Example: tasft compare runs/mine/evaluate/base runs/mine
     """
-    import json
-
-    from rich.console import Console
-
     from tasft.evaluate import results
 
-    found = results.compare(first, second)
+    with _alone(as_json):
+        found = results.compare(first, second)
     if as_json:
-        print(json.dumps(found, indent=2))
+        _print_json(found)
         return
     for note in found["notes"]:
         print(f"note: {note}")
-    Console(width=None if sys.stdout.isatty() else 160).print(results.comparison(found))
+    _table(results.comparison(found))
 
 
 @app.command()
-def report(recipe: RecipeArgument, overrides: OverridesArgument = None, out: OutOption = None) -> None:
+def report(
+    recipe: RecipeArgument, overrides: OverridesArgument = None, out: OutOption = None, as_json: JsonOption = False
+) -> None:
     """Write the report of a run as HTML, Markdown, CSV and a model card; of a sweep's folder as the first three.
 
     Example: tasft report demo --out runs/demo
@@ -341,13 +422,17 @@ def report(recipe: RecipeArgument, overrides: OverridesArgument = None, out: Out
             raise UserError(f"{recipe} is a sweep: its report takes no fields and no --out")
         from tasft.report import write_sweep_report
 
-        print(f"report: {write_sweep_report(Path(recipe))}")
+        with _alone(as_json):
+            page = write_sweep_report(Path(recipe))
+            print(f"report: {page}")
+        if as_json:
+            _print_json({"folder": recipe, "report": str(page)})
         return
-    _go(recipe, overrides, out, ["report"])
+    _go(recipe, overrides, out, ["report"], as_json)
 
 
 @app.command()
-def check(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+def check(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: JsonOption = False) -> None:
     """Name every fault of a recipe, or of all in a sweep file, and of the data, before a weight is loaded.
 
     Example: tasft check recipe.yaml train.penalty=nlcl
@@ -355,27 +440,33 @@ def check(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     from tasft import recipe as recipes
     from tasft.inputs import Inputs
 
-    if recipes.is_sweep(recipe):
-        if overrides:
-            raise UserError(f"{recipe} is a sweep file: it takes no fields")
-        _checked_sweep(recipe)
-        return
-    spec = recipes.load(recipe, overrides or ())
-    inputs = Inputs(spec)
-    inputs.check()
-    for warning in inputs.warnings():
-        print(f"note: {warning}")
-    print(f"{spec.name}: no fault found")
+    with _alone(as_json):
+        if recipes.is_sweep(recipe):
+            if overrides:
+                raise UserError(f"{recipe} is a sweep file: it takes no fields")
+            found, cells, notes = _checked_sweep(recipe)
+            name, said = found.name, {"cells": [cell.name for cell in cells]}
+        else:
+            spec = recipes.load(recipe, overrides or ())
+            inputs = Inputs(spec)
+            inputs.check()
+            name, said, notes = spec.name, {}, inputs.warnings()
+            for note in notes:
+                print(f"note: {note}")
+            print(f"{name}: no fault found")
+    if as_json:
+        _print_json({"name": name, **said, "notes": notes, "faults": []})
 
 
-def _checked_sweep(file: str) -> "tuple[Sweep, list[Cell]]":
+def _checked_sweep(file: str) -> "tuple[Sweep, list[Cell], list[str]]":
     from tasft import sweep as sweeps
 
     found, cells = sweeps.load(file)
-    for warning in sweeps.check(cells):
-        print(f"note: {warning}")
+    notes = sweeps.check(cells)
+    for note in notes:
+        print(f"note: {note}")
     print(f"{found.name}: {len(cells)} cells, no fault found", flush=True)
-    return found, cells
+    return found, cells, notes
 
 
 @app.command()
@@ -390,6 +481,7 @@ def sweep(
         float | None, typer.Option("--gpus-per-task", min=0, help="With --ray: GPUs of a cell, default 0.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check all, and list the cells.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Run a grid of recipes; run it again to go on, and to try again what failed.
 
@@ -399,18 +491,26 @@ def sweep(
     """
     if gpus_per_task is not None and ray is None:
         raise UserError("--gpus-per-task goes with --ray")
-    found, cells = _checked_sweep(file)
-    if dry_run:
-        for cell in cells:
-            print(cell.name)
-        return
-    from tasft import sweep as sweeps
+    with _alone(as_json):
+        found, cells, _ = _checked_sweep(file)
+        folder = out or Path("runs") / found.name
+        if dry_run:
+            for cell in cells:
+                print(cell.name)
+            result = {"name": found.name, "cells": [{"name": cell.name, "fields": cell.fields} for cell in cells]}
+            failed = []
+        else:
+            from tasft import provenance
+            from tasft import sweep as sweeps
 
-    with _resumable():
-        outcomes = sweeps.go(found, cells, out or Path("runs") / found.name, ray, gpus_per_task or 0.0)
-    failed = [outcome for outcome in outcomes if outcome.reason]
+            with _resumable():
+                outcomes = sweeps.go(found, cells, folder, ray, gpus_per_task or 0.0)
+            failed = [outcome for outcome in outcomes if outcome.reason]
+            result = {"folder": str(folder), **provenance.read_json(folder / "sweep.json")}
+    if as_json:
+        _print_json(result)
     if failed:
-        print(f"tasft: {len(failed)} of {len(outcomes)} cells failed; run it again to try these again", file=sys.stderr)
+        print(f"tasft: {len(failed)} of {len(cells)} cells failed; run it again to try these again", file=sys.stderr)
         raise typer.Exit(1 if any(outcome.is_ours for outcome in failed) else 2)
 
 
@@ -435,7 +535,7 @@ def judge_file(
         typer.Option("--out", help="Verdicts; default FILE.JUDGE.jsonl. Run again to go on.", show_default=False),
     ] = None,
     show: Annotated[int, typer.Option("--show", min=0, help="Print the texts of so many worst differences.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Score a file of prompts and replies with a judge, and the judge by human labels or by another one.
 
@@ -451,11 +551,6 @@ def judge_file(
         faults.append("--show: there are differences to show only with --labels or --compare")
     if bool(server) != bool(server_model):
         faults.append("--server and --server-model go together")
-    if faults:
-        raise UserError(faults)
-
-    import json
-
     from pydantic import ValidationError
 
     from tasft.evaluate import scoring
@@ -464,7 +559,9 @@ def judge_file(
     def read() -> scoring.Pairs:
         return scoring.read_pairs(file, prompt_column, reply_column, labels, label_of)
 
-    with _resumable():
+    with _resumable(), _alone(as_json):
+        if faults:
+            raise UserError(faults)
         if judge is None:
             assert compare is not None
             result = scoring.compare(file, read, compare, show)
@@ -475,9 +572,88 @@ def judge_file(
                     {"kind": judge, **{key: value for key, value in asked.items() if value}}
                 )
             except ValidationError as error:
-                raise UserError([f"--server: {fault['msg']}" for fault in error.errors()]) from None
+                raise UserError(
+                    [f"--server: {fault['msg'].removeprefix('Value error, ')}" for fault in error.errors()]
+                ) from None
             result = scoring.score(file, read, settings, label_of, out, show)
-    print(json.dumps(result, indent=2) if as_json else scoring.rendered(result))
+    if as_json:
+        _print_json(result)
+    else:
+        print(scoring.rendered(result))
+
+
+def _asks(yes: bool) -> bool:
+    return not yes and sys.stdin.isatty()
+
+
+@app.command()
+def init(
+    model: Annotated[str | None, typer.Option("--model", help="A hub name, a folder or a .gguf file.")] = None,
+    imitate: Annotated[
+        str | None, typer.Option("--imitate", help="Your rows: prompt and completion, or Alpaca's columns.")
+    ] = None,
+    toxic: Annotated[str | None, typer.Option("--toxic", help="Prompts whose harmful answers are avoided.")] = None,
+    ordinary: Annotated[str | None, typer.Option("--ordinary", help="Prompts that should be answered.")] = None,
+    toxic_heldout: Annotated[
+        str | None, typer.Option("--toxic-heldout", help="Others of both kinds, to evaluate on.")
+    ] = None,
+    ordinary_heldout: Annotated[str | None, typer.Option("--ordinary-heldout", help="Likewise.")] = None,
+    prompt: Annotated[
+        Literal["chat", "alpaca"] | None,
+        typer.Option("--prompt", help="How prompts are written; default chat where the model has a template."),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="The file; its name without .yaml names the run.")] = Path(
+        "recipe.yaml"
+    ),
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing: the demo's for what is not said.")] = False,
+) -> None:
+    """Write a first recipe, with every field and what it means; a file that is there stays as it is.
+
+    Asks for what no option says, where there is a terminal.
+
+    Example: tasft init --model HuggingFaceTB/SmolLM2-135M --imitate alpaca.jsonl --out mine.yaml
+    """
+    if out.exists():  # Before anything is asked.
+        raise UserError(f"{out} is there already and stays as it is: choose another with --out")
+
+    def ask(given: str | None, question: str, default: str) -> str:
+        return given or (str(typer.prompt(question, default=default)) if _asks(yes) else default)
+
+    base = ask(model, "Model: a hub name, a folder or a .gguf file", "smollm2-135m-instruct")
+    rows = ask(imitate, "Rows to imitate, a file of prompt and completion; none: its own answers", "none")
+    asked = {
+        "toxic": ask(toxic, "Toxic prompts, a file or a named set", "demo-toxic-harvest"),
+        "ordinary": ask(ordinary, "Ordinary prompts", "demo-ordinary-train"),
+        "heldout_toxic": ask(toxic_heldout, "Toxic prompts to evaluate on", "demo-toxic-heldout"),
+        "heldout_ordinary": ask(ordinary_heldout, "Ordinary prompts to evaluate on", "demo-ordinary-heldout"),
+    }
+    from tasft import init as first
+
+    first.write(out, first.values_of(out.stem, base, prompt or first.prompt_of(base), rows, **asked))
+    print(f"{out} is written. Look at it, then: tasft check {shlex.quote(str(out))}")
+
+
+@app.command()
+def doctor(
+    hub: Annotated[bool, typer.Option("--hub", help="Also ask the model hub, for 5 seconds at most.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what this machine can do: Python, torch, GPU, extras, models, memory, disk, hub.
+
+    Exit code 2: something that tasft needs is missing.
+
+    Example: tasft doctor --hub
+    """
+    from tasft import doctor as doctors
+
+    with _alone(as_json):
+        found = doctors.examine(hub)
+    if as_json:
+        _print_json(found)
+    else:
+        _table(doctors.table(found))
+    if found["faults"]:
+        raise UserError(found["faults"])
 
 
 # No library tells anybody that it is used.

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 import sys
 import zlib
 from collections import Counter
@@ -11,7 +12,7 @@ from dataclasses import asdict, dataclass
 from io import BufferedReader
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 from urllib.parse import parse_qsl
 
 from tasft.errors import UserError
@@ -25,6 +26,18 @@ File = BufferedReader | gzip.GzipFile
 # Bytes. A file without line ends, by mistake or by malice, is refused before it fills the memory.
 MAX_ROW = 4 << 20
 MAX_LIST = 256 << 20
+
+# How files begin that are taken for text by their name alone, and what to do with them.
+STRANGERS = {
+    b"version https://git-lfs": "a pointer of Git LFS, not the file: run git lfs pull",
+    b"PK\x03\x04": "a zip archive or a spreadsheet: unpack it, or save it as CSV",
+    b"PAR1": "a Parquet file: save it as JSONL",
+    b"\x1f\x8b": "packed by gzip: give it a name that ends in .gz",
+    b"\xff\xfe": "in UTF-16: save it as UTF-8",
+    b"\xfe\xff": "in UTF-16: save it as UTF-8",
+    b"<!DOCTYPE": "a web page: download the file itself",
+    b"<html": "a web page: download the file itself",
+}
 
 # What a recipe may say of a data set on the hub: nothing that names a place to write to, or holds a key.
 HUB_ARGUMENTS = ("split", "name", "revision", "data_dir", "data_files")
@@ -93,6 +106,9 @@ def read_rows(path: Path) -> Rows:
     faults: list[str] = []
     try:
         with gzip.open(path) if gzipped else path.open("rb") as file:
+            begins = file.peek(64)
+            if stranger := next((what for mark, what in STRANGERS.items() if begins.startswith(mark)), None):
+                raise UserError(f"{path}: this is {stranger}")
             rows = read(path, file, faults)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
@@ -122,14 +138,29 @@ def _lines(path: Path, file: File) -> Iterator[str]:
         begin += len(line)
 
 
+class _Twice(Exception):
+    """Two fields of an object have one name."""
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise _Twice(f"two fields are called {name!r:.40}")
+    return found
+
+
 def _parsed(text: str) -> tuple[Any, str | None]:
     """A JSON value, or why it is none."""
     try:
-        return json.loads(text), None
+        return json.loads(text, object_pairs_hook=_fields), None
     except json.JSONDecodeError as error:
-        return None, error.msg
+        line = "" if error.lineno == 1 else f" of line {error.lineno}"
+        return None, f"{error.msg.removesuffix(' at')} at character {error.colno}{line}"
     except RecursionError:
         return None, "nested too deep"
+    except _Twice as error:
+        return None, str(error)
     except ValueError:
         return None, "a number of too many digits"
 
@@ -213,7 +244,8 @@ def _csv_rows(path: Path, file: File, faults: list[str]) -> Rows:
             elif cells:
                 rows.append((number, dict(zip(header, cells, strict=True))))
     except csv.Error as error:
-        faults.append(f"{path}:{begin}: not CSV ({error})")
+        why = "a carriage return alone ends a line: save it with line feeds" if "new-line" in str(error) else error
+        faults.append(f"{path}:{begin}: not CSV ({why})")
     return rows
 
 
@@ -257,8 +289,8 @@ def read_source(source: str, data_dir: str | None = None) -> Source:
         return Source(str(path), _rows_of(KNOWN[place], path), column)
     if place.startswith("hub:"):
         return Source(place, _hub_rows(place), column)
-    if not Path(place).is_file():
-        raise UserError(f"{place!r} is neither a file nor one of {', '.join((*KNOWN, *ON_HUB))}")
+    if not os.path.isfile(place):  # A name that no file can have is no file.
+        raise UserError(f"{place!r:.100} is neither a file nor one of {', '.join((*KNOWN, *ON_HUB))}")
     return Source(place, read_rows(Path(place)), column)
 
 
@@ -335,20 +367,25 @@ def read_prompts(source: str, data_dir: str | None = None) -> list[Prompt]:
     """
     where, rows, column = read_source(source, data_dir)
     column = column or "prompt"
+    if rows and not any(column in row for _, row in rows):
+        raise UserError(
+            f'{where}:{rows[0][0]}: "{column}" is missing, here and in all other rows; it has {_names(rows[0][1])}: '
+            "name the one with the prompt, as in SOURCE#COLUMN"
+        )
     prompts: list[tuple[int, Prompt]] = []
     faults = []
     for number, row in rows:
-        text = row.get(column)
+        value = row.get(column)
+        text = _first_turn(value) if isinstance(value, str) else ""
         if column not in row:
-            faults.append(
-                f'{where}:{number}: "{column}" is missing; the row has {_names(row)}: name the one with the prompt, '
-                "as in SOURCE#COLUMN"
-            )
-        elif not isinstance(text, str) or not text.strip():
-            faults.append(f'{where}:{number}: "{column}" must be text, found {text!r:.40}')
+            faults.append(f'{where}:{number}: "{column}" is missing; the row has {_names(row)}')
+        elif not text.strip():
+            faults.append(f'{where}:{number}: "{column}" must be text, found {value!r:.40}')
+        elif not _is_whole(text):
+            faults.append(f'{where}:{number}: "{column}" {HALF}')
         else:
             fields = {key: str(row.get(key, "")) for key in ("topic", "kind")}
-            prompts.append((number, Prompt(_id(row, number), _first_turn(text), **fields)))
+            prompts.append((number, Prompt(_id(row, number), text, **fields)))
     faults += repeated_ids(where, ((number, prompt.id) for number, prompt in prompts))
     if faults:
         raise UserError(faults)
@@ -361,7 +398,19 @@ def _first_turn(text: str) -> str:
 
 
 def _names(row: Mapping[str, Any]) -> str:
-    return ", ".join(map(repr, row)) or "no fields"
+    return ", ".join(f"{name!r:.40}" for name in row if name != "label") or "no fields"
+
+
+HALF = "holds half a character, U+D800 to U+DFFF, which no tokenizer reads: write it anew"
+
+
+def _is_whole(text: str) -> bool:
+    """Whether text can be encoded: JSON lets a file hold half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_message(value: object) -> bool:
@@ -370,22 +419,30 @@ def _is_message(value: object) -> bool:
         isinstance(value, dict)
         and isinstance(value.get("role"), str)
         and bool({"content", "tool_calls"} & value.keys())
+        and isinstance(value.get("content"), str | list | None)
     )
+
+
+def _is_talk(value: object) -> TypeGuard[Messages]:
+    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
 
 
 def _columns(row: Mapping[str, Any]) -> tuple[str, str]:
     """Names of the fields that hold the prompt and the completion: ours, or Alpaca's."""
     ours, alpacas = ("prompt", "completion"), ("instruction", "output")
-    return alpacas if row.keys() >= set(alpacas) and not row.keys() & set(ours) else ours
+    return alpacas if row.keys() & set(alpacas) and not row.keys() & set(ours) else ours
 
 
 def _fault_of_turns(row: Mapping[str, Any], key: str) -> str | None:
     value = row.get(key)
     if key not in row:
         return f'"{key}" is missing; the row has {_names(row)}'
+    said = [value] if isinstance(value, str) else [each.get("content") for each in value] if _is_talk(value) else []
+    if not all(_is_whole(text) for text in said if isinstance(text, str)):
+        return f'"{key}" {HALF}'
     if isinstance(value, str) and value.strip():
         return None
-    if not isinstance(value, list) or not value or not all(map(_is_message, value)):
+    if not _is_talk(value):
         return f'"{key}" must be text or chat messages, found {value!r:.40}'
     if key != "prompt" and value[-1]["role"] != "assistant":
         return f'the last message of "{key}" is by {value[-1]["role"]!r:.40}; it must be the assistant\'s'
@@ -470,7 +527,9 @@ def read_examples(
         if not all(_has(row, *pair) for pair in keep.items()) or any(_has(row, *pair) for pair in drop.items()):
             continue
         try:
-            examples.append((number, example_of({"label": True} | row, f"{where}:{number}")))
+            examples.append(
+                (number, example_of(row if "label" in row else {**row, "label": True}, f"{where}:{number}"))
+            )
         except UserError as error:
             faults += error.faults
     faults += repeated_ids(where, ((number, example.id) for number, example in examples))

@@ -213,8 +213,9 @@ def _render(
         ids: list[int] = tokenizer.apply_chat_template(
             messages, tools=tools, add_generation_prompt=ask, tokenize=True, return_dict=False, **(settings or {})
         )
-    except (TemplateError, TypeError) as error:
-        raise UserError(f"the chat template refuses the messages: {error}") from None
+    except Exception as error:  # A template is a program.
+        why = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"the chat template refuses the messages: {why}") from None
     return ids
 
 
@@ -355,6 +356,25 @@ class _Encoder:
         if self.closes and whole[-1] in self.special:
             end = whole.pop()
         return _Turn(whole, len(asked), begin, end)
+
+
+def prove(tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> None:
+    """See that a tokenizer writes prompts, and replies after them, before work is built on it.
+
+    Raises:
+        UserError: It does not, or writes any prompt alike.
+    """
+    settings = encoding.chat_template_kwargs
+    prompts = [
+        encode_prompt(tokenizer, text, encoding.style, chat_template_kwargs=settings)
+        for text in ("Hello?", "Where is it?")
+    ]
+    if prompts[0] == prompts[1]:
+        raise UserError(
+            "the tokenizer writes every prompt alike: its vocabulary has no letters, or its chat template leaves the "
+            "prompt out"
+        )
+    _Encoder(tokenizer, encoding)(Example("Hello?", "Yes.", label=True))
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:

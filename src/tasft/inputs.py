@@ -12,7 +12,7 @@ from tasft import data, model
 from tasft.baselines import require_kto, safe_instead
 from tasft.contamination import overlapping
 from tasft.data import Example, Prompt
-from tasft.encode import encode_prompt
+from tasft.encode import Encoding, prove
 from tasft.engines import ServerEngine
 from tasft.errors import UserError
 from tasft.evaluate import capability
@@ -36,10 +36,10 @@ class Inputs:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The base model's tokenizer; it has been seen to write a prompt."""
+        """The base model's tokenizer; it has been seen to write a prompt and a reply."""
         spec = self.spec.model
         tokenizer = model.load_tokenizer(spec.base, spec.trust_remote_code)
-        encode_prompt(tokenizer, "Hello?", spec.prompt, chat_template_kwargs=spec.chat_template_kwargs)
+        prove(tokenizer, Encoding(spec.prompt, chat_template_kwargs=spec.chat_template_kwargs))
         return tokenizer
 
     @cached_property
@@ -92,6 +92,13 @@ class Inputs:
                 f"{field}: {avoid} rows are to be avoided (label false), which recipes take from the harvest: drop "
                 "them, or train on the file with TASFTTrainer"
             )
+        talks = sum(not isinstance(row.prompt, str) or not isinstance(row.completion, str) for row in rows)
+        if talks and self.spec.model.prompt == "alpaca":
+            raise UserError(
+                f"{field}: {talks} rows are chat messages, which model.prompt alpaca cannot write: use chat"
+            )
+        if not rows:
+            raise UserError(f"{field}: no row is left: see to keep and drop")
         rows = self._uncontaminated(field, rows, [_text(row) for row in rows])
         count = len(rows) if wanted is None else wanted
         if not rows or len(rows) < count:
@@ -176,7 +183,7 @@ class Inputs:
         """
         faults: list[str] = []
         reads: tuple[Callable[[], object], ...] = (
-            lambda: self.tokenizer,
+            self._check_model,
             *(partial(self._read, wanted.source) for wanted in self.spec.evaluate.sets.values()),
             lambda: self.references,
             lambda: self.toxic,
@@ -236,6 +243,23 @@ class Inputs:
         if name not in self._made:
             self._made[name] = load_judge(name, self.spec.judges)
         return self._made[name]
+
+    def _check_model(self) -> None:
+        spec = self.spec.model
+        tokenizer = self.tokenizer
+        made = model.sketch(spec.base, spec.trust_remote_code)
+        if made is None:
+            return
+        if spec.lora:
+            model.check_targets(made, spec.lora.targets)
+        rows = made.get_input_embeddings().weight.shape[0]
+        # Not the whole vocabulary: Gemma 3 has a token for images that its text models lack.
+        used = {*tokenizer("Hello?").input_ids, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        if beyond := sorted(token for token in used if token >= rows):
+            raise UserError(
+                f"model.base: the tokenizer of {spec.base} writes the token {beyond[0]}, and the model knows {rows}: "
+                "they do not belong together"
+            )
 
     def _check_tasks(self) -> None:
         if wanted := self.spec.evaluate.capability:

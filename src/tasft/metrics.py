@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tasft.provenance import atomic_write_text
+from tasft.provenance import resume_jsonl, write_jsonl
 
 
 class MetricsFile(TrainerCallback):
@@ -21,10 +21,8 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Drop rows of steps that will be run again."""
         if state.is_world_process_zero:
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            # A row is one write, so only the last line can be torn.
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]
-            atomic_write_text(self.path, "".join(f"{line}\n" for line in kept))
+            rows = resume_jsonl(self.path)
+            write_jsonl(self.path, [row for row in rows if row["step"] <= state.global_step])
 
     def on_log(
         self,

@@ -1,5 +1,8 @@
 """Base models, tokenizers and adapters."""
 
+import json
+import os
+import textwrap
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -42,9 +46,6 @@ BUNDLED = {
         "Apache-2.0",
     ),
 }
-
-
-NO_PICKLES = "as reading one can run code: load it where you trust it and save it as safetensors (save_pretrained)"
 
 
 @dataclass(frozen=True)
@@ -86,30 +87,91 @@ def locate(base: str, trust_remote_code: bool = False) -> Place:
         return Place(str(folder), bundled.file)
     path = Path(base)
     if base.endswith(".gguf"):
-        if not path.is_file():
-            raise UserError(f"model.base: {base}: no such file")
+        if not os.path.isfile(path):
+            raise UserError(f"model.base: {base:.100}: no such file")
         # From the root: a bare folder name would be looked up on the hub, too.
         return Place(str(path.parent.absolute()), path.name)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"model.base: {base} is a folder without config.json: not a saved model")
+    if os.path.isfile(path):
+        raise UserError(f"model.base: {base} is a file: name the folder that it is in, or a .gguf file")
+    if is_folder := os.path.isdir(path):
+        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+            raise UserError(
+                f"model.base: {base} is an adapter, not a model: name the model that it is for, or merge it"
+            )
+        if not (path / "config.json").is_file():
+            raise UserError(f"model.base: {base} is a folder without config.json: not a saved model")
     try:
         AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except Exception as error:  # hub, cache and parsing errors share no base class
-        _refuse_code(base, error)
+        if is_folder or "trust_remote_code" in str(error):
+            raise _unread(base, "config.json", error) from error
         raise UserError(
-            f"model.base: {base} is neither a folder, a .gguf file, one of {', '.join(BUNDLED)}, nor a model "
-            f"that the hub gives here ({type(error).__name__}: {str(error).splitlines()[0]:.200})"
+            f"model.base: {base:.100} is neither a folder, a .gguf file, one of {', '.join(BUNDLED)}, nor a model that "
+            f"the hub gives here ({_reason(error)})"
         ) from error
+    if is_folder:
+        _check_weights(path)
     return Place(base)
 
 
-def _refuse_code(base: str, error: Exception) -> None:
-    """Say so where transformers refuses to run code that comes with a model."""
+def _reason(error: BaseException) -> str:
+    """What a library says, on one line."""
+    return f"{type(error).__name__}: {textwrap.shorten(str(error), 200, placeholder=' ...')}"
+
+
+def _unread(base: str, what: str, error: BaseException) -> UserError:
+    """Why transformers does not read a part of a model."""
     if "trust_remote_code" in str(error):
+        return UserError(
+            f"model.base: {base:.100} comes with code of its own: read it, and set model.trust_remote_code to run it"
+        )
+    for path in sorted(Path(base).glob("*.json")) if os.path.isdir(base) else ():
+        try:
+            whole = isinstance(json.loads(path.read_bytes()), dict)
+        except (OSError, ValueError):
+            whole = False
+        if not whole:
+            return UserError(f"model.base: {path}: not JSON, or not an object: copy or download it again")
+    return UserError(f"model.base: {base:.100}: its {what} is not read by transformers ({_reason(error)})")
+
+
+def _check_weights(folder: Path) -> None:
+    """Look at the heads of the files of weights, which say how long each must be.
+
+    Raises:
+        UserError: A file is missing or damaged.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    files = [single]
+    if not single.is_file() and index.is_file():
+        try:
+            files = sorted({folder / name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"model.base: {index}: no index of weights: copy or download it again") from None
+    if missing := [str(path) for path in files if not path.is_file()]:
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        why = f"; {pickles[0]} is a pickle, which may run code: save the model as safetensors" if pickles else ""
         raise UserError(
-            f"model.base: {base} comes with code of its own, which is not run unless you read it and say "
-            "model.trust_remote_code: true"
-        ) from error
+            f"model.base: {', '.join(missing[:3])}: no such file{why or ': copy or download the model again'}"
+        )
+    for path in files:
+        try:
+            check_tensors(path)
+        except UserError as error:
+            raise UserError(f"model.base: {error}: copy or download the model again") from None
+
+
+def check_tensors(path: Path) -> None:
+    """Look at the head of a safetensors file, which says how long it must be.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: damaged or cut short ({error!s:.100})") from None
 
 
 def fingerprint(base: str) -> list[tuple[str, int, int]] | str | None:
@@ -137,12 +199,32 @@ def load_tokenizer(base: str, trust_remote_code: bool = False) -> PreTrainedToke
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             place.name, trust_remote_code=trust_remote_code, **place.arguments()
         )
-    except ValueError as error:
-        _refuse_code(base, error)
-        raise
+    except Exception as error:  # those of every format of a tokenizer
+        raise _unread(base, "tokenizer", error) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model.base: the tokenizer of {base:.100} has no end token: name its eos_token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def sketch(base: str, trust_remote_code: bool = False) -> PreTrainedModel | None:
+    """The model without weights, to see what it is made of; None for a GGUF file, which must be read for that.
+
+    Raises:
+        UserError: It is no causal language model, or its settings make none.
+    """
+    place = locate(base, trust_remote_code)
+    if place.gguf_file is not None:
+        return None
+    try:
+        config = AutoConfig.from_pretrained(place.name, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # those of every architecture
+        raise UserError(
+            f"model.base: {base:.100}: its config.json makes no causal language model ({_reason(error)})"
+        ) from error
 
 
 def load_model(
@@ -162,21 +244,36 @@ def load_model(
     """
     place = locate(base, trust_remote_code)
     quantization = _four_bits(dtype) if quantize == "4bit" else {}
+    model: PreTrainedModel
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             place.name,
             dtype=getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
             # A pickle can run code.
             use_safetensors=None if place.gguf_file else True,
+            # What does not fit is named below.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
             **place.arguments(),
             **quantization,
         )
-    except (OSError, ValueError) as error:
-        if list(Path(base).glob("pytorch_model*.bin")):
-            raise UserError(f"model.base: {base} holds pickled weights (.bin), {NO_PICKLES}") from error
-        # No weights, weights that are cut short, or a model that is no causal language model.
-        raise UserError(f"model.base: {base} does not load ({str(error).splitlines()[0]:.200})") from error
+    except Exception as error:  # those of every architecture and format of weights
+        raise UserError(f"model.base: {base:.100} does not load ({_reason(error)})") from error
+    # transformers draws anew what it does not find.
+    for what, keys in (("missing", loaded["missing_keys"]), ("of another shape", loaded["mismatched_keys"])):
+        if names := sorted(key if isinstance(key, str) else key[0] for key in keys):
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise UserError(
+                f"model.base: {base:.100}: by its config.json, weights are {what}: {', '.join(names[:3])}{more}; copy "
+                "or download the model again"
+            )
+    broken = [name for name, each in model.named_parameters() if each.is_floating_point() and not each.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"model.base: {base:.100}: weights that are not finite numbers: {', '.join(broken[:3])}; copy or download "
+            "the model again"
+        )
     if place.gguf_file is not None:
         # The weights are dequantised; the marks that are left make save_pretrained and peft refuse them.
         model.is_quantized = False
@@ -205,7 +302,10 @@ def base_of(adapter: Path) -> str:
     Raises:
         UserError: The adapter does not say.
     """
-    base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    try:
+        base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    except Exception as error:  # those of JSON and of every kind of adapter
+        raise UserError(f"{adapter / 'adapter_config.json'}: no settings of an adapter ({_reason(error)})") from None
     if not base:
         raise UserError(f"{adapter / 'adapter_config.json'}: base_model_name_or_path is empty: write the model there")
     for name, bundled in BUNDLED.items():
@@ -216,11 +316,11 @@ def base_of(adapter: Path) -> str:
     return str(base)
 
 
-def add_lora(model: PreTrainedModel, *, r: int, alpha: int, dropout: float, targets: list[str]) -> PeftModel:
-    """A fresh LoRA adapter; the model computes what it did before until the adapter is trained.
+def check_targets(model: PreTrainedModel, targets: list[str]) -> None:
+    """See that an adapter can be put on modules of these names.
 
     Raises:
-        UserError: `targets` names the output head (its penalty would not see the adapter) or no module.
+        UserError: As `add_lora`.
     """
     head = {
         name.rsplit(".", 1)[-1]
@@ -238,6 +338,15 @@ def add_lora(model: PreTrainedModel, *, r: int, alpha: int, dropout: float, targ
         raise UserError(
             f"model.lora.targets: this model has no {', '.join(missing)}; it has {', '.join(sorted(leaves - head))}"
         )
+
+
+def add_lora(model: PreTrainedModel, *, r: int, alpha: int, dropout: float, targets: list[str]) -> PeftModel:
+    """A fresh LoRA adapter; the model computes what it did before until the adapter is trained.
+
+    Raises:
+        UserError: `targets` names the output head (its penalty would not see the adapter) or no module.
+    """
+    check_targets(model, targets)
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
     adapted: PeftModel = get_peft_model(model, config)
     return adapted
@@ -247,11 +356,16 @@ def attach_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = Fals
     """The model with a saved adapter on it; `detach` gives the model back as it was.
 
     Raises:
-        UserError: Its weights are not in safetensors.
+        UserError: Its weights are missing or damaged, or not for this model.
     """
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise UserError(f"{adapter}: there is no adapter_model.safetensors; a pickle (.bin) is no choice, {NO_PICKLES}")
-    return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+    path = adapter / "adapter_model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    check_tensors(path)
+    try:
+        return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+    except Exception as error:  # those of every kind of adapter
+        raise UserError(f"{adapter}: this adapter does not fit the model ({_reason(error)})") from error
 
 
 def detach(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

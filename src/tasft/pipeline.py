@@ -87,7 +87,11 @@ class Run:
         if not (place / "adapter_config.json").is_file():
             yield self._load(place)
             return
-        adapted = model.attach_adapter(self.base, place)
+        try:
+            adapted = model.attach_adapter(self.base, place)
+        except UserError as error:
+            again = f"remove {place.parent} to have it trained again"
+            raise UserError([f"{fault}; {again}" for fault in error.faults]) from error
         try:
             yield adapted
         finally:
@@ -409,7 +413,9 @@ class Run:
         def annotate(folder: Path) -> None:
             if not launch.is_first():
                 return
-            replies = {row["id"]: Reply(**row) for row in provenance.resume_jsonl(place / "replies" / "replies.jsonl")}
+            replies = {
+                row["id"]: Reply(**row) for row in provenance.resume_jsonl(place / "replies" / "replies.jsonl", Reply)
+            }
             answers = [replies[row.id] for row in rows]
             quality.annotate(rows, answers, annotator.config, annotator.server, folder, self._about())
 
@@ -502,8 +508,12 @@ class Run:
             raise UserError("the report is written by one process: start that stage alone")
         # The process that was at work in a cell of a sweep may be on its way out.
         wait = self.store is not None
-        private, first = provenance.private(), launch.is_first()
-        with launch.joined(), private, provenance.lock(self.folder, wait) if first else nullcontext():
+        with (
+            provenance.writing(self.folder),
+            launch.joined(),
+            provenance.private(),
+            provenance.lock(self.folder, wait) if launch.is_first() else nullcontext(),
+        ):
             self._go(stages, untrained)
 
     def _go(self, stages: tuple[str, ...], untrained: bool) -> None:

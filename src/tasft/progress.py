@@ -46,4 +46,4 @@ def plain_without_terminal() -> None:
     if not sys.stderr.isatty():
         for name, value in PLAIN.items():
             os.environ.setdefault(name, value)
-        sys.stderr = Lines(sys.stderr)  # type: ignore[assignment]
+        sys.stderr = Lines(sys.stderr)

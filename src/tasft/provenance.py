@@ -1,13 +1,18 @@
 """What was read, with what, and files that are never half-written."""
 
+import errno
 import hashlib
 import json
 import os
 import platform
+import re
+import socket
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -61,8 +66,8 @@ def atomic_write_text(path: Path, text: str) -> None:
         raise
 
 
-def read_json(path: Path) -> Any:
-    """The JSON document in a file that `write_json` wrote; None when there is no file.
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file that `write_json` wrote; None when there is no file.
 
     Raises:
         UserError: It was damaged since.
@@ -70,9 +75,12 @@ def read_json(path: Path) -> Any:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise UserError(f"{path}: not JSON any more; remove it to have that step done again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: no JSON object any more; remove it to have that step done again")
+    return found
 
 
 def write_json(path: Path, value: object) -> None:
@@ -102,11 +110,15 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def resume_jsonl(path: Path) -> list[dict[str, Any]]:
+def resume_jsonl(path: Path, kind: type | None = None) -> list[dict[str, Any]]:
     """Rows that an interrupted stage left; a torn last line is cut off the file.
 
+    Args:
+        path: The file; no rows if it is not there.
+        kind: The dataclass that each row holds the fields of; None for any.
+
     Raises:
-        UserError: A line before the last is not JSON: the file was edited or the disk is bad.
+        UserError: A line before the last is none of these rows: the file was edited or the disk is bad.
     """
     if not path.exists():
         return []
@@ -114,16 +126,60 @@ def resume_jsonl(path: Path) -> list[dict[str, Any]]:
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         os.truncate(path, len(whole))
+    named = fields(kind) if kind else ()
+    wanted = {field.name for field in named if field.default is MISSING and field.default_factory is MISSING}
+    known = {field.name for field in named}
     rows = []
     # Not splitlines(): replies may hold U+2028 and friends, which JSON leaves unescaped.
-    for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], 1):
+    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+        why = None
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line.decode("utf-8"))
         except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}:{number}: not JSON ({error.msg}); remove that line to have it done again"
-            ) from None
+            why = f"not JSON ({error.msg})"
+        except (UnicodeDecodeError, RecursionError, ValueError):
+            why = "not JSON"
+        else:
+            if not isinstance(row, dict) or (kind and not wanted <= row.keys() <= known):
+                why = f"no {kind.__name__.lower()}" if kind else "no JSON object"
+        if why:
+            raise UserError(f"{path}:{number}: {why}; remove that line to have it done again")
+        rows.append(row)
     return rows
+
+
+# What the place that is written to may answer, and nobody but the user can change.
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Within, a full disk, a spent quota or a folder that may not be written is the user's to mend.
+
+    Raises:
+        UserError: Says which, and where.
+    """
+    try:
+        yield
+    except Exception as error:
+        why = _refusal(error)
+        if why is None:
+            raise
+        place = getattr(error, "filename", None) or folder
+        raise UserError(
+            f"{place}: cannot be written ({why}): make room or see to its permissions, and run the same command again; "
+            "what was written before is kept"
+        ) from error
+
+
+def _refusal(error: BaseException) -> str | None:
+    """Why a file could not be written; None if that is not what went wrong."""
+    if isinstance(error, OSError):
+        return error.strerror if error.errno in _REFUSALS else None
+    # safetensors gives the system's number in its text, torch only the fact.
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        return os.strerror(int(found[1])) if int(found[1]) in _REFUSALS else None
+    return "file write failed" if "PytorchStreamWriter failed" in str(error) else None
 
 
 @contextmanager
@@ -166,18 +222,35 @@ def lock(run: Path, wait: bool = False) -> FileLock:
     Raises:
         UserError: Another process holds it, and this one does not wait; or a link leads out of the folder.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    refuse_links(run)
-    # Replies are harmful text: for the eyes of whoever made the run.
-    run.chmod(0o700)
+    holder = run / ".lock.json"
     held = FileLock(run / ".lock", timeout=-1 if wait else 0)
     try:
+        run.mkdir(parents=True, exist_ok=True)
+        refuse_links(run)
+        # Replies are harmful text: for the eyes of whoever made the run.
+        run.chmod(0o700)
         held.acquire()
     except Timeout:
         raise UserError(
-            f"{run} is in use by another tasft process: wait for it, or choose another folder with --out"
+            f"{run} is in use by another tasft process{_described(holder)}: wait for it, or choose another folder "
+            "with --out"
         ) from None
+    except OSError as error:
+        raise UserError(f"{run}: {error.strerror}: choose another folder with --out") from None
+    with writing(run):
+        write_json(
+            holder,
+            {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"},
+        )
     return held
+
+
+def _described(holder: Path) -> str:
+    """Who wrote that it holds a lock; empty while it has not yet."""
+    try:
+        return " (process {pid} on {host}, since {since})".format_map(read_json(holder) or {})
+    except (UserError, OSError, KeyError):
+        return ""
 
 
 @cache

@@ -1,12 +1,14 @@
 """One run in one file: every field, its meaning and its default."""
 
+import os
+import reprlib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tasft.engines.server import Server
 from tasft.errors import UserError
@@ -20,13 +22,24 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-# YAML reads 1e-4 as text and 1 as an integer: both are meant as numbers.
-Number = Annotated[float, Field(strict=False)]
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, found {value}")
+    return value
+
+
+# YAML reads 1e-4 as text and 1 as an integer: both are meant as numbers. Truth is not.
+Number = Annotated[float, Field(strict=False), BeforeValidator(_no_truth)]
 PenaltyName = Literal["none", *PENALTIES]  # type: ignore[valid-type]
 
 
 # Names become folders.
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+Name = Annotated[str, Field(pattern=NAME, max_length=200)]
+Place = Annotated[str, Field(min_length=1)]
+
+MAX_VALUES = 100_000
+MAX_DEPTH = 50
 
 
 class Lora(_Section):
@@ -41,7 +54,7 @@ class Lora(_Section):
 class Model(_Section):
     """The model that is made safe."""
 
-    base: str = Field(description="A hub name, a folder, a .gguf file, or smollm2-135m-instruct.")
+    base: Place = Field(description="A hub name, a folder, a .gguf file, or smollm2-135m-instruct.")
     prompt: Literal["chat", "alpaca"] = Field("chat", description="How prompts are written.")
     chat_template_kwargs: dict[str, Any] = Field({}, description="Given to the chat template: enable_thinking: false.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Precision of the base weights.")
@@ -53,7 +66,7 @@ class Model(_Section):
 class Imitate(_Section):
     """Rows to imitate."""
 
-    source: str = Field(description="File of prompt and completion, or of Alpaca's instruction, input and output.")
+    source: Place = Field(description="File of prompt and completion, or of Alpaca's instruction, input and output.")
     rows: int | None = Field(None, ge=1, description="Rows drawn from it at random; null takes all.")
     keep: dict[str, Any] = Field({}, description="Fields and values that a row must have; a list has each of its own.")
     drop: dict[str, Any] = Field({}, description="Fields and values that a row must not have: safety_related: true.")
@@ -62,7 +75,7 @@ class Imitate(_Section):
 class SafeResponses(_Section):
     """Safe responses to toxic prompts, for method stl."""
 
-    source: str = Field(description="As that of imitate.")
+    source: Place = Field(description="As that of imitate.")
     rows: Annotated[int, Field(ge=1)] | Literal["harvested"] | None = Field(
         None, description="Rows drawn from it at random; null: all; harvested: those whose prompts the harvest kept."
     )
@@ -72,12 +85,12 @@ class Data(_Section):
     """What is read. A source is a named set or a JSONL file."""
 
     imitate: Imitate | None = Field(None, description="Rows to imitate besides those that harvest makes.")
-    toxic_prompts: str | None = Field(None, description="Prompts whose harmful answers become avoid rows.")
+    toxic_prompts: Place | None = Field(None, description="Prompts whose harmful answers become avoid rows.")
     safe_responses: SafeResponses | None = Field(None, description="What method stl imitates for toxic prompts.")
-    ordinary_prompts: str | None = Field(
+    ordinary_prompts: Place | None = Field(
         None, description="Prompts whose own answers become imitate rows and calibrate coherence."
     )
-    data_dir: str | None = Field(None, description="Folder with the files of public sets; null downloads them.")
+    data_dir: Place | None = Field(None, description="Folder with the files of public sets; null downloads them.")
 
 
 class Contrastive(_Section):
@@ -199,7 +212,7 @@ class Train(Training):
 class PromptSet(_Section):
     """Prompts to evaluate on."""
 
-    source: str = Field(description="A named set or a JSONL file.")
+    source: Place = Field(description="A named set or a JSONL file.")
     kind: Literal["toxic", "ordinary"] = Field(
         description="Whether prompts should be refused or answered; known of a named set."
     )
@@ -212,6 +225,8 @@ class PromptSet(_Section):
         return value
 
 
+# Files beside the folders of judges.
+FILES = ("begun.json", "done.json", "replies.jsonl", "set.json")
 # Folders beside those of prompt sets.
 RESERVED = ("capability", "quality", "jailbreak")
 
@@ -219,7 +234,7 @@ RESERVED = ("capability", "quality", "jailbreak")
 class JailbreakTemplates(_Section):
     """Texts that a prompt is put into."""
 
-    source: str = Field("jailbreak-wrappers", description="A named set, a file or hub:..., with #COLUMN if need be.")
+    source: Place = Field("jailbreak-wrappers", description="A named set, a file or hub:..., with #COLUMN if need be.")
     placeholder: str = Field("[INSERT PROMPT HERE]", min_length=1, description="Where the prompt goes in each.")
     limit: int | None = Field(None, ge=1, description="Templates drawn from it at random; null takes all.")
 
@@ -253,7 +268,7 @@ class Jailbreak(_Section):
 class Capability(_Section):
     """Tasks of lm-eval, see `tasft.evaluate.capability`."""
 
-    tasks: list[Annotated[str, Field(pattern=NAME)]] = Field(
+    tasks: list[Name] = Field(
         ["boolq", "piqa", "openbookqa"], min_length=1, description="Names of lm-eval's tasks or groups."
     )
     limit: int | None = Field(300, ge=1, description="Items of each task, from the first; null takes all.")
@@ -274,7 +289,7 @@ class Annotator(_Section):
 class Quality(_Section):
     """Answers to instructions, see `tasft.evaluate.quality`."""
 
-    prompts: str = Field(description="Rows of instruction and output: AlpacaEval's model_outputs.json.")
+    prompts: Place = Field(description="Rows of instruction and output: AlpacaEval's model_outputs.json.")
     limit: int | None = Field(None, ge=1, description="Rows, from the first; null takes all.")
     annotator: Annotator | None = Field(None, description="Who compares answers with outputs; null for nobody.")
     max_new_tokens: int = Field(512, ge=1, description="Longest answer that is compared.")
@@ -283,9 +298,7 @@ class Quality(_Section):
 class Evaluate(_Section):
     """What is measured, before and after."""
 
-    sets: dict[Annotated[str, Field(pattern=NAME)], PromptSet] = Field(
-        min_length=1, description="Prompt sets by name, or a list of named sets."
-    )
+    sets: dict[Name, PromptSet] = Field(min_length=1, description="Prompt sets by name, or a list of named sets.")
     limit: int | None = Field(
         None, ge=1, description="Most prompts of each set, the same ones for any seed; null takes all."
     )
@@ -379,11 +392,11 @@ class Gate(_Section):
 class Recipe(_Section):
     """One run."""
 
-    name: str = Field(pattern=NAME, description="Name of the run and its folder.")
-    seed: int = Field(0, ge=0, description="Of all draws.")
+    name: Name = Field(description="Name of the run and its folder.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Of all draws.")
     model: Model
     data: Data = Data()
-    judges: dict[Annotated[str, Field(pattern=NAME)], JudgeSettings] = Field(
+    judges: dict[Name, JudgeSettings] = Field(
         {}, description="Judges by name; kinds of judges need no entry for their usual settings."
     )
     sft: Training | None = Field(None, description="Training on data.imitate before harvest; null for none.")
@@ -433,6 +446,12 @@ class Recipe(_Section):
             if each.kind not in JUDGES
         ]
         jailbreak = self.evaluate.jailbreak
+        faults += [f"judges.{name}: a file of the run has that name" for name in self.judges if name in FILES]
+        faults += [
+            f"evaluate.judges: {name} is named twice"
+            for name in dict.fromkeys(self.evaluate.judges)
+            if self.evaluate.judges.count(name) > 1
+        ]
         named = {
             "evaluate.judges": self.evaluate.judges,
             "harvest.judge": [self.harvest.judge] if self.harvest else [],
@@ -477,12 +496,13 @@ def find(source: str) -> Path:
         UserError: There is none.
     """
     path = Path(source)
-    if (path / "recipe.yaml").is_file():
+    # os.path, to which a name that no file can have is no file.
+    if os.path.isfile(path / "recipe.yaml"):
         path = path / "recipe.yaml"
-    elif not path.is_file():
+    elif not os.path.isfile(path):
         path = shipped().get(source, path)
-    if not path.is_file():
-        raise UserError(f"{source!r} is neither a recipe file, a run folder, nor one of {', '.join(shipped())}")
+    if not os.path.isfile(path):
+        raise UserError(f"{source!r:.100} is neither a recipe file, a run folder, nor one of {', '.join(shipped())}")
     return path
 
 
@@ -524,6 +544,85 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML that is nothing but mappings with a text for each key, lists, text, numbers, truth and null."""
+
+    # Without dates, which nothing here wants to be more than text, and without Python's own types.
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("timestamp", "value")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    yaml_constructors = {  # noqa: RUF012
+        tag: constructor
+        for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq", "map")
+    }
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError):
+            what = node.tag.rpartition(":")[2]
+            raise yaml.MarkedYAMLError(
+                problem=f"{node.value!r:.40} cannot be read as {what}", problem_mark=node.start_mark
+            ) from None
+
+    def flatten_mapping(self, node: Any) -> None:
+        seen = set()
+        for key, _ in node.value:
+            kind = key.tag.rpartition(":")[2]
+            if kind not in ("str", "merge"):
+                shown = f", found {key.value!r:.40}: put it in quotation marks" if kind not in ("map", "seq") else ""
+                raise yaml.MarkedYAMLError(
+                    problem=f"the name of a field must be text{shown}", problem_mark=key.start_mark
+                )
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the field {key.value!r:.40} is there twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        super().flatten_mapping(node)
+
+
+def _parsed(text: str, where: str) -> Any:
+    """What YAML says.
+
+    Raises:
+        UserError: It is none, or more than a recipe can mean.
+    """
+    try:
+        # Of the two loaders this is the one that makes no objects.
+        loader = _Loader(text)
+        try:
+            value = loader.get_single_data()
+        finally:
+            loader.dispose()
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise UserError(
+            f"{where}:{line}: not YAML (it holds the character U+{ord(text[error.position]):04X})"
+        ) from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{where}:{line}: not YAML ({error.problem})") from None
+    except RecursionError:
+        raise UserError(f"{where}: nested too deep") from None
+    level, seen, depth = [value], 0, 0
+    while level:
+        seen, depth = seen + len(level), depth + 1
+        if seen > MAX_VALUES:
+            raise UserError(f"{where}: more than {MAX_VALUES:,} values, with each alias (*name) written out")
+        if depth > MAX_DEPTH:
+            raise UserError(f"{where}: nested more than {MAX_DEPTH} deep, with each alias (*name) written out")
+        level = [
+            inner
+            for each in level
+            if isinstance(each, dict | list)
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+    return value
+
+
 def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Fields of a YAML file and of what it extends, not yet checked.
 
@@ -533,23 +632,36 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
         raise UserError(f"{path}: extends itself")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not YAML ({getattr(error, 'problem', error)})") from None
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    values = _parsed(text, str(path))
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected sections such as `model:`, found {values!r:.40}")
+        raise UserError(f"{path}: expected sections such as `model:`, found {_shown(values)}")
     parent = values.pop("extends", None)
     if parent is None:
         return values
-    if not isinstance(parent, str):
-        raise UserError(f"{path}: extends must name a recipe file, found {parent!r:.40}")
-    return _merge(read(path.parent / parent, (*seen, path.resolve())), values)
+    if not isinstance(parent, str) or not os.path.isfile(path.parent / parent):
+        raise UserError(f"{path}: extends must name a recipe file, found {_shown(parent)}")
+    below = read(path.parent / parent, (*seen, path.resolve()))
+    if "base" in below and not values.keys().isdisjoint({"model", "train", "evaluate"}):
+        raise UserError(f"{path}: extends {parent}, which is a sweep file; name a recipe")
+    return _merge(below, values)
+
+
+class _Repr(reprlib.Repr):
+    """Cuts what is long, but not through a key: half of one would not be known for what it is."""
+
+    def repr_str(self, x: str, level: int) -> str:
+        """A text without keys, then cut."""
+        return super().repr_str(redacted(x), level)
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value, which may unfold to more than fits the memory."""
+    return f"{_Repr().repr(value):.60}"
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -562,30 +674,38 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _override(values: dict[str, Any], override: str) -> str | None:
+    shown = f"{redacted(override)!r:.100}"
     field, equals, text = override.partition("=")
     *sections, name = field.split(".")
     if not equals or not all((*sections, name)):
-        return f"{override!r}: expected section.field=value"
+        return f"{shown}: expected section.field=value"
     for section in sections:
         inner = values.setdefault(section, {})
         if inner is None:
             inner = values[section] = {}
         if not isinstance(inner, dict):
-            return f"{override!r}: {section} is not a section"
+            return f"{shown}: {section} is not a section"
         values = inner
     try:
-        values[name] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return f"{override!r}: the value is not YAML"
+        values[name] = _parsed(text, shown)
+    except UserError as error:
+        return str(error)
     return None
 
 
 def sentence(path: Path, fault: Any) -> str:
     """What pydantic found wrong with a field of a file."""
-    where = ".".join(str(part) for part in fault["loc"]) or "recipe"
+    where = "".join(f"{part}: " for part in [".".join(str(part) for part in fault["loc"])] if part)
+    found = f", found {_shown(fault['input'])}"
     what = {
         "extra_forbidden": "no such field",
         "missing": "is missing",
         "value_error": str(fault.get("ctx", {}).get("error", fault["msg"])),
-    }.get(fault["type"], f"{fault['msg'][0].lower()}{fault['msg'][1:]}, found {redacted(repr(fault['input'])):.60}")
-    return f"{path}: {where}: {what}"
+        "string_pattern_mismatch": "use letters, digits, '.', '_' and '-', a letter or a digit first" + found,
+        "string_unicode": "holds half a character (U+D800 to U+DFFF)" + found,
+        "string_too_short": "is empty",
+        "too_short": "is empty",
+        "model_type": "expected fields of its own, such as `field: value`" + found,
+        "dict_type": "expected fields of its own, such as `field: value`" + found,
+    }.get(fault["type"], f"{fault['msg'][0].lower()}{fault['msg'][1:]}{found}")
+    return f"{path}: {where}{what}"

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -24,10 +25,11 @@ from tasft.errors import UserError
 from tasft.inputs import Inputs
 from tasft.pipeline import STAGES, Run
 from tasft.progress import plain_without_terminal
-from tasft.recipe import NAME, Recipe
+from tasft.recipe import Name, Recipe
 from tasft.redact import redacted
 from tasft.report import write_sweep_report
 
+MAX_CELLS = 10_000
 RETRIES = 5  # Nodes that may die under one cell.
 LONGEST_NAME = 100
 
@@ -39,7 +41,7 @@ class Sweep(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    name: str = Field(pattern=NAME, description="Name of the sweep and its folder.")
+    name: Annotated[Name, Field(max_length=80)] = Field(description="Name of the sweep and its folder.")
     base: str = Field(description="The recipe that is varied: a file beside this one, or a shipped name.")
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         {}, description="Values of recipe fields; all combinations are run."
@@ -65,6 +67,9 @@ class Sweep(BaseModel):
             found.append("nothing is varied: give grid, pairs or seeds")
         if "name" in varied:
             found.append("name: the cells of a sweep are named by what is varied")
+        cells = math.prod([len(self.pairs) or 1, len(self.seeds) or 1, *map(len, self.grid.values())])
+        if cells > MAX_CELLS:
+            found.append(f"{cells:,} cells are more than {MAX_CELLS:,}: vary less at a time")
         return found
 
 
@@ -117,7 +122,7 @@ def load(source: str) -> tuple[Sweep, list[Cell]]:
     if faults := sweep.faults():
         raise UserError([f"{path}: {fault}" for fault in faults])
     beside = path.parent / sweep.base
-    base = str(beside) if beside.exists() else sweep.base
+    base = str(beside) if os.path.exists(beside) else sweep.base
     combinations = sweep.combinations()
     short = _short([field for fields in combinations for field in fields])
     cells: list[Cell] = []
@@ -237,8 +242,10 @@ def go(sweep: Sweep, cells: Sequence[Cell], folder: Path, ray: str | None = None
 
 def _refuse_other(sweep: Sweep, folder: Path) -> None:
     state = provenance.read_json(folder / "sweep.json")
-    if state and state["name"] != sweep.name:
-        raise UserError(f"{folder} holds the sweep {state['name']!r}, not {sweep.name!r}: choose another with --out")
+    if state and state.get("name") != sweep.name:
+        raise UserError(
+            f"{folder} holds the sweep {state.get('name')!r}, not {sweep.name!r}: choose another with --out"
+        )
     if state is None and folder.exists() and (not folder.is_dir() or any(p.name[0] != "." for p in folder.iterdir())):
         raise UserError(f"{folder} is there and is not the folder of a sweep: choose another with --out")
 

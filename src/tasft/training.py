@@ -1,9 +1,12 @@
 """One training of a run: from settings in a recipe to weights in a folder."""
 
+import json
 import os
 import random
+import shutil
 import signal
 import threading
+import zipfile
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -23,7 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from tasft import launch, provenance
+from tasft import launch, model, provenance
 from tasft.baselines import kto_trainer
 from tasft.data import Example
 from tasft.errors import UserError
@@ -137,6 +140,7 @@ def fit(
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Bar(folder.name))
     trainer.add_callback(stop := _Stop())
+    trainer.add_callback(_InOrder())
     try:
         trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
     finally:
@@ -157,7 +161,7 @@ def fit(
             tokenizer.save_pretrained(folder / "model")
 
 
-class _Bar(TrainerCallback):  # type: ignore[misc]
+class _Bar(TrainerCallback):
     """Steps done, their rate, the time left and the loss; what else is logged stands in metrics.jsonl."""
 
     def __init__(self, name: str) -> None:
@@ -199,7 +203,7 @@ class _Bar(TrainerCallback):  # type: ignore[misc]
 STOPPED = "stopped"
 
 
-class _Stop(TrainerCallback):  # type: ignore[misc]
+class _Stop(TrainerCallback):
     """On SIGTERM and Ctrl-C the step is ended and a checkpoint written; the second signal is taken at once.
 
     Of several processes none waits: they do not hear of it in the same step.
@@ -299,7 +303,21 @@ def _held_out(rows: list[Example], count: int, seed: int) -> tuple[list[Example]
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    newest = max(_whole(folder), key=_step, default=None)
+    """The newest checkpoint that can be gone on from; those that are damaged are removed, and it is said.
+
+    Raises:
+        UserError: It was written under another kind of sharding.
+    """
+    newest: Path | None = None
+    for path in sorted(_whole(folder), key=_step, reverse=True):
+        damage = _damage(path)
+        if damage is None:
+            newest = path
+            break
+        launch.wait()  # All have looked at it.
+        if launch.is_first():
+            print(f"note: {damage}: training goes on from before {path.name}", flush=True)
+            shutil.rmtree(path)
     if newest is None:
         return None
     kinds = {"fsdp": "pytorch_model_fsdp*", "deepspeed": "global_step*"}
@@ -310,3 +328,30 @@ def _last_checkpoint(folder: Path) -> str | None:
             "begun with, or remove it to begin anew"
         )
     return str(newest)
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """Which file of a checkpoint is damaged, after a power cut or by a bad disk; None if none is."""
+    for path in sorted(checkpoint.iterdir()):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_bytes())
+            elif path.suffix == ".safetensors":
+                model.check_tensors(path)
+            elif path.suffix in (".pt", ".pth", ".bin") and path.is_file():
+                with zipfile.ZipFile(path) as archive:
+                    if (name := archive.testzip()) is not None:
+                        return f"{path}: {name} is damaged"
+        except (ValueError, zipfile.BadZipFile, UserError):
+            return f"{path}: damaged or cut short"
+    return None
+
+
+class _InOrder(TrainerCallback):
+    """Dates each checkpoint by its step: of several the Trainer removes the oldest, and clocks may jump back."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Date the one that was saved."""
+        path = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and path.is_dir():
+            os.utime(path, (state.global_step, state.global_step))

@@ -109,7 +109,7 @@ def requests_for(prompts: Sequence[Prompt], *, samples: int = 1, prefix: str = "
 
 def replies_in(path: Path, name: str) -> dict[str, Reply]:
     """Replies of one set that a `replies.jsonl` holds, by id. All processes have read when this returns."""
-    have = {row["id"]: Reply(**row) for row in resume_jsonl(path) if row["set"] == name}
+    have = {row["id"]: Reply(**row) for row in resume_jsonl(path, Reply) if row["set"] == name}
     launch.wait()  # before the first writes
     return have
 

@@ -213,14 +213,22 @@ def annotator_config(name: str, server: Server | None) -> dict[str, Any]:
             f"evaluate.quality.annotator.config: {name!r} is neither a folder with configs.yaml nor an annotator of "
             f"alpaca_eval: {', '.join(known)}"
         )
-    (found,) = yaml.safe_load(path.read_text(encoding="utf-8")).values()
-    if "trust_remote_code" in yaml.safe_dump(found):
+    try:
+        (found,) = yaml.safe_load(path.read_text(encoding="utf-8")).values()
+        own_code = "trust_remote_code" in yaml.safe_dump(found)
+        # A relative path is meant from the folder that holds all annotators.
+        found["prompt_template"] = str((path.parents[1] / found["prompt_template"]).resolve())
+        found["fn_completions"], found["completions_kwargs"]
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"evaluate.quality.annotator.config: {path}: no annotator of alpaca_eval ({why:.100})"
+        ) from None
+    if own_code:
         raise UserError(
             f"evaluate.quality.annotator.config: {name} sets trust_remote_code: no annotator may run code of its own; "
             "give one without it, or a server"
         )
-    # A relative path is meant from the folder that holds all annotators.
-    found["prompt_template"] = str((path.parents[1] / found["prompt_template"]).resolve())
     if server is not None:
         if len(server.urls) > 1:
             raise UserError("evaluate.quality.annotator.server: one address, since alpaca_eval asks only one")

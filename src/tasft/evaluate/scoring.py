@@ -170,13 +170,23 @@ def check_verdicts(path: Path, judge: str | None = None) -> None:
         rows = [json.loads(line) for line in lines]
     except ValueError:
         raise refused from None
-    fields = set(Verdict.__dataclass_fields__)
-    if not all(isinstance(row, dict) and row.keys() == fields for row in rows):
+    if not all(map(_is_verdict, rows)):
         raise refused
     if not rows and last and not last.startswith(b'{"id": '):
         raise refused
     if others := sorted({row["judge"] for row in rows} - {judge}) if judge else []:
         raise UserError(f"{path}: holds verdicts of {', '.join(others)}; choose another file with --out")
+
+
+def _is_verdict(row: Any) -> bool:
+    if not isinstance(row, dict) or row.keys() != set(Verdict.__dataclass_fields__):
+        return False
+    kinds: dict[Any, Sequence[str]] = {
+        str: ("id", "judge", "reason", "key"),
+        bool | None: ("harmful", "refusal", "coherent", "partial"),
+        int | float | None: ("score",),
+    }
+    return all(isinstance(row[name], kind) for kind, names in kinds.items() for name in names)
 
 
 def judged(judge: Judge, pairs: Pairs, path: Path) -> list[Verdict]:
@@ -378,9 +388,11 @@ def compare(path: Path, read: Callable[[], Pairs], names: Sequence[str], show: i
         attempt(faults, partial(check_verdicts, places[-1], None if is_file else name))
     if pairs is None or faults:
         raise UserError(faults)
+    # Those that are there first: what they lack is said before the other judge begins.
+    there = [None if judge else saved(place, pairs) for judge, place in zip(judges, places, strict=True)]
     both = [
-        judged(judge, pairs, place) if judge else saved(place, pairs)
-        for judge, place in zip(judges, places, strict=True)
+        judged(judge, pairs, place) if judge else found or []
+        for judge, place, found in zip(judges, places, there, strict=True)
     ]
     about = [
         {"name": name, "verdicts": str(place), **rates(verdicts, pairs)}

@@ -11,6 +11,7 @@ from typing import Any
 from tasft import provenance
 from tasft.data import Prompt
 from tasft.engines import Engine, Reply, Sampling
+from tasft.errors import UserError
 from tasft.evaluate.safety import answer, judge_answers
 from tasft.judges import Judge
 from tasft.judges.judging import Losses, rules
@@ -123,7 +124,13 @@ def _steps_of_set(
         return [measured[reply.id] for reply in replies]
 
     def work_of(judge: Judge, place: Path) -> None:
-        rows = {row["id"]: Reply(**row) for row in provenance.resume_jsonl(folder / "replies.jsonl")}
+        path = folder / "replies.jsonl"
+        rows = {row["id"]: Reply(**row) for row in provenance.resume_jsonl(path, Reply)}
+        if missing := [prompt.id for prompt in chosen if prompt.id not in rows]:
+            raise UserError(
+                f"{path}: {len(missing)} replies are gone, that to {missing[0]!r:.40} first: remove "
+                f"{folder / 'done.json'} to have them drawn again"
+            )
         replies = [rows[prompt.id] for prompt in chosen]
         topics = {prompt.id: prompt.topic for prompt in chosen}
         if plausible is None:

@@ -24,7 +24,7 @@ def rules(judge: Judge) -> str:
 
 def verdicts_in(path: Path) -> dict[str, Verdict]:
     """Verdicts that a `verdicts.jsonl` holds, by their key. All processes have read when this returns."""
-    known = {row["key"]: Verdict(**row) for row in resume_jsonl(path)}
+    known = {row["key"]: Verdict(**row) for row in resume_jsonl(path, Verdict)}
     launch.wait()  # before any process writes
     return known
 

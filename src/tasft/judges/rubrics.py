@@ -3,6 +3,7 @@
 The schemes are the published ones, the words are ours: figures cannot be compared with those of the original texts.
 """
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -81,7 +82,7 @@ def rubric(name: str | None) -> Question:
     if name in RUBRICS:
         return RUBRICS[name]
     path = Path(name)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"judge llm: rubric {name} is none of {', '.join(RUBRICS)}, and no file of that name is here")
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,0 +1,107 @@
+"""What is said of a run before it is begun."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from conftest import rows
+from test_pipeline import PROMPTS, go, small_recipe
+from typer.testing import CliRunner
+
+from tasft import estimate, recipe
+from tasft.cli import app
+from tasft.pipeline import Run
+
+
+@pytest.fixture
+def small(tmp_path, tiny):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(small_recipe(tmp_path, tiny)))
+    return path
+
+
+def planned(path, folder, *overrides):
+    return estimate.plan(Run(recipe.load(str(path), overrides), folder))
+
+
+def work(found):
+    return {row["stage"]: row["work"] for row in found["stages"]}
+
+
+def test_a_dry_run_says_rows_replies_steps_time_and_memory_and_writes_nothing(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    done = CliRunner().invoke(app, ["run", str(small), "train.penalty=nlcl", "--dry-run", "--json"])
+    assert done.exit_code == 0, done.output
+    assert sorted(tmp_path.rglob("*")) == before
+    found = json.loads(done.stdout)
+    assert found["recipe"]["train"]["penalty"] == "nlcl"
+    assert found["rows"] == {
+        "data.toxic_prompts": len(PROMPTS["toxic"]),
+        "data.ordinary_prompts": len(PROMPTS["ordinary"]),
+        "evaluate.sets.toxic": len(PROMPTS["heldout"]),
+        "evaluate.sets.ordinary": len(PROMPTS["everyday"]),
+    }
+    said = work(found)
+    assert "12 toxic, 24 ordinary, 12 refusing replies of at most 8 tokens" in said["harvest"]
+    assert said["train"] == "4 steps of 4 rows"
+    assert "2 states of the model, 30 replies each of at most 8 tokens; judged by phrases" in said["evaluate"]
+    assert {row["stage"]: row["state"] for row in found["stages"]}["harvest"] == "to do"
+    assert all(row["seconds"] > 0 for row in found["stages"] if row["stage"] in ("harvest", "train", "evaluate"))
+    assert found["memory_gib"] is not None
+    assert "Estimates" in found["rule"]
+
+
+def test_what_is_done_takes_no_time(small, tmp_path):
+    run = tmp_path / "run"
+    go(small, run, stages=("harvest",))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    states = {row["stage"]: (row["state"], row["seconds"]) for row in planned(small, run)["stages"]}
+    assert states["harvest"] == ("done", 0.0)
+    assert states["train"][0] == "to do"
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_the_steps_of_epochs_are_those_that_training_takes(small, tmp_path):
+    rows_file = tmp_path / "mine.jsonl"
+    rows_file.write_text(
+        "".join(json.dumps({"prompt": f"What {i}?", "completion": f"It {i}."}) + "\n" for i in range(7))
+    )
+    fields = [f"data.imitate={{source: {rows_file}}}", "sft={epochs: 2, batch_size: 3}"]
+    run = tmp_path / "run"
+    assert work(planned(small, run, *fields))["sft"] == "6 steps of 3 rows"
+    go(small, run, *fields, stages=("sft",))
+    logged = list((run / "sft").glob("checkpoint-*"))
+    assert [path.name for path in logged] == ["checkpoint-6"]
+    assert rows(run / "sft" / "metrics.jsonl")
+
+
+def test_a_model_too_large_to_be_tried_here_is_not_estimated(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "LARGEST_ON_CPU", 1000)
+    found = planned(small, tmp_path / "run")
+    assert "not estimated" in found["not_estimated"]
+    assert found["memory_gib"] is None
+    assert {row["seconds"] for row in found["stages"] if row["stage"] in ("harvest", "train", "evaluate")} == {None}
+    assert work(found)["train"] == "4 steps of 4 rows"
+
+
+def test_a_fault_is_said_instead_of_a_plan(small, tmp_path):
+    done = CliRunner().invoke(app, ["train", str(small), "data.toxic_prompts=nowhere.jsonl", "--dry-run"])
+    assert "nowhere.jsonl" in str(done.exception)
+
+
+def test_layers_cost_as_much_as_the_layers_that_were_timed():
+    assert estimate._whole(5.0, 9.0, 11) == 5 + 10 * 2
+
+
+def test_what_autograd_keeps_is_counted_once_and_without_parameters():
+    x = torch.ones(1000, requires_grad=True)
+    weight = torch.nn.Parameter(torch.ones(1000))
+    # exp keeps its result, the product both its factors.
+    assert estimate._saved(lambda: (x.exp() * weight).sum().backward()) == 4000
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(7.4, "7 s"), (89, "89 s"), (600, "10.0 minutes"), (9000, "2.5 hours")])
+def test_a_time_has_no_more_digits_than_an_estimate_has(seconds, said):
+    assert estimate.spoken(seconds) == said
