@@ -118,7 +118,7 @@ def _trained(run: Path, sets: set[str]) -> Path:
     stale = {
         path.relative_to(run).parts[2]
         for path in (run / "evaluate" / "final").rglob("done.json")
-        if provenance.read_json(path)["reads"].get("train", key) != key
+        if (provenance.read_json(path) or {}).get("reads", {}).get("train", key) != key
     }
     if stale := stale & (sets | {"capability", "quality", "jailbreak"}):
         raise UserError(

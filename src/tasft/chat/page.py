@@ -88,7 +88,7 @@ def page_of(talk: Talk) -> gr.Blocks:
         past = gr.State([])
         last = gr.State(None)
 
-        @gr.render(inputs=past)
+        @gr.render(inputs=past)  # type: ignore[untyped-decorator]
         def earlier(past: list[Turn]) -> None:
             for turn in past:
                 gr.Textbox(visible(turn.prompt), label="Prompt", interactive=False)

@@ -1,6 +1,6 @@
 """The conversation: who says what, and what judges make of it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -69,7 +69,7 @@ class Talk:
         finally:
             model.detach(loaded)
 
-    def turn(self, past: Sequence[Turn], prompt: str) -> Iterator[Turn]:
+    def turn(self, past: Sequence[Turn], prompt: str) -> Generator[Turn, None, None]:
         """The next turn as it grows; the last one is whole.
 
         Raises:
