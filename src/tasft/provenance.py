@@ -175,7 +175,7 @@ def _refusal(error: BaseException) -> str | None:
     # safetensors gives the system's number in its text, torch only the fact.
     if found := re.search(r"\(os error (\d+)\)", str(error)):
         return os.strerror(int(found[1])) if int(found[1]) in _REFUSALS else None
-    return "file write failed" if "PytorchStreamWriter failed" in str(error) else None
+    return "file write failed" if re.search("inline_container|iostream error", str(error)) else None
 
 
 def lock(run: Path, wait: bool = False) -> FileLock:
