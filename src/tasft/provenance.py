@@ -66,7 +66,7 @@ def atomic_write_text(path: Path, text: str) -> None:
         raise
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> Any:
     """The JSON object in a file that `write_json` wrote; None when there is no file.
 
     Raises:
