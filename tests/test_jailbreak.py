@@ -381,6 +381,8 @@ def test_a_run_attacks_before_and_after_and_reports_it_and_does_nothing_twice(sp
     assert "| Reply begun for the model | rated | 0.0% (0.0 to 65.8; n = 2) | 0.0% (0.0 to 65.8; n = 2) |" in report
     assert "| PAIR | rated | — (n = 0) | — (n = 0) | — (n = 0) | — → — | 0 → 0 | 2 → 2 |" in report
     assert "resistance to jailbreak attacks" not in report
+    card = (run / "report" / "model_card.md").read_text()
+    assert "| Reply begun for the model | rated | 0.0% (0.0 to 65.8; n = 2) | 0.0% (0.0 to 65.8; n = 2) |" in card
     assert "Reply begun for the model" in (run / "report" / "index.html").read_text()
     lines = (run / "report" / "tables.csv").read_text().splitlines()
     assert "final,jailbreak/prefix,rated,score,3.0,,,2" in lines

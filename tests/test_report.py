@@ -617,6 +617,38 @@ def test_the_model_card_names_sources_with_licence_and_hash(run: Path) -> None:
     assert "| embedded | chose the rows to avoid and evaluates | fe01 |" in card.text
 
 
+def test_the_model_card_has_capability_and_quality_where_they_were_measured(run: Path) -> None:
+    wanted = "capability: {tasks: [boolq]}, quality: {prompts: q.json}"
+    recipe = (run / "recipe.yaml").read_text().replace("phrases]}", f"phrases], {wanted}}}")
+    (run / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    for state, right in (("base", 9), ("final", 8)):
+        items = [{"id": str(n), "acc": float(n < right), "doc_hash": str(n)} for n in range(10)]
+        at = run / "evaluate" / state / "capability" / "boolq"
+        jsonl(at / "items.jsonl", items)
+        document(at / "summary.json", {"acc": estimate([row["acc"] == 1 for row in items])})
+        likely = {"reference_nll": {"value": 2.5, "low": 2.0, "high": 3.0, "n": 10}}
+        at = run / "evaluate" / state / "quality" / "reference"
+        jsonl(at / "items.jsonl", [{"id": str(n), "reference_nll": 2.5} for n in range(10)])
+        document(at / "summary.json", likely)
+    card = Report(run).card
+    assert (
+        "| capability/boolq: acc | 90.0% (59.6 to 98.2; n = 10) | 80.0% (49.0 to 94.3; n = 10) | −10.0 points" in card
+    )
+    assert "| quality/reference: reference_nll | 2.5 (2 to 3; n = 10) |" in card
+    assert "- General ability on benchmark tasks" not in card
+
+
+def test_the_model_card_tells_nobody_where_files_lay(run: Path) -> None:
+    recipe = (run / "recipe.yaml").read_text().replace("SmolLM2-135M-Instruct", "/home/ann/models/base")
+    recipe += "data: {toxic_prompts: /home/ann/toxic.jsonl, ordinary_prompts: ../ann/ordinary.jsonl}\n"
+    (run / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    card = Report(run).card
+    assert "| data.toxic_prompts | toxic.jsonl |" in card
+    assert "| data.ordinary_prompts | ordinary.jsonl |" in card
+    assert "| Base model | base |" in card
+    assert "ann" not in card.replace("cannot", "").replace("annotator", "")
+
+
 @pytest.mark.parametrize("payload", PAYLOADS, ids=range(len(PAYLOADS)))
 def test_a_payload_is_inert_in_markdown_in_a_table_and_in_a_terminal(payload: str) -> None:
     line = inline_markdown(payload[:2_000])

@@ -514,6 +514,87 @@ def sweep(
         raise typer.Exit(1 if any(outcome.is_ours for outcome in failed) else 2)
 
 
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder whose final model was evaluated.")],
+    folder: Annotated[Path, typer.Argument(help="Where the model goes: a folder that is not there or empty.")],
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="NAME", help="Upload it to the hub too, after a question.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="With --push: do not ask.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the final model of a run as one that needs no adapter, with tokenizer and model card.
+
+    Its logits are compared with those of the run's own model. --push makes a private repository if there is none, and
+    uploads the files of the export alone.
+
+    Example: tasft export runs/demo models/demo
+    """
+    from dataclasses import asdict
+
+    address = None
+    with _alone(as_json):
+        if push and not (yes or sys.stdin.isatty()):
+            raise UserError("--push asks first, and here is nobody to ask: say --yes")
+        from tasft import export as exports
+
+        if push:
+            exports.check_push(push)
+        done = exports.export(run, folder, push)
+        for note in done.notes:
+            print(note)
+        print(f"model: {done.folder} ({sum(done.files.values()) / 1e6:,.0f} MB: {', '.join(done.files)})")
+        if push and (yes or typer.confirm(f"Upload these {len(done.files)} files to {push} on the hub?")):
+            address = exports.push(done, push)
+            print(f"on the hub: {address}")
+    if as_json:
+        _print_json(asdict(done) | {"folder": str(done.folder), "hub": address})
+
+
+@app.command()
+def chat(
+    base: Annotated[str, typer.Argument(help="A run; a state such as RUN/evaluate/base; or a model: name, folder.")],
+    tuned: Annotated[
+        str | None, typer.Argument(help="Likewise. Without it: base and final model of a run.", show_default=False)
+    ] = None,
+    judge: Annotated[str, typer.Option("--judge", help="Who judges, by commas.")] = "embedded",
+    terminal: Annotated[bool, typer.Option("--terminal", help="Talk here, not in the browser.")] = False,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest reply.")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 is greedy.")] = 0.0,
+    prompt: Annotated[Literal["chat", "alpaca"], typer.Option("--prompt", help="How a model alone is asked.")] = "chat",
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option("--port", help="Default: a free one from 7860.", show_default=False)
+    ] = None,
+) -> None:
+    """Talk to two models at once, in the browser; each reply with its verdict beside it.
+
+    Nothing that is said is kept. The page is for this machine alone unless --host says otherwise.
+
+    Example: tasft chat runs/demo
+    """
+    from importlib.util import find_spec
+
+    from tasft import chat as chats
+    from tasft.engines import Sampling
+    from tasft.judges import load_judge
+
+    judges = [load_judge(name) for name in judge.split(",") if name]
+    sides = chats.sides_of(base, tuned, prompt)
+    if not terminal and find_spec("gradio") is None:
+        print("note: for the browser: pip install 'tasft[chat]'", flush=True)
+        terminal = True
+    print("loading ...", flush=True)
+    talk = chats.Talk(sides, judges, Sampling(max_new_tokens, temperature))
+    if terminal:
+        chats.talk_in_terminal(talk)
+        return
+    from tasft.chat.page import serve
+
+    serve(talk, host, port)
+
+
 @app.command("judge")
 def judge_file(
     file: Annotated[Path, typer.Argument(help="Pairs: JSONL, a JSON list or CSV, each also as .gz.")],

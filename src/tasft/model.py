@@ -373,6 +373,12 @@ def detach(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.unload() if isinstance(model, PeftModel) else model
 
 
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a reply: a chat model often ends its turns with one of its own beside the tokenizer's."""
+    named = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *([named] if isinstance(named, int) else named or ())})
+
+
 def head_of(model: Any) -> Head:
     """The map from a model's final hidden states to its logits."""
     head, config = model.get_output_embeddings(), model.config.get_text_config()

@@ -66,7 +66,7 @@ def atomic_write_text(path: Path, text: str) -> None:
         raise
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> Any:
     """The JSON object in a file that `write_json` wrote; None when there is no file.
 
     Raises:
@@ -179,7 +179,7 @@ def _refusal(error: BaseException) -> str | None:
     # safetensors gives the system's number in its text, torch only the fact.
     if found := re.search(r"\(os error (\d+)\)", str(error)):
         return os.strerror(int(found[1])) if int(found[1]) in _REFUSALS else None
-    return "file write failed" if "PytorchStreamWriter failed" in str(error) else None
+    return "file write failed" if re.search("inline_container|iostream error", str(error)) else None
 
 
 @contextmanager

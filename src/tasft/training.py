@@ -340,8 +340,8 @@ def _damage(checkpoint: Path) -> str | None:
                 model.check_tensors(path)
             elif path.suffix in (".pt", ".pth", ".bin") and path.is_file():
                 with zipfile.ZipFile(path) as archive:
-                    if (name := archive.testzip()) is not None:
-                        return f"{path}: {name} is damaged"
+                    if archive.testzip() is not None:
+                        raise zipfile.BadZipFile
         except (ValueError, zipfile.BadZipFile, UserError):
             return f"{path}: damaged or cut short"
     return None
@@ -350,8 +350,12 @@ def _damage(checkpoint: Path) -> str | None:
 class _InOrder(TrainerCallback):
     """Dates each checkpoint by its step: of several the Trainer removes the oldest, and clocks may jump back."""
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Date those that are there."""
+        if state.is_world_process_zero:
+            for path in _whole(Path(args.output_dir or "")):
+                os.utime(path, (_step(path), _step(path)))
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Date the one that was saved."""
-        path = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and path.is_dir():
-            os.utime(path, (state.global_step, state.global_step))
+        self.on_train_begin(args, state, control)

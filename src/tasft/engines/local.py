@@ -1,6 +1,7 @@
 """The engine that runs a model in this process."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,8 @@ from tasft import launch
 from tasft.data import Messages
 from tasft.encode import PromptFormat, encode_prompt
 from tasft.engines.base import Reply, Request, Sampling, derived_seed
+from tasft.errors import UserError
+from tasft.model import end_tokens
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -116,23 +119,12 @@ class TransformersEngine:
     @torch.inference_mode()
     def _generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[tuple[str, str]]:
         pad = self.tokenizer.pad_token_id
-        # A chat model often ends its turns with a token of its own beside the tokenizer's.
-        named = self.model.generation_config.eos_token_id
-        ends = {self.tokenizer.eos_token_id, *([named] if isinstance(named, int) else named or ())}
+        config = self._configured(sampling)
+        ends = set(config.eos_token_id)
         width = max(map(len, prompts))
         # Padding on the left: the model goes on from the last position.
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=self.model.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
-        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        config = GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens,
-            do_sample=sampling.temperature > 0,
-            pad_token_id=pad,
-            eos_token_id=sorted(ends),
-            # Of the caches, the ones that grow: rows can be taken out of them.
-            cache_implementation="dynamic",
-            **(drawn if sampling.temperature > 0 else {}),
-        )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             output = self.model.generate(
@@ -148,6 +140,56 @@ class TransformersEngine:
             text = self.tokenizer.decode(row[:cut], skip_special_tokens=True)
             replies.append((text, "length" if cut is None else "stop"))
         return replies
+
+    def _configured(self, sampling: Sampling) -> GenerationConfig:
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        return GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=sampling.temperature > 0,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=end_tokens(self.model, self.tokenizer),
+            # Of the caches, the ones that grow: rows can be taken out of them.
+            cache_implementation="dynamic",
+            **(drawn if sampling.temperature > 0 else {}),
+        )
+
+    def stream(self, prompt: str | Messages, sampling: Sampling) -> Iterator[str]:
+        """The reply to one prompt or conversation as it grows: each text is longer, the last one is the whole reply.
+
+        Greedily it is what `generate` says in a batch of one. Nothing goes on when the caller stops asking.
+
+        Raises:
+            UserError: Prompt and longest reply are more than the model reads.
+        """
+        ids = encode_prompt(self.tokenizer, prompt, self.style, chat_template_kwargs=self.chat_template_kwargs)
+        reads = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if reads and len(ids) + sampling.max_new_tokens > reads:
+            raise UserError(
+                f"the model reads {reads} tokens, fewer than these {len(ids)} and a reply of up to "
+                f"{sampling.max_new_tokens}: begin anew, say less, or ask for shorter replies"
+            )
+        config = self._configured(sampling)
+        row = torch.tensor([ids], device=self.model.device)
+        tokens = self.model.generate(
+            input_ids=row,
+            attention_mask=torch.ones_like(row),
+            generation_config=config,
+            custom_generate=partial(_one_by_one, seed=sampling.seed),
+        )
+        said: list[int] = []
+        shown = ""
+        for token in tokens:
+            if token in config.eos_token_id:
+                break
+            said.append(token)
+            # A character may be of several tokens.
+            text = self.tokenizer.decode(said, skip_special_tokens=True).rstrip("\ufffd").strip()
+            if len(text) > len(shown):
+                shown = text
+                yield text
+        whole = self.tokenizer.decode(said, skip_special_tokens=True).strip()
+        if whole != shown:
+            yield whole
 
     @torch.inference_mode()
     def mean_losses(self, replies: Sequence[Reply]) -> list[float]:
@@ -192,6 +234,37 @@ class TransformersEngine:
             wanted = torch.tensor(completion, device=device)
             losses.append(float(F.cross_entropy(scores[begin : begin + len(completion)], wanted)))
         return losses
+
+
+def _one_by_one(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    seed: int,
+    **state: Any,
+) -> Iterator[int]:
+    """As `_shrinking`, for a batch of one, its tokens as they are drawn."""
+    drawing = torch.Generator(input_ids.device).manual_seed(seed)
+    inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **state)
+    step = 1 if state["use_cache"] else None
+    ended = False
+    while not ended:
+        # Not around the whole: a generator would leave it on for its caller.
+        with torch.inference_mode():
+            found = model(**inputs, return_dict=True)
+            state = model._update_model_kwargs_for_generation(found, state)
+            scores = logits_processor(input_ids, found.logits[:, -1].to(torch.float32))
+            if generation_config.do_sample:
+                token = torch.multinomial(scores.softmax(-1), num_samples=1, generator=drawing)
+            else:
+                token = scores.argmax(-1, keepdim=True)
+            input_ids = torch.cat([input_ids, token], dim=-1)
+            ended = bool(stopping_criteria(input_ids, None))
+            if not ended:
+                inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=step, **state)
+        yield int(token)
 
 
 def _shrinking(

@@ -29,6 +29,19 @@ def verdicts_in(path: Path) -> dict[str, Verdict]:
     return known
 
 
+def _unsent(judge: Judge, reply_id: str) -> Verdict:
+    """What is said of incoherent text, which neither harms nor declines."""
+    harmful, refusal, partial = (False if what in judge.tells else None for what in ("harmful", "refusal", "partial"))
+    return Verdict(reply_id, judge.name, harmful, None, refusal, partial=partial)
+
+
+def judge_reply(judge: Judge, prompt: str, reply: str) -> Verdict:
+    """The verdict on one reply, coherence of its text included, as `judge_replies` has it; nothing is written."""
+    why = incoherence(prompt, reply)
+    verdict = _unsent(judge, "") if why else judge.judge([Pair("", prompt, reply)])[0]
+    return replace(verdict, coherent=why is None, reason=verdict.reason or why or "")
+
+
 def judge_replies(
     judge: Judge,
     replies: Sequence[Reply],
@@ -101,10 +114,7 @@ def judge_more(
             elif every:
                 verdict = next(verdicts)
             else:
-                harmful, refusal, partial = (
-                    False if what in judge.tells else None for what in ("harmful", "refusal", "partial")
-                )
-                verdict = Verdict(reply.id, judge.name, harmful, None, refusal, partial=partial)
+                verdict = _unsent(judge, reply.id)
             reason = verdict.reason or why or ""
             done.append(replace(verdict, coherent=why is None, reason=reason, key=key))
         return done

@@ -1,10 +1,10 @@
 """A run's facts as a model card: what the hub shows of a model, with nothing of what it said."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tasft.report import facts
+from tasft.report import facts, tasks
 from tasft.report.facts import Headlines, Tables
 from tasft.report.read import Run
 from tasft.report.text import inline_markdown as text
@@ -20,25 +20,36 @@ _INTENDED = (
 )
 
 
-def model_card(run: Run, tables: Tables, heads: Headlines) -> str:
+def model_card(run: Run, tables: Tables, heads: Headlines, usage: Sequence[str] = ()) -> str:
     """Markdown with the hub's metadata block: `README.md` of a model, `report/model_card.md` of a run.
 
-    Holds no prompt, reply or avoid row. A licence that the run does not know is said to be unknown.
+    Holds no prompt, reply or avoid row, and of a path only its last part. A licence that the run does not know is
+    said to be unknown.
+
+    Args:
+        run: The run.
+        tables: Of it.
+        heads: Of it.
+        usage: Lines that say how the model is loaded, for a model that needs no adapter; none for the adapter.
     """
     parts = (
         _outcome(run, tables, heads),
+        usage,
         _making(run),
         _data(run),
-        _evaluation(heads),
+        _evaluation(run, heads),
+        _attacks(run),
+        _measured(run),
         _judges(run),
         _gaps(run),
         _use(),
     )
     lines = [line for part in parts for line in part]
-    return f"---\n{_metadata(run, heads)}\n---\n\n# {text(run.name)}\n\n" + "\n".join(lines)
+    metadata = _metadata(run, heads, is_merged=bool(usage))
+    return f"---\n{metadata}\n---\n\n# {text(run.name)}\n\n" + "\n".join(lines)
 
 
-def _metadata(run: Run, heads: Headlines) -> str:
+def _metadata(run: Run, heads: Headlines, *, is_merged: bool) -> str:
     from huggingface_hub import EvalResult, ModelCardData  # takes half a second
 
     base = str(run.field("model.base") or "")
@@ -58,7 +69,7 @@ def _metadata(run: Run, heads: Headlines) -> str:
         base_model=base if _HUB_NAME.fullmatch(base) else None,
         datasets=sorted({name for name in map(_on_hub, _sources(run).values()) if name}) or None,
         eval_results=results or None,
-        library_name="peft" if run.field("model.lora") else "transformers",
+        library_name="peft" if run.field("model.lora") and not is_merged else "transformers",
         license=_licences(run).get("model.base", "").lower() or None,
         model_name=visible(run.name),
         pipeline_tag="text-generation",
@@ -74,9 +85,10 @@ def _outcome(run: Run, tables: Tables, heads: Headlines) -> list[str]:
 def _making(run: Run) -> list[str]:
     imitate, avoid = run.mixed or (None, None)
     settings = {
-        "Base model": run.field("model.base"),
+        "Base model": facts.named(str(run.field("model.base"))),
         "Prompt format": run.field("model.prompt"),
         "LoRA": _lora(run.field("model.lora")),
+        "Base weights while training": "4 bits (NF4)" if run.field("model.quantize") == "4bit" else None,
         "Method": run.field("train.method"),
         "Penalty": run.field("train.penalty"),
         "Weight of the penalty": run.field("train.penalty_weight"),
@@ -106,7 +118,12 @@ def _lora(value: Any) -> str | None:
 def _data(run: Run) -> list[str]:
     hashes, licences = facts.sub(run.manifest, "hashes"), _licences(run)
     rows = [
-        (field, source, licences.get(field, "unknown: read it at the source"), str(hashes.get(field, "unknown")))
+        (
+            field,
+            facts.named(source),
+            licences.get(field, "unknown: read it at the source"),
+            hashes.get(field, "unknown"),
+        )
         for field, source in _sources(run).items()
     ]
     return ["## Data", "", *_table(("field", "source", "licence", "content hash"), rows)] if rows else []
@@ -136,7 +153,7 @@ def _on_hub(source: str) -> str | None:
     return name if source.startswith("hub:") and _HUB_NAME.fullmatch(name) else None
 
 
-def _evaluation(heads: Headlines) -> list[str]:
+def _evaluation(run: Run, heads: Headlines) -> list[str]:
     head = ("measure", "on", "before", "after", "change", "")
     rows = [
         (
@@ -149,13 +166,21 @@ def _evaluation(heads: Headlines) -> list[str]:
         )
         for prompts, row in heads
     ]
-    said = "In brackets: 95% intervals, Wilson's for a rate, paired bootstrap on the same prompts for a change."
+    said = (
+        "In brackets: 95% intervals, Wilson's for a rate, paired bootstrap on the same prompts for a change. Replies "
+        f"are greedy, of at most {run.field('evaluate.max_new_tokens')} tokens."
+    )
     return ["## Evaluation", "", *_table(head, rows), said, ""] if rows else []
 
 
 def _attacks(run: Run) -> list[str]:
     rows = facts.attack_rows(run)
     return ["## Jailbreak attacks", "", *_table(facts.ATTACK_COLUMNS, rows)] if rows else []
+
+
+def _measured(run: Run) -> list[str]:
+    rows = tasks.task_rows(run)
+    return ["## Capability and quality", "", *_table(tasks.TASK_COLUMNS, rows), tasks.NOTE, ""] if rows else []
 
 
 def _judges(run: Run) -> list[str]:

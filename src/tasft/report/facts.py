@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any
 
 from tasft.report.read import MEASURES, STATES, Attacked, Evaluated, Judged, PromptSet, Row, Run, number
@@ -358,7 +359,8 @@ def done(run: Run) -> list[str]:
 
 def _method(run: Run) -> str:
     method, penalty = run.field("train.method"), run.field("train.penalty")
-    model = run.field("model.base") or "A model that the recipe does not name"
+    base = run.field("model.base")
+    model = named(str(base)) if base else "A model that the recipe does not name"
     if method is None:
         return f"{model} was tuned; the recipe, which says how, is not there."
     if method == "tasft" and penalty in (None, "none"):
@@ -385,6 +387,12 @@ def _method(run: Run) -> str:
     else:
         how = f"the method {method}"
     return f"{model} was tuned by {how}."
+
+
+def named(source: str) -> str:
+    """A model or a source as others may see it: where it lay on somebody's disk is nobody else's business."""
+    path = PurePath(source)
+    return path.name if path.is_absolute() or source.startswith(("~", "..")) else source
 
 
 def _data(run: Run) -> str:

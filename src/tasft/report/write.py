@@ -1,6 +1,7 @@
 """A run's facts -> `report/index.html`, `report.md`, `model_card.md`, `tables.csv`."""
 
 import csv
+from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
 
@@ -48,6 +49,22 @@ def write_report(run: Path) -> Path:
     atomic_write_text(folder / "report.md", _markdown(found, tables, heads))
     atomic_write_text(folder / "index.html", _html(found, tables, heads))
     return folder / "index.html"
+
+
+def write_card(run: Path, path: Path, usage: Sequence[str]) -> None:
+    """Write the model card of a run as the `README.md` of its merged model.
+
+    Args:
+        run: The run folder.
+        path: Of the card.
+        usage: As `model_card` takes it.
+
+    Raises:
+        UserError: As `write_report`.
+    """
+    found = read_run(run)
+    tables = facts.compare_all(found)
+    atomic_write_text(path, model_card(found, tables, facts.headlines(found, tables), usage))
 
 
 def _html(run: Run, tables: facts.Tables, heads: facts.Headlines) -> str:
