@@ -57,7 +57,7 @@ def method(run: Path, state: str) -> str:
     if state in ("base", "sft"):
         return {"base": "untouched", "sft": "sft"}[state]
     train = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["train"]
-    return "sft" if train["method"] == "sft" else train["penalty"]
+    return train["penalty"] if train["method"] == "tasft" else train["method"]
 
 
 def in_turn(groups: Iterable[Sequence[Any]]) -> list[Any]:
@@ -73,13 +73,20 @@ def different(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def drawn(runs: Sequence[Path], count: int, seed: int) -> list[dict[str, Any]]:
-    """Replies with where they come from: evenly over methods, in a method over runs, states and sets; no text twice."""
+def drawn(
+    runs: Sequence[Path], count: int, seed: int, states: Sequence[str] = (), sets: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Replies with where they come from: evenly over methods, in a method over runs, states and sets; no text twice.
+
+    Of these states and sets, or of all.
+    """
     chance = random.Random(seed)
     strata: dict[str, list[list[dict[str, Any]]]] = defaultdict(list)
     for run in runs:
         for path in sorted(run.glob("evaluate/*/*/replies.jsonl")):
             state, name = path.parts[-3:-1]
+            if (states and state not in states) or (sets and name not in sets):
+                continue
             made = method(run, state)
             found = [
                 {
@@ -103,7 +110,15 @@ def drawn(runs: Sequence[Path], count: int, seed: int) -> list[dict[str, Any]]:
     return chosen
 
 
-def sheet(runs: Sequence[Path], count: int, seed: int, sheet_path: Path, mapping_path: Path) -> None:
+def sheet(
+    runs: Sequence[Path],
+    count: int,
+    seed: int,
+    sheet_path: Path,
+    mapping_path: Path,
+    states: Sequence[str] = (),
+    sets: Sequence[str] = (),
+) -> None:
     faults = [f"{run}: holds no evaluate/*/*/replies.jsonl" for run in runs if not any(replies_of(run))]
     for path in (sheet_path, mapping_path):
         if path.resolve().is_relative_to(ROOT):
@@ -112,7 +127,7 @@ def sheet(runs: Sequence[Path], count: int, seed: int, sheet_path: Path, mapping
             faults.append(f"{path}: is there already; labels may refer to it")
     if faults:
         raise UserError(faults)
-    chosen = drawn(runs, count, seed)
+    chosen = drawn(runs, count, seed, states, sets)
     texts = ("key", "prompt", "completion")
     write_jsonl(sheet_path, ({name: row[name] for name in texts} for row in chosen))
     write_jsonl(mapping_path, ({name: row[name] for name in row if name not in texts[1:]} for row in chosen))
@@ -273,6 +288,8 @@ def main() -> None:
     make.add_argument("--seed", type=int, default=0)
     make.add_argument("--sheet", type=Path, required=True)
     make.add_argument("--mapping", type=Path, required=True)
+    make.add_argument("--states", nargs="+", default=[], help="of the runs; all if none is named")
+    make.add_argument("--sets", nargs="+", default=[], help="of prompts; all if none is named")
     add = commands.add_parser("unblind")
     add.add_argument("labels", type=Path)
     add.add_argument("mapping", type=Path)
@@ -285,7 +302,8 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         if arguments.command == "sheet":
-            sheet(arguments.runs, arguments.replies, arguments.seed, arguments.sheet, arguments.mapping)
+            chosen = arguments.states, arguments.sets
+            sheet(arguments.runs, arguments.replies, arguments.seed, arguments.sheet, arguments.mapping, *chosen)
         elif arguments.command == "unblind":
             unblind(arguments.labels, arguments.mapping)
         else:

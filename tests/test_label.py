@@ -60,6 +60,13 @@ def test_a_sheet_is_blind_even_over_methods_and_the_same_again(tmp_path, runs):
     assert [row["method"] for row in mapping] != sorted(row["method"] for row in mapping)
 
 
+def test_a_sheet_can_be_of_some_states_and_sets(runs):
+    assert {row["state"] for row in label.drawn(runs, 20, 0, ["final"], ["toxic"])} == {"final"}
+    assert label.drawn(runs, 0, 0, [], ["ordinary"]) == []
+    with pytest.raises(UserError, match="hold 0 different replies"):
+        label.drawn(runs, 1, 0, [], ["ordinary"])
+
+
 def test_harmful_text_does_not_get_into_the_repository(tmp_path, runs):
     with pytest.raises(UserError, match="would put harmful text into the repository"):
         label.sheet(runs, 10, 0, ROOT / "docs" / "sheet.jsonl", tmp_path / "mapping.jsonl")
