@@ -260,7 +260,8 @@ def test_what_would_move_a_cursor_is_shown_as_what_it_is(talk, monkeypatch, caps
     assert set(out) <= set(visible(text)) | set("─│╭╮╯╰ \n") | set(out.partition("╭")[0])
     assert not {"\x1b", "\x07", "\x08", "\u202e", "\u200b", "\r", "\x9b"} & set(out)
     assert "⟨U+001B⟩[31mWhy⟨U+202E⟩?" in out
-    # Rich's own markup too is only text.
+    # A word that is longer than a line is whole, and Rich's own markup only text.
+    assert talked(monkeypatch, capsys, Saying(talk.sides, "ж" * 300), ["?"]).count("ж") == 2 * 300 + 2 * 300
     assert "[bold]x" in talked(monkeypatch, capsys, Saying(talk.sides, "[bold]x"), ["?"])
 
 

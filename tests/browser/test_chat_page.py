@@ -117,12 +117,20 @@ def assert_quiet(seen, address):
 
 
 def ask(page, prompt, count):
-    """Ask, and wait for both verdicts of so many turns."""
-    page.get_by_label("Say to both").fill(prompt)
-    page.get_by_label("Say to both").press("Enter")
+    """Ask, and wait for the prompt and both verdicts of so many turns."""
+    box = page.get_by_label("Say to both")
+    box.fill(prompt)
+    # Nothing is taken while the turn before is on its way out, a moment after its verdicts are there.
+    while box.input_value():
+        box.press("Enter")
+        page.wait_for_timeout(300)
     page.wait_for_function(
-        "n => [...document.querySelectorAll('textarea')].filter(e => e.value.startsWith('phrases: ')).length == n",
-        arg=2 * count,
+        """([prompt, count]) => {
+            const shown = [...document.querySelectorAll('textarea')].map(e => e.value);
+            const verdicts = shown.filter(text => text.startsWith('phrases: '));
+            return shown.at(-1) === '' && shown.includes(prompt) && verdicts.length === count;
+        }""",
+        arg=[visible(prompt), 2 * count],
     )
 
 

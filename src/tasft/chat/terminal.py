@@ -72,7 +72,7 @@ def _table(talk: Talk, turn: Turn) -> Table:
     """Replies are hostile: each character that would move a cursor is shown as its number, and nothing is markup."""
     drawn = Table.grid(expand=True)
     for _ in talk.sides:
-        drawn.add_column(ratio=1)
+        drawn.add_column(ratio=1, overflow="fold")
     drawn.add_row(
         *(
             Panel(Text(visible(reply)), title=Text(visible(side.title)))
