@@ -38,6 +38,8 @@ def _of(penalty: str, rows: int = 200, **others: Any) -> Fields:
     return {"train.penalty": penalty, "harvest.rows": rows, **others}
 
 
+LABELLED = {"sft": "the SFT model", "stl": "STL", "emd": "`emd` 4", "nlcl": "`nlcl` 4", "emd_hinge": "`emd_hinge` 8"}
+
 # What is asked, and the runs that answer it: the second less the first.
 PAIRS: list[tuple[str, Fields, Fields]] = [
     *((f"EMD instead of NLCL, {rows} rows", _of("nlcl", rows), _of("emd", rows)) for rows in (25, 50, 100, 200)),
@@ -215,8 +217,14 @@ def tables() -> dict[str, str]:
         "small-search": search_table(table(RESULTS / "small" / "search")),
         "small-grid": grid_table(table(RESULTS / "small" / "grid")),
     }
-    compared = read_json(RESULTS / "small" / "pairs.json")
-    return made | {"small-pairs": pairs_table(compared)} if compared else made
+    labels = read_json(RESULTS / "small" / "labels.json")["methods"]
+    return made | {
+        "small-pairs": pairs_table(read_json(RESULTS / "small" / "pairs.json")),
+        "small-labels": markdown(
+            ["", "replies", "harmful", "refusals", "incoherent"],
+            [[LABELLED[name], *map(str, row.values())] for name, row in labels.items()],
+        ),
+    }
 
 
 def written(page: str) -> str:

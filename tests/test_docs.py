@@ -101,6 +101,7 @@ def test_the_python_of_the_readme_runs(tiny, tmp_path):
     [
         "README.md",
         "CONTRIBUTING.md",
+        "docs/results/README.md",
         *(f"docs/{name}.md" for name in ("data", "evaluation", "harvest", "judges", "log", "method", "sweeps")),
     ],
 )
@@ -183,3 +184,8 @@ def test_the_evaluation_page_has_the_agreement_with_the_labels():
 def test_the_log_has_the_table_of_the_pull():
     result = json.loads((ROOT / "docs" / "results" / "pull.json").read_text())
     assert script("pull").table(result) in (ROOT / "docs" / "log.md").read_text()
+
+
+def test_the_page_of_results_has_the_tables_of_the_small_experiment():
+    page = (ROOT / "docs" / "results" / "README.md").read_text()
+    assert script("small").written(page) == page
