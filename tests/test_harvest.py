@@ -215,9 +215,9 @@ def test_files_are_read_as_often_for_many_rounds_as_for_few(tmp_path, monkeypatc
     """A round that read what all before it wrote would make the work grow with the square of the prompts."""
     read = []
 
-    def counted(path):
+    def counted(path, kind=None):
         read.append(path.name)
-        return provenance.resume_jsonl(path)
+        return provenance.resume_jsonl(path, kind)
 
     monkeypatch.setattr("tasft.engines.base.resume_jsonl", counted)
     monkeypatch.setattr("tasft.judges.judging.resume_jsonl", counted)
