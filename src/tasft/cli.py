@@ -581,6 +581,8 @@ def chat(
     from tasft.judges import load_judge
 
     judges = [load_judge(name) for name in judge.split(",") if name]
+    if not judges:
+        raise UserError("--judge: name at least one")
     sides = chats.sides_of(base, tuned, prompt)
     if not terminal and find_spec("gradio") is None:
         print("note: for the browser: pip install 'tasft[chat]'", flush=True)

@@ -66,10 +66,11 @@ def page_of(talk: Talk) -> gr.Blocks:
 
     def ask(prompt: str, past: list[Turn], last: Turn | None) -> Iterator[tuple[Any, ...]]:
         if not prompt.strip():
-            raise gr.Error("Write something first.")
+            yield (gr.skip(),) * 8
+            return
         past = [*past, last] if last else past
         turn = Turn(prompt)
-        yield "", past, None, gr.update(value=visible(prompt), visible=True), *_values(turn)
+        yield "", past, None, visible(prompt), *_values(turn)
         try:
             with closing(talk.turn(past, prompt)) as growing:
                 for turn in growing:
@@ -82,7 +83,7 @@ def page_of(talk: Talk) -> gr.Blocks:
         yield gr.skip(), gr.skip(), turn, *[gr.skip()] * 5
 
     def forget() -> tuple[Any, ...]:
-        return [], None, gr.update(value="", visible=False), "", "", "", ""
+        return [], None, "", "", "", "", ""
 
     with gr.Blocks(analytics_enabled=False, title="tasft chat", fill_width=True) as page:
         past = gr.State([])
@@ -94,7 +95,7 @@ def page_of(talk: Talk) -> gr.Blocks:
                 gr.Textbox(visible(turn.prompt), label="Prompt", interactive=False)
                 boxes(turn)
 
-        asked = gr.Textbox(label="Prompt", interactive=False, visible=False)
+        asked = gr.Textbox(label="Prompt", interactive=False)
         said = boxes(Turn(""))
         prompt = gr.Textbox(
             label="Say to both",
