@@ -58,7 +58,9 @@ def test_help_names_every_command():
 def test_the_shell_is_told_how_to_complete(shell):
     code = "import sys; sys.argv[0] = 'tasft'; from tasft.cli import main; main()"
     command = [sys.executable, "-c", code, "--show-completion", shell]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    # Otherwise typer looks at the shell that this was started from, which may be another kind.
+    asked = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=asked)
     assert done.returncode == 0, done.stderr
     assert "_TASFT_COMPLETE" in done.stdout
 

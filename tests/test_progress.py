@@ -86,6 +86,11 @@ def test_a_log_has_rate_and_time_left_and_no_carriage_return(small, tmp_path):
     assert "step/s, 00:00 left, loss " in log
 
 
+def has_text(path):
+    """Whether a line stands in the file, which is there before its first one."""
+    return path.is_file() and path.stat().st_size > 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_a_checkpoint_says_how_to_go_on_and_changes_nothing_of_the_end(number, small, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -97,7 +102,7 @@ def test_a_signal_saves_a_checkpoint_says_how_to_go_on_and_changes_nothing_of_th
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
-        while not (cut / "train" / "metrics.jsonl").is_file():
+        while not has_text(cut / "train" / "metrics.jsonl"):
             assert time.monotonic() < deadline, "no step was logged"
             assert process.poll() is None, "it ended before it could be stopped"
             time.sleep(0.01)
@@ -127,7 +132,7 @@ def test_sigterm_between_replies_keeps_them_and_says_how_to_go_on(small, tmp_pat
     process = subprocess.Popen([*command, str(run)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
-        while not (run / "harvest" / "replies.jsonl").is_file():
+        while not has_text(run / "harvest" / "replies.jsonl"):
             assert time.monotonic() < deadline, "no reply came"
             assert process.poll() is None, "it ended before it could be stopped"
             time.sleep(0.01)

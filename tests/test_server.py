@@ -220,7 +220,7 @@ def test_a_refusal_is_told_at_once_in_the_servers_own_words(status):
             replies(engine_for(server, concurrency=1))
         assert server.asked[PROMPTS[3].prompt] == 1
     said = str(caught.value)
-    assert said.startswith(f"{server.url}: status {status} (refused for Bearer none [2J, it said)")
+    assert said.startswith(f"{server.url}: status {status} (refused for Bearer *** [2J, it said)")
     assert said.endswith("(request p3)")
     hints = {"401": "OPENAI_API_KEY", "403": "OPENAI_API_KEY", "404": "a model 'm'"}
     assert hints.get(status, "") in said

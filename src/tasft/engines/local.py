@@ -23,7 +23,6 @@ from tasft.data import Messages
 from tasft.encode import PromptFormat, encode_prompt
 from tasft.engines.base import Reply, Request, Sampling, derived_seed
 from tasft.errors import UserError
-from tasft.model import end_tokens
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -142,6 +141,8 @@ class TransformersEngine:
         return replies
 
     def _configured(self, sampling: Sampling) -> GenerationConfig:
+        from tasft.model import end_tokens  # with peft, which those who only name a judge do not wait for
+
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         return GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,

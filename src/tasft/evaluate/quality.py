@@ -205,7 +205,7 @@ def annotator_config(name: str, server: Server | None) -> dict[str, Any]:
         raise UserError(
             f"evaluate.quality.annotator needs {error.name}, which is missing: pip install 'tasft[quality]'"
         ) from None
-    logging.getLogger().setLevel(max(level, logging.ERROR))  # It makes every library talk.
+    logging.getLogger().setLevel(level)  # It makes every library talk.
     path = constants.EVALUATORS_CONFIG_DIR / name / "configs.yaml"  # A path from the root replaces what is before it.
     if not path.is_file():
         known = sorted(each.parent.name for each in constants.EVALUATORS_CONFIG_DIR.glob("*/configs.yaml"))
