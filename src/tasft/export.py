@@ -125,7 +125,9 @@ def _trained(run: Path, sets: set[str]) -> Path:
             f"{run / 'evaluate' / 'final'}: {', '.join(sorted(stale))} is of an earlier training, and the card "
             f"would say it of this one: run tasft run {run}"
         )
-    return next(path for path in (run / "train" / "adapter", run / "train" / "model") if path.is_dir())
+    place = model.saved(run, "final")
+    assert place
+    return place
 
 
 def _written(

@@ -373,6 +373,19 @@ def detach(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.unload() if isinstance(model, PeftModel) else model
 
 
+def saved(run: Path, state: str) -> Path | None:
+    """The folder with the adapter or the weights of a run in a state: sft, final, or a checkpoint of train.
+
+    None if there is none yet.
+    """
+    if state.startswith("checkpoint-"):
+        places = [run / "train" / state]
+    else:
+        trained = run / ("train" if state == "final" else state)
+        places = [trained / "adapter", trained / "model"]
+    return next((path for path in places if path.is_dir()), None)
+
+
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end a reply: a chat model often ends its turns with one of its own beside the tokenizer's."""
     named = model.generation_config.eos_token_id

@@ -63,12 +63,7 @@ def _state(run: Path, state: str) -> Side:
     title = f"{spec.name}: {state}"
     if state == "base":
         return Side(title, spec.model)
-    if state.startswith("checkpoint-"):
-        places = [run / "train" / state]
-    else:
-        trained = run / ("train" if state == "final" else state)
-        places = [trained / "adapter", trained / "model"]
-    place = next((path for path in places if path.is_dir()), None)
+    place = model.saved(run, state)
     if place is None:
         raise UserError(f"{run}: there is no model {state!r}; finish it with tasft run {run}")
     if (place / "adapter_config.json").is_file():

@@ -42,7 +42,6 @@ def _prompts(console: Console) -> Iterator[str]:
         try:
             line = input("> ") if sys.stdin.isatty() else sys.stdin.readline()
         except (EOFError, KeyboardInterrupt):
-            line = ""
             console.print()
             return
         if not line and not sys.stdin.isatty():
@@ -55,7 +54,6 @@ def _prompts(console: Console) -> Iterator[str]:
 
 def _shown(console: Console, talk: Talk, past: list[Turn], prompt: str) -> Turn:
     turn = Turn(prompt)
-    # Closed when a reply is stopped: its adapter comes off the model.
     with (
         # Closed when a reply is stopped: its adapter comes off the model.
         closing(talk.turn(past, prompt)) as growing,
