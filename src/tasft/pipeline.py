@@ -19,7 +19,17 @@ from tasft.calibration import calibrate, can_calibrate, limit_of
 from tasft.contrastive import Contrast
 from tasft.data import Example
 from tasft.encode import encode_rows
-from tasft.engines import Engine, Reply, Sampling, Server, ServerEngine, TransformersEngine, collect, requests_for
+from tasft.engines import (
+    Engine,
+    Reply,
+    Sampling,
+    Server,
+    ServerEngine,
+    TransformersEngine,
+    collect,
+    replies_in,
+    requests_for,
+)
 from tasft.errors import UserError
 from tasft.evaluate import capability, jailbreak, quality
 from tasft.harvest import HarvestSettings, harvest, statement
@@ -79,11 +89,8 @@ class Run:
         if state == "base":
             yield self.base
             return
-        if state.startswith("checkpoint-"):
-            place = self.folder / "train" / state
-        else:
-            trained = self.folder / ("train" if state == "final" else state)
-            place = next(path for path in (trained / "adapter", trained / "model") if path.is_dir())
+        place = model.saved(self.folder, state)
+        assert place
         if not (place / "adapter_config.json").is_file():
             yield self._load(place)
             return
@@ -413,9 +420,7 @@ class Run:
         def annotate(folder: Path) -> None:
             if not launch.is_first():
                 return
-            replies = {
-                row["id"]: Reply(**row) for row in provenance.resume_jsonl(place / "replies" / "replies.jsonl", Reply)
-            }
+            replies = replies_in(place / "replies" / "replies.jsonl", "quality")
             answers = [replies[row.id] for row in rows]
             quality.annotate(rows, answers, annotator.config, annotator.server, folder, self._about())
 

@@ -108,10 +108,8 @@ def requests_for(prompts: Sequence[Prompt], *, samples: int = 1, prefix: str = "
 
 
 def replies_in(path: Path, name: str) -> dict[str, Reply]:
-    """Replies of one set that a `replies.jsonl` holds, by id. All processes have read when this returns."""
-    have = {row["id"]: Reply(**row) for row in resume_jsonl(path, Reply) if row["set"] == name}
-    launch.wait()  # before the first writes
-    return have
+    """Replies of one set that a `replies.jsonl` holds, by id."""
+    return {row["id"]: Reply(**row) for row in resume_jsonl(path, Reply) if row["set"] == name}
 
 
 def collect(
@@ -135,6 +133,7 @@ def collect(
         have: What `replies_in` found, for a file that is collected into many times; what comes is added. None reads it.
     """
     have = replies_in(path, name) if have is None else have
+    launch.wait()  # All have read before the first writes.
     wanted = [request.id for request in requests]
     known = frozenset(each for each in wanted if each in have)
     with tqdm(

@@ -10,7 +10,7 @@ from typing import Any
 
 from tasft import provenance
 from tasft.data import Prompt
-from tasft.engines import Engine, Reply, Sampling
+from tasft.engines import Engine, Reply, Sampling, replies_in
 from tasft.errors import UserError
 from tasft.evaluate.safety import answer, judge_answers
 from tasft.judges import Judge
@@ -125,7 +125,7 @@ def _steps_of_set(
 
     def work_of(judge: Judge, place: Path) -> None:
         path = folder / "replies.jsonl"
-        rows = {row["id"]: Reply(**row) for row in provenance.resume_jsonl(path, Reply)}
+        rows = replies_in(path, asked.name)
         if missing := [prompt.id for prompt in chosen if prompt.id not in rows]:
             raise UserError(
                 f"{path}: {len(missing)} replies are gone, that to {missing[0]!r:.40} first: remove "
