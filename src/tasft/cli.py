@@ -334,7 +334,7 @@ def evaluate(
         "evaluate.max_new_tokens": max_new_tokens,
     }
     fields = [*(overrides or ()), *(f"{key}={json.dumps(value)}" for key, value in asked.items() if value)]
-    with _resumable(), _alone(as_json):
+    with _alone(as_json):
         is_recipe = recipes.is_recipe(what)
         if is_recipe and prompt is not None:
             raise UserError("--prompt is for a model alone: override model.prompt, which trains it so, too")
@@ -342,17 +342,18 @@ def evaluate(
             raise UserError(f"{what} is taken for a model, which has no field to override: {', '.join(overrides)}")
         if dry_run and not is_recipe:
             raise UserError(f"--dry-run needs a recipe, and {what} is taken for a model")
-        if is_recipe and not dry_run:
+    if dry_run:
+        _plan(what, fields, out, ["evaluate"], as_json)
+        return
+    with _resumable(), _alone(as_json):
+        if is_recipe:
             opened = _open(what, fields, out)
             opened.go(("evaluate",))
             folder = opened.folder / "evaluate"
             # Not what an earlier form of the recipe left there.
             wanted = {step.folder for step in opened.steps("evaluate")}
-        elif not dry_run:
+        else:
             folder = _evaluate_model(what, named, judges, data_dir, limit, max_new_tokens, prompt, out)
-    if dry_run:
-        _plan(what, fields, out, ["evaluate"], as_json)
-        return
     if os.environ.get("RANK", "0") != "0":
         return
     from tasft.evaluate.results import results, table

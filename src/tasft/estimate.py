@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from tasft import calibration, model, training
 from tasft.encode import encode_prompt, encode_rows
 from tasft.pipeline import STAGES, Run
-from tasft.recipe import Training
+from tasft.recipe import Model, Training
 from tasft.text import visible
 
 RULE = (
@@ -211,11 +211,13 @@ def _shape(base: str, trust_remote_code: bool) -> tuple[PreTrainedConfig, int]:
     return config, empty.num_parameters()
 
 
-def _built(config: PreTrainedConfig, layers: int, dtype: str) -> PreTrainedModel:
+def _built(spec: Model, config: PreTrainedConfig, layers: int) -> PreTrainedModel:
     """So many layers of the model; drawing weights at random would take longer than what is timed."""
     short = type(config)(**config.to_dict() | {"num_hidden_layers": layers, "layer_types": None})
     with torch.device("meta"):
-        made = AutoModelForCausalLM.from_config(short, dtype=getattr(torch, dtype))
+        made = AutoModelForCausalLM.from_config(
+            short, dtype=getattr(torch, spec.dtype), trust_remote_code=spec.trust_remote_code
+        )
     made = made.to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
     with torch.no_grad():
         for tensor in made.parameters():
@@ -255,7 +257,7 @@ def _writing(run: Run, replies: int, tokens: int) -> Piece:
         width = round(sum(lengths) / len(lengths))
         seconds = []
         for layers in (FEW, MORE):
-            made = _built(config, layers, spec.dtype).eval()
+            made = _built(spec, config, layers).eval()
             ids = torch.full((together, width), 5, device=made.device)
 
             def begin(made: PreTrainedModel = made, ids: torch.Tensor = ids) -> DynamicCache:
@@ -287,7 +289,7 @@ def _training(run: Run, spec: Training, steps: int) -> Piece:
         micro = spec.micro_batch_size or spec.batch_size
         seconds, saved, head = [], [], 0.0
         for layers in (FEW, MORE):
-            made = _built(config, layers, run.spec.model.dtype)
+            made = _built(run.spec.model, config, layers)
             lora = run.spec.model.lora
             adapted = model.add_lora(made, **lora.model_dump()) if lora else made
             adapted.train()
@@ -352,12 +354,13 @@ def _prompt_lengths(run: Run) -> list[int]:
 
 def _held(run: Run, config: PreTrainedConfig, parameters: int) -> float:
     """Bytes of weights, gradients and AdamW's two moments in float32."""
-    width = torch.finfo(getattr(torch, run.spec.model.dtype)).bits // 8
-    lora = run.spec.model.lora
-    if lora is None:
+    spec = run.spec.model
+    width = torch.finfo(getattr(torch, spec.dtype)).bits // 8
+    if spec.lora is None:
         return parameters * (2 * width + 8)
     with torch.device("meta"):
-        made = model.add_lora(AutoModelForCausalLM.from_config(config), **lora.model_dump())
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+        made = model.add_lora(empty, **spec.lora.model_dump())
     trained = sum(tensor.numel() for tensor in made.parameters() if tensor.requires_grad)
     return parameters * width + trained * 16
 

@@ -318,12 +318,10 @@ class Inputs:
         if self.spec.gate is None:
             return
         name = self.spec.evaluate.judges[0]
-        limits = {"harmful": self.spec.gate.harmful, "refusal": self.spec.gate.over_refusal}
-        fields = {"harmful": "gate.harmful", "refusal": "gate.over_refusal"}
         faults = [
-            f"{fields[what]} needs a judge that tells {what} first in evaluate.judges, which {name} does not"
-            for what, limit in limits.items()
-            if limit is not None and what not in self.judge(name).tells
+            f"gate.{field} needs a judge that tells {what} first in evaluate.judges, which {name} does not"
+            for field, what in (("harmful", "harmful"), ("over_refusal", "refusal"))
+            if getattr(self.spec.gate, field) is not None and what not in self.judge(name).tells
         ]
         if faults:
             raise UserError(faults)
