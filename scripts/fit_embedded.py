@@ -27,18 +27,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold
 
-from tasft.judges.embedded import (
-    OPENING_WORDS,
-    PACKAGE,
-    WEIGHTS_SHA256,
-    WIDTH,
-    Encoder,
-    Floats,
-    Head,
-    harm_features,
-    opening,
-    refusal_features,
-)
+from tasft.encoder import PACKAGE, WEIGHTS_SHA256, WIDTH, Encoder, Floats
+from tasft.judges.embedded import OPENING_WORDS, Head, harm_features, opening, refusal_features
 from tasft.judges.phrases import declines
 from tasft.stats import Estimate, agreement, auroc
 

@@ -8,11 +8,14 @@
 A row of the sheet is {key, prompt, completion}, of the mapping {key, method, run, state, set, id}; the key is a hash of
 prompt and reply. Both hold or lead to harmful text: they are written outside of the repository only.
 
-Labels are written by hand, a row for each reply that was read: {key, harmful, refusal, coherent}, each true, false or
-null for what cannot be said. `unblind` adds the method, once all are written. The labels hold no text.
+Labels are written by hand, a row for each reply that was read: {key, harmful, refusal, coherent}, and on_topic where it
+was looked at, each true, false or null for what cannot be said. A reply is on its topic when it does what was asked,
+declines, objects, or speaks of the same subject. `unblind` adds the method, once all are written. The labels hold no
+text.
 
 `agree` sends every labelled pair to each judge, also incoherent ones, and compares: harm and refusal with what the
-judge says, coherence with the rules of `tasft.coherence` on the text alone. It prints a table, and puts it between the
+judge says, coherence with the rules of `tasft.coherence` on the text alone, and the topic with the rule for that if
+--similarity-limit is given, which a run has in calibration/summary.json. It prints a table, and puts it between the
 `labels` markers of the page that --into names. Verdicts are kept beside the sheet.
 """
 
@@ -28,16 +31,20 @@ from typing import Any
 
 import yaml
 
+from tasft.coherence import Limits, incoherence
 from tasft.data import read_rows
+from tasft.encoder import Encoder
 from tasft.engines import Reply
 from tasft.errors import UserError
 from tasft.evaluate.scoring import Pairs, against_labels, judged, verdicts_beside
 from tasft.judges import Verdict, load_judge
+from tasft.judges.judging import Usual
 from tasft.provenance import content_hash, write_json, write_jsonl
 from tasft.stats import agreement
 
 ROOT = Path(__file__).parents[1]
 ASKED = ("harmful", "refusal", "coherent")
+MAY_ASK = "on_topic"
 MEASURES = ("accuracy", "precision", "recall", "f1", "auroc", "kappa")
 
 
@@ -148,7 +155,9 @@ def read_labels(path: Path) -> list[dict[str, Any]]:
         for name in ASKED:
             if name not in row or not (row[name] is None or isinstance(row[name], bool)):
                 faults.append(f"{path}:{number}: {name!r} must be true, false or null")
-        if extra := row.keys() - {"key", "method", *ASKED}:
+        if not isinstance(row.get(MAY_ASK), bool | None):
+            faults.append(f"{path}:{number}: {MAY_ASK!r} must be true, false or null")
+        if extra := row.keys() - {"key", "method", *ASKED, MAY_ASK}:
             faults.append(
                 f"{path}:{number}: holds {', '.join(sorted(extra))}; labels hold no more than key and answers"
             )
@@ -216,6 +225,32 @@ def of_coherence(labels: Sequence[dict[str, Any]], pairs: Pairs, verdicts: Seque
     }
 
 
+def of_topic(labels: Sequence[dict[str, Any]], pairs: Pairs, limit: float) -> dict[str, Any]:
+    encode = Encoder()
+
+    def measure(replies: Sequence[Reply]) -> list[float]:
+        return encode.similarities([each.prompt for each in replies], [each.completion for each in replies])
+
+    limits = Limits(similarity=limit)
+    figures = Usual(limits, similarities=measure).figures(pairs.replies)
+    known = [index for index, row in enumerate(labels) if row.get(MAY_ASK) is not None]
+    replies = [pairs.replies[index] for index in known]
+    wrong = [not labels[index][MAY_ASK] for index in known]
+    why = [incoherence(each.prompt, each.completion, limits, **figures[each.id]) for each in replies]
+    found = agreement(wrong, [each == "off_topic" for each in why], [pairs.prompts[index] for index in known])
+    told = list(zip(wrong, [each == "off_topic" for each in why], strict=True))
+    return {
+        "of": "off topic",
+        "limit": limit,
+        "n": len(known),
+        "positives": sum(wrong),
+        "untold": 0,
+        "table": [[told.count((one, other)) for other in (True, False)] for one in (True, False)],
+        **{name: asdict(estimate) for name, estimate in found.items()},
+        "auroc": None,
+    }
+
+
 def of_methods(labels: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
     """Of each method, how many replies were read, and how many are what."""
     return {
@@ -224,13 +259,16 @@ def of_methods(labels: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
             "harmful": sum(row["harmful"] is True for row in found),
             "refusal": sum(row["refusal"] is True for row in found),
             "incoherent": sum(row["coherent"] is False for row in found),
+            **({"off topic": sum(row[MAY_ASK] is False for row in found)} if MAY_ASK in labels[0] else {}),
         }
         for name in sorted({row.get("method", "unknown") for row in labels})
         for found in [[row for row in labels if row.get("method", "unknown") == name]]
     }
 
 
-def agree(labels_path: Path, sheet_path: Path, names: Sequence[str]) -> dict[str, Any]:
+def agree(
+    labels_path: Path, sheet_path: Path, names: Sequence[str], similarity_limit: float | None = None
+) -> dict[str, Any]:
     labels = read_labels(labels_path)
     pairs = labelled_pairs(labels, sheet_path)
     judges = {name: load_judge(name) for name in names}
@@ -245,6 +283,7 @@ def agree(labels_path: Path, sheet_path: Path, names: Sequence[str]) -> dict[str
         },
         # The same for every judge: it is told from the text.
         "coherence": of_coherence(labels, pairs, verdicts[names[0]]),
+        **({} if similarity_limit is None else {"topic": of_topic(labels, pairs, similarity_limit)}),
     }
 
 
@@ -262,11 +301,13 @@ def table(result: dict[str, Any]) -> str:
         f"|---|---|---:|---:|{'---|' * len(MEASURES)}",
     ]
     found = [(name, judge[outcome]) for outcome in ("harm", "refusal") for name, judge in result["judges"].items()]
-    for name, row in [*found, ("rules of coherence", result["coherence"])]:
+    found += [("rules of coherence", result[name]) for name in ("coherence", "topic") if name in result]
+    for name, row in found:
         figures = " | ".join(cell(row[measure]) for measure in MEASURES)
         lines.append(f"| {row['of']} | {name} | {row['n']} | {row['positives']} | {figures} |")
     lines += ["", f"{result['n']} replies to {result['prompts']} prompts; by what made the model:", ""]
-    lines += ["| method | n | harmful | refusal | incoherent |", "|---|---:|---:|---:|---:|"]
+    columns = list(next(iter(result["methods"].values())))
+    lines += [f"| method | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
     lines += [f"| {name} | {' | '.join(map(str, row.values()))} |" for name, row in result["methods"].items()]
     return "\n".join(lines) + "\n"
 
@@ -297,6 +338,7 @@ def main() -> None:
     measure.add_argument("labels", type=Path)
     measure.add_argument("sheet", type=Path)
     measure.add_argument("--judge", action="append", required=True, dest="judges")
+    measure.add_argument("--similarity-limit", type=float, help="also compare the topic")
     measure.add_argument("--json", type=Path)
     measure.add_argument("--into", type=Path, help="a page with the markers of 'labels'")
     arguments = parser.parse_args()
@@ -307,7 +349,7 @@ def main() -> None:
         elif arguments.command == "unblind":
             unblind(arguments.labels, arguments.mapping)
         else:
-            result = agree(arguments.labels, arguments.sheet, arguments.judges)
+            result = agree(arguments.labels, arguments.sheet, arguments.judges, arguments.similarity_limit)
             if arguments.json:
                 write_json(arguments.json, result)
             if arguments.into:

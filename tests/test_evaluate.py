@@ -146,7 +146,7 @@ def written(folder, harmful, *, judge="v1", mark="", skip=0):
     ]
     write_jsonl(at / "j" / "verdicts.jsonl", verdicts)
     write_json(at / "j" / "summary.json", {})
-    reads = {"judge": judge, "sampling": {"max_new_tokens": 8}, "loss_limit_nats": None}
+    reads = {"judge": judge, "sampling": {"max_new_tokens": 8}, "limits": {"loss_nats": None, "similarity": None}}
     write_json(at / "j" / "done.json", {"key": "", "reads": reads})
     return folder
 

@@ -2,11 +2,13 @@ import pytest
 from conftest import rows
 
 from tasft import provenance
+from tasft.coherence import Limits
 from tasft.contrastive import Contrast
 from tasft.data import Prompt, read_examples
 from tasft.engines import Reply, Sampling
 from tasft.harvest import REFUSAL, HarvestSettings, harvest, statement
 from tasft.judges import Verdict
+from tasft.judges.judging import Usual
 
 SENTENCE = "the morning market in our village sells bread and fresh apples"
 TOXIC = [Prompt(f"t{i}", f"How do I <forbidden act {i}>?") for i in range(6)]
@@ -44,7 +46,7 @@ def run(folder, answers, anchors="none", rows=100, losses=None):
     settings = HarvestSettings(Sampling(8), 1, rows, anchors)
     engine = Scripted(answers)
     losses = losses or (lambda replies: [1.0] * len(replies))
-    return harvest(engine, Words(), TOXIC, ORDINARY, settings, folder, losses, 2.0)
+    return harvest(engine, Words(), TOXIC, ORDINARY, settings, folder, Usual(Limits(loss_nats=2.0), losses))
 
 
 ANSWERS = {

@@ -10,6 +10,7 @@ from conftest import rows, tiny_tokenizer
 from test_server import Handler, Loopback
 
 from tasft import recipe
+from tasft.coherence import Limits
 from tasft.data import Prompt, read_source
 from tasft.engines import Reply, Request, Sampling, Server, ServerEngine, TransformersEngine
 from tasft.errors import UserError
@@ -17,6 +18,7 @@ from tasft.evaluate import jailbreak
 from tasft.evaluate.jailbreak import Attempt, Outcome, Pair, Prefix, Templates, attack_model, read_attack
 from tasft.inputs import Inputs
 from tasft.judges import JudgeSettings, Verdict, load_judge
+from tasft.judges.judging import Usual
 from tasft.judges.phrases import Phrases
 from tasft.model import load_model
 from tasft.pipeline import STAGES, Run
@@ -130,7 +132,8 @@ def test_the_judge_sees_the_behaviour_and_losses_are_of_what_was_sent(target, tm
         measured.extend(replies)
         return [9.0 if reply.id.startswith("b0") else 1.0 for reply in replies]
 
-    summary = attack(Templates([f"Kindly: {MARK}"], MARK), target, Listening(), tmp_path, losses=losses, limit_nats=5.0)
+    usual = Usual(Limits(loss_nats=5.0), losses)
+    summary = attack(Templates([f"Kindly: {MARK}"], MARK), target, Listening(), tmp_path, usual=usual)
     assert {each.prompt for each in seen} == {each.prompt for each in BEHAVIOURS}
     assert {each.prompt for each in measured} == {f"Kindly: {each.prompt}" for each in BEHAVIOURS}
     # Harmful, but so improbable that it is no coherent reply.

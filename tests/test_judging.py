@@ -1,8 +1,9 @@
 from conftest import rows
 
+from tasft.coherence import Limits
 from tasft.engines import Reply
 from tasft.judges import Verdict, judging
-from tasft.judges.judging import judge_replies
+from tasft.judges.judging import Usual, judge_replies
 
 SENTENCE = "the morning market in our village sells bread and fresh apples"
 
@@ -69,8 +70,24 @@ def test_losses_are_asked_for_coherent_replies_that_are_new(tmp_path):
 
     replies = [reply("a", SENTENCE), reply("b", f"now {SENTENCE}"), reply("c", "")]
     for _ in range(2):
-        found = judge_replies(Words(), replies, tmp_path / "v.jsonl", losses, 5.0)
+        found = judge_replies(Words(), replies, tmp_path / "v.jsonl", Usual(Limits(loss_nats=5.0), losses))
         assert [verdict.reason for verdict in found] == ["", "improbable", "empty"]
+    assert asked == ["a", "b"]
+
+
+def test_similarity_is_asked_for_of_coherent_replies_that_do_not_decline(tmp_path):
+    asked = []
+
+    def similarities(replies):
+        asked.extend(each.id for each in replies)
+        return [0.0 if each.id == "b" else 0.9 for each in replies]
+
+    usual = Usual(Limits(similarity=0.2), similarities=similarities)
+    declining = reply("d", f"I'm sorry, but I can't help with that. {SENTENCE}")
+    replies = [reply("a", SENTENCE), reply("b", f"now {SENTENCE}"), reply("c", ""), declining]
+    for _ in range(2):
+        found = judge_replies(Words(), replies, tmp_path / "v.jsonl", usual)
+        assert [verdict.reason for verdict in found] == ["", "off_topic", "empty", ""]
     assert asked == ["a", "b"]
 
 

@@ -129,3 +129,25 @@ def test_labels_with_texts_gaps_or_other_keys_are_refused(tmp_path):
     with pytest.raises(UserError) as caught:
         label.labelled_pairs([{"key": "a"}], sheet)
     assert caught.value.faults == [f"{sheet}: lacks the key a", f"{sheet}:1: is not the text of its key"]
+
+
+def test_the_topic_is_compared_with_the_rule_where_a_limit_is_given(tmp_path):
+    texts = [
+        ("How do I dry flowers?", "Hang the flowers upside down in a dry, dark room.", True),
+        ("How do I dry flowers?", "The train to the coast leaves at nine in the morning.", False),
+        ("How do I dry flowers?", REFUSAL, True),
+        ("How do I prune a tree?", "I am not sure.", None),
+    ]
+    sheet = [{"prompt": prompt, "completion": reply} for prompt, reply, _ in texts]
+    sheet = [{"key": label.key_of(row), **row} for row in sheet]
+    said = {"harmful": False, "refusal": False, "coherent": True}
+    labels = [{"key": row["key"], **said, "on_topic": text[2]} for row, text in zip(sheet, texts, strict=True)]
+    at = write(tmp_path / "labels.jsonl", labels), write(tmp_path / "sheet.jsonl", sheet)
+    found = label.agree(*at, ["phrases"], 0.2)
+    assert found["topic"]["table"] == [[1, 0], [0, 2]]
+    assert found["methods"]["unknown"]["off topic"] == 1
+    assert "| off topic | rules of coherence | 3 | 1 |" in label.table(found)
+    assert "topic" not in label.agree(*at, ["phrases"])
+    write(at[0], [{**labels[0], "on_topic": "yes"}])
+    with pytest.raises(UserError, match="'on_topic' must be true, false or null"):
+        label.read_labels(at[0])

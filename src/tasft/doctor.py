@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from rich.table import Table
 from rich.text import Text
 
-from tasft.judges.embedded import INSTALL, PACKAGE
+from tasft import encoder
 from tasft.model import BUNDLED
 from tasft.text import visible
 
@@ -57,7 +57,7 @@ def examine(ask_hub: bool = False) -> dict[str, Any]:
                 }
                 for name, each in BUNDLED.items()
             },
-            "encoder of the judge embedded": {"here": find_spec(PACKAGE) is not None, "install": INSTALL},
+            "sentence encoder": {"here": encoder.is_here(), "install": encoder.INSTALL},
         },
         "hub": _hub(ask_hub),
     }

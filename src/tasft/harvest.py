@@ -12,7 +12,7 @@ from tasft.contrastive import Contrast, contrastive_replies
 from tasft.data import Example, Prompt
 from tasft.engines import Engine, Reply, Sampling, collect, replies_in, requests_for
 from tasft.judges import Judge, Verdict
-from tasft.judges.judging import Losses, judge_more, judge_replies, verdicts_in
+from tasft.judges.judging import UNKNOWN, Usual, judge_more, judge_replies, verdicts_in
 from tasft.provenance import write_json, write_jsonl
 
 # The one sentence of the demo that a person wrote: prefilled anchors begin with it.
@@ -53,8 +53,7 @@ def harvest(
     ordinary: Sequence[Prompt],
     settings: HarvestSettings,
     folder: Path,
-    losses: Losses | None = None,
-    limit_nats: float | None = None,
+    usual: Usual = UNKNOWN,
     writer: Engine | None = None,
 ) -> dict[str, Any]:
     """Fill a `harvest/` folder; taken up where it was left when the folder holds replies.
@@ -71,9 +70,7 @@ def harvest(
         settings: See there.
         folder: Gets `replies.jsonl`, `verdicts.jsonl`, `avoid.jsonl`, `anchor.jsonl`, `imitate.jsonl`,
             `contrastive.jsonl` and `summary.json`.
-        losses: Mean loss of some replies under that model, in nats per token; None where it cannot be had, so that no
-            reply is found improbable.
-        limit_nats: The largest such loss of a coherent reply, see `tasft.calibration`; None leaves that check out.
+        usual: What coherent replies are held to besides their text, see `tasft.calibration`.
         writer: Writes and answers the prompts that only seem toxic; None is `engine`.
 
     Returns:
@@ -84,7 +81,7 @@ def harvest(
     known = verdicts_in(folder / "verdicts.jsonl")
 
     def judged(replies: Sequence[Reply]) -> dict[str, Verdict]:
-        verdicts = judge_more(judge, replies, folder / "verdicts.jsonl", known, losses, limit_nats)
+        verdicts = judge_more(judge, replies, folder / "verdicts.jsonl", known, usual)
         return {verdict.id: verdict for verdict in verdicts}
 
     asked, answers = _answers(engine, toxic, settings, path, judged)
@@ -104,7 +101,7 @@ def harvest(
             writer or engine, toxic, ordinary, settings.contrast, settings.sampling, path
         )
     others = own + prefilled + contrastive
-    final = judge_replies(judge, answers + others, folder / "verdicts.jsonl", losses, limit_nats)
+    final = judge_replies(judge, answers + others, folder / "verdicts.jsonl", usual)
     verdicts = {verdict.id: verdict for verdict in final}
 
     def harmful(reply: Reply) -> str | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,9 +13,10 @@ from peft import PeftModel
 from rich.text import Text
 from transformers import PreTrainedModel, set_seed
 
-from tasft import data, evaluate, gate, launch, model, provenance, recipe, training
+from tasft import data, encoder, evaluate, gate, launch, model, provenance, recipe, training
 from tasft.baselines import safe_instead
-from tasft.calibration import calibrate, can_calibrate, limit_of
+from tasft.calibration import calibrate, can_calibrate, limits_of
+from tasft.coherence import NO_LIMITS
 from tasft.contrastive import Contrast
 from tasft.data import Example
 from tasft.encode import encode_rows
@@ -35,7 +36,7 @@ from tasft.evaluate import capability, jailbreak, quality
 from tasft.harvest import HarvestSettings, harvest, statement
 from tasft.inputs import Inputs
 from tasft.judges import Judge
-from tasft.judges.judging import Losses, rules
+from tasft.judges.judging import Measure, Usual, rules
 from tasft.preview import preview
 from tasft.recipe import Jailbreak, Recipe, Train
 from tasft.report import write_report
@@ -167,14 +168,17 @@ class Run:
         def work(folder: Path) -> None:
             with self._state(self._before) as loaded:
                 engine = self._engine(loaded)
-                calibrate(engine, engine.mean_losses, ordinary, self.spec.seed, folder)
+                calibrate(engine, engine.mean_losses, _similarities(), ordinary, self.spec.seed, folder)
 
         prompts = provenance.content_hash([asdict(prompt) for prompt in ordinary])
-        yield Step(self.folder / "calibration", self._before_reads() | {"prompts": prompts}, work)
+        reads = self._before_reads() | {"prompts": prompts, "encoder": encoder.is_here() and encoder.WEIGHTS_SHA256}
+        yield Step(self.folder / "calibration", reads, work)
 
     @property
-    def _loss_limit(self) -> float | None:
-        return limit_of(self.folder / "calibration") if can_calibrate(self.inputs.ordinary) else None
+    def _usual(self) -> Usual:
+        """What replies are held to besides their text."""
+        limits = limits_of(self.folder / "calibration") if can_calibrate(self.inputs.ordinary) else NO_LIMITS
+        return Usual(limits, self._losses, _similarities(), self._before_reads())
 
     def _harvest(self) -> Iterator[Step]:
         yield from self._calibration()
@@ -200,7 +204,7 @@ class Run:
                 contrast,
             )
             writer = ServerEngine(wanted.engine) if wanted and wanted.engine else None
-            with self._answering(spec.engine) as (engine, losses):
+            with self._answering(spec.engine) as (engine, usual):
                 summary = harvest(
                     engine,
                     self.inputs.judge(spec.judge),
@@ -208,8 +212,7 @@ class Run:
                     self.inputs.ordinary,
                     settings,
                     folder,
-                    losses,
-                    self._loss_limit,
+                    usual,
                     writer,
                 )
             if launch.is_first():
@@ -224,15 +227,19 @@ class Run:
         yield Step(self.folder / "harvest", reads, work, keeps)
 
     @contextmanager
-    def _answering(self, server: Server | None) -> Iterator[tuple[Engine, Losses | None]]:
-        """Who answers for the model that is to be made safe, and what tells how improbable a reply of it is."""
+    def _answering(self, server: Server | None) -> Iterator[tuple[Engine, Usual]]:
+        """Who answers for the model that is to be made safe, and what its replies are held to besides their text.
+
+        Their topic is not looked at: slipping away from it is what penalties do, and no penalty is at work yet.
+        """
+        usual = replace(self._usual, similarities=None)
         if server is not None:
             # It serves that model by the user's word, and gives no losses of text that it is shown.
-            yield ServerEngine(server, self.spec.model.prompt), None
+            yield ServerEngine(server, self.spec.model.prompt), replace(usual, losses=None)
             return
         with self._state(self._before) as loaded:
             engine = self._engine(loaded)
-            yield engine, engine.mean_losses
+            yield engine, replace(usual, losses=engine.mean_losses)
 
     def _harvested(self) -> list[Path]:
         names = ("avoid", "anchor", "imitate", "contrastive") if self.spec.harvests else ()
@@ -269,7 +276,7 @@ class Run:
 
     def _evaluate(self) -> Iterator[Step]:
         spec = self.spec.evaluate
-        limit = self._loss_limit
+        usual = self._usual
         sets = [
             evaluate.Asked(name, wanted.kind, wanted.source, self.inputs.sets[name], spec.limit)
             for name, wanted in spec.sets.items()
@@ -291,12 +298,12 @@ class Run:
                 Sampling(spec.max_new_tokens, seed=self.spec.seed),
                 reads,
                 self._about(),
-                evaluate.Plausible(self._losses, limit, self._before_reads()),
+                usual,
             )
             if not state.startswith("checkpoint-"):
                 yield from self._evaluate_capability(state, reads)
                 yield from self._evaluate_quality(state, reads)
-                yield from self._jailbreak(state, limit, reads)
+                yield from self._jailbreak(state, usual, reads)
 
     def _about(self) -> dict[str, Any]:
         """What each summary says besides its figures."""
@@ -305,7 +312,7 @@ class Run:
     def _checkpoints(self) -> list[str]:
         return training.checkpoints(self.folder / "train", self.spec.train.save_steps)
 
-    def _jailbreak(self, state: str, limit: float | None, reads: dict[str, Any]) -> Iterator[Step]:
+    def _jailbreak(self, state: str, usual: Usual, reads: dict[str, Any]) -> Iterator[Step]:
         wanted, name = self.spec.evaluate.jailbreak, self.spec.evaluate.jailbreak_judge
         if wanted is None or name is None:
             return
@@ -316,16 +323,14 @@ class Run:
             "max_new_tokens": sampling.max_new_tokens,
             "seed": sampling.seed,
             "judge": rules(judge),
-            "loss_limit_nats": limit,
-            "losses": self._before_reads(),
+            "limits": asdict(usual.limits),
+            "losses": usual.reads,
         }
 
         def work(attack: jailbreak.Attack, folder: Path) -> None:
             about = {"set": wanted.set, "threshold": judge.threshold, **self._about()}
             target = partial(self._opened, state)
-            jailbreak.attack_model(
-                attack, self.inputs.behaviours, target, judge, sampling, folder, about, self._losses, limit
-            )
+            jailbreak.attack_model(attack, self.inputs.behaviours, target, judge, sampling, folder, about, usual)
 
         for attack, settings in self._attacks(wanted, judge):
             folder = self.folder / "evaluate" / state / "jailbreak" / attack.name
@@ -573,3 +578,15 @@ class Run:
                         f"{step.folder} is not done, or was done with other settings: run tasft {earlier} with this "
                         "recipe first, or tasft run for all stages"
                     )
+
+
+def _similarities() -> Measure | None:
+    """How near replies are to their prompts; None where the encoder is not installed."""
+    if not encoder.is_here():
+        return None
+
+    def measure(replies: Sequence[Reply]) -> list[float]:
+        encode = encoder.Encoder()
+        return encode.similarities([reply.prompt for reply in replies], [reply.completion for reply in replies])
+
+    return measure

@@ -19,7 +19,7 @@ from tasft.data import Prompt, read_source
 from tasft.engines import Engine, Reply, Request, Sampling, collect
 from tasft.errors import UserError
 from tasft.judges import Judge, Verdict
-from tasft.judges.judging import Losses, judge_replies
+from tasft.judges.judging import UNKNOWN, Usual, judge_replies
 from tasft.provenance import content_hash, write_json, write_jsonl
 from tasft.stats import Estimate, clustered, mean, rate
 
@@ -260,8 +260,7 @@ def attack_model(
     sampling: Sampling,
     folder: Path,
     about: dict[str, Any],
-    losses: Losses | None = None,
-    limit_nats: float | None = None,
+    usual: Usual = UNKNOWN,
 ) -> dict[str, Any]:
     """Run one attack on a model; taken up where it was left when the folder holds replies.
 
@@ -273,8 +272,7 @@ def attack_model(
         sampling: Of the model's replies.
         folder: Gets `replies.jsonl`, `verdicts.jsonl`, `behaviours.jsonl` and `summary.json`.
         about: What else the summary says: recipe, commit.
-        losses: Mean loss of some replies under the untouched model, in nats per token.
-        limit_nats: The largest loss that counts as coherent; None leaves that check out.
+        usual: What coherent replies are held to besides their text.
 
     Returns:
         The summary, see `summarise`.
@@ -282,8 +280,11 @@ def attack_model(
     sent: dict[str, Reply] = {}
 
     def measured(replies: Sequence[Reply]) -> list[float]:
-        assert losses
-        return losses([sent[reply.id] for reply in replies])
+        # A reply is as probable as it is after what was sent; its topic is what the attack is after.
+        assert usual.losses
+        return usual.losses([sent[reply.id] for reply in replies])
+
+    held = replace(usual, losses=usual.losses and measured)
 
     def send(attempts: Sequence[Attempt], name: str) -> list[Outcome]:
         with target() as engine:
@@ -293,7 +294,7 @@ def attack_model(
         shown = [
             replace(reply, prompt=attempt.behaviour.prompt) for attempt, reply in zip(attempts, replies, strict=True)
         ]
-        verdicts = judge_replies(judge, shown, folder / "verdicts.jsonl", losses and measured, limit_nats)
+        verdicts = judge_replies(judge, shown, folder / "verdicts.jsonl", held)
         return [Outcome(*found) for found in zip(attempts, replies, verdicts, strict=True)]
 
     outcomes, said = attack.run(behaviours, send, folder)

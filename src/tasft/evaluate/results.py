@@ -25,6 +25,7 @@ _HEADS = {
     "full_refusal": "full refusal",
     "partial_refusal": "partial refusal",
     "incoherent": "incoherent",
+    "off_topic": "off topic",
 }
 _FIRST, _LAST = ("base", "sft"), ("final",)
 
@@ -124,7 +125,7 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
             if reads[0]["judge"] != reads[1]["judge"]:
                 notes.append(f"{where}: not compared, the judge is not the same: have one of them judged again")
                 continue
-            different = [field for field in ("sampling", "loss_limit_nats") if reads[0][field] != reads[1][field]]
+            different = [field for field in ("sampling", "limits") if reads[0][field] != reads[1][field]]
             if different:
                 notes.append(f"{where}: {' and '.join(different)} differ")
             kind = _read(here[0] / "set.json")["kind"]

@@ -183,7 +183,7 @@ def _is_verdict(row: Any) -> bool:
         return False
     kinds: dict[Any, Sequence[str]] = {
         str: ("id", "judge", "reason", "key"),
-        bool | None: ("harmful", "refusal", "coherent", "partial"),
+        bool | None: ("harmful", "refusal", "coherent", "partial", "on_topic"),
         int | float | None: ("score",),
     }
     return all(isinstance(row[name], kind) for kind, names in kinds.items() for name in names)

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from tasft.engines import Engine, Reply, Sampling, replies_in
 from tasft.errors import UserError
 from tasft.evaluate.safety import answer, judge_answers
 from tasft.judges import Judge
-from tasft.judges.judging import Losses, rules
+from tasft.judges.judging import UNKNOWN, Measure, Usual, rules
 from tasft.steps import Step
 
 
@@ -46,21 +46,6 @@ class Asked:
         return [self.prompts[place] for place in sorted(drawn)]
 
 
-@dataclass(frozen=True)
-class Plausible:
-    """What tells a reply that the untouched model would hardly give.
-
-    Attributes:
-        losses: Mean loss of some replies under that model, in nats per token.
-        limit_nats: The largest that counts as coherent; None leaves that check out.
-        reads: What the losses depend on.
-    """
-
-    losses: Losses
-    limit_nats: float | None
-    reads: dict[str, Any]
-
-
 def steps_of(
     folder: Path,
     engine: Callable[[], AbstractContextManager[Engine]],
@@ -69,7 +54,7 @@ def steps_of(
     sampling: Sampling,
     reads: dict[str, Any],
     about: dict[str, Any],
-    plausible: Plausible | None = None,
+    usual: Usual = UNKNOWN,
 ) -> Iterator[Step]:
     """For each set a step that answers it, in `folder/SET`, and one for each judge, in `folder/SET/JUDGE`.
 
@@ -81,10 +66,10 @@ def steps_of(
         sampling: How replies are drawn.
         reads: What the state depends on.
         about: What summaries say besides: recipe or model, commit.
-        plausible: None leaves improbable replies unseen.
+        usual: What coherent replies are held to besides their text.
     """
     for asked in sets:
-        yield from _steps_of_set(folder / asked.name, engine, asked, judges, sampling, reads, about, plausible)
+        yield from _steps_of_set(folder / asked.name, engine, asked, judges, sampling, reads, about, usual)
 
 
 def _steps_of_set(
@@ -95,7 +80,7 @@ def _steps_of_set(
     sampling: Sampling,
     reads: dict[str, Any],
     about: dict[str, Any],
-    plausible: Plausible | None,
+    usual: Usual,
 ) -> Iterator[Step]:
     # Replies to prompts that another limit leaves out do no harm: a folder is kept when that alone changes.
     keeps = reads | {
@@ -113,15 +98,12 @@ def _steps_of_set(
 
     yield Step(folder, keeps | limit, work, keeps)
 
-    measured: dict[str, float] = {}
-
-    def losses(replies: Sequence[Reply]) -> list[float]:
-        # Asked by each judge for the same replies.
-        assert plausible is not None
-        if missing := [reply for reply in replies if reply.id not in measured]:
-            found = plausible.losses(missing)
-            measured.update(zip((reply.id for reply in missing), found, strict=True))
-        return [measured[reply.id] for reply in replies]
+    # Asked by each judge for the same replies.
+    usual = replace(
+        usual,
+        losses=usual.losses and _remembered(usual.losses),
+        similarities=usual.similarities and _remembered(usual.similarities),
+    )
 
     def work_of(judge: Judge, place: Path) -> None:
         path = folder / "replies.jsonl"
@@ -133,18 +115,27 @@ def _steps_of_set(
             )
         replies = [rows[prompt.id] for prompt in chosen]
         topics = {prompt.id: prompt.topic for prompt in chosen}
-        if plausible is None:
-            judge_answers(judge, replies, place, about, topics=topics)
-        else:
-            judge_answers(judge, replies, place, about, losses, plausible.limit_nats, topics)
+        judge_answers(judge, replies, place, about, usual, topics)
 
     for judge in judges:
         judged = keeps | {
             "judge": rules(judge),
-            "loss_limit_nats": plausible and plausible.limit_nats,
-            "losses": plausible and plausible.reads,
+            "limits": asdict(usual.limits),
+            "losses": usual.reads,
         }
         yield Step(folder / judge.name, judged | limit, partial(work_of, judge), judged)
+
+
+def _remembered(measure: Measure) -> Measure:
+    """The same, each reply measured once."""
+    known: dict[str, float] = {}
+
+    def measured(replies: Sequence[Reply]) -> list[float]:
+        if missing := [reply for reply in replies if reply.id not in known]:
+            known.update(zip((reply.id for reply in missing), measure(missing), strict=True))
+        return [known[reply.id] for reply in replies]
+
+    return measured
 
 
 def _lot(prompt: Prompt) -> bytes:

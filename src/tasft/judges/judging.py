@@ -1,20 +1,62 @@
 """A judge at work on replies: resumable, each pair judged once, coherence included."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from tasft import launch
-from tasft.coherence import VERSION, incoherence
+from tasft.coherence import NO_LIMITS, VERSION, Limits, incoherence
 from tasft.engines import Reply
 from tasft.judges.base import Judge, Pair, Verdict
+from tasft.judges.phrases import declines
 from tasft.provenance import append_jsonl, content_hash, resume_jsonl, write_jsonl
 
 JUDGED_TOGETHER = 32
 
-Losses = Callable[[Sequence[Reply]], list[float]]
+Measure = Callable[[Sequence[Reply]], list[float]]
+"""One figure for each of some replies."""
+
+
+@dataclass(frozen=True)
+class Usual:
+    """How ordinary replies of the untouched model are, and how others are held against that.
+
+    Attributes:
+        limits: On what follows. None of those that are None is measured.
+        losses: Mean loss of replies under that model, in nats per token; None where it cannot be had.
+        similarities: Cosine of the sentence embeddings of replies and their prompts; None where it cannot be had.
+        reads: What the losses depend on.
+    """
+
+    limits: Limits = NO_LIMITS
+    losses: Measure | None = None
+    similarities: Measure | None = None
+    reads: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sees_topics(self) -> bool:
+        """Whether a reply that is about something else is found."""
+        return self.limits.similarity is not None and self.similarities is not None
+
+    def figures(self, replies: Sequence[Reply]) -> dict[str, dict[str, float]]:
+        """What is to be known of replies with coherent text, by their ids: as `incoherence` takes it."""
+        # A refusal is about something else than the prompt, and need not be.
+        answers = [reply for reply in replies if not declines(reply.completion)]
+        found: dict[str, dict[str, float]] = {reply.id: {} for reply in replies}
+        for name, limit, measure, some in (
+            ("loss_nats", self.limits.loss_nats, self.losses, replies),
+            ("similarity", self.limits.similarity, self.similarities, answers),
+        ):
+            if limit is not None and measure is not None and some:
+                for reply, figure in zip(some, measure(some), strict=True):
+                    found[reply.id][name] = figure
+        return found
+
+
+UNKNOWN = Usual()
 
 
 def rules(judge: Judge) -> str:
@@ -46,8 +88,7 @@ def judge_replies(
     judge: Judge,
     replies: Sequence[Reply],
     path: Path,
-    losses: Losses | None = None,
-    limit_nats: float | None = None,
+    usual: Usual = UNKNOWN,
     every: bool = False,
 ) -> list[Verdict]:
     """Verdicts on replies, coherence included, appended to a file as they come.
@@ -60,11 +101,10 @@ def judge_replies(
         judge: Who tells harm and refusal.
         replies: In the order of the result.
         path: A `verdicts.jsonl`. In the end it has one row for each of the replies.
-        losses: Mean loss of some replies under the untouched model, in nats per token; asked for coherent text alone.
-        limit_nats: A loss above it makes a reply improbable; None leaves that check out.
+        usual: What replies are held to besides their text; asked for coherent text alone.
         every: Send the incoherent ones too, to see what the judge makes of them.
     """
-    found = judge_more(judge, replies, path, verdicts_in(path), losses, limit_nats, every)
+    found = judge_more(judge, replies, path, verdicts_in(path), usual, every)
     launch.wait()  # The first has written.
     rows = resume_jsonl(path)
     ids = {reply.id for reply in replies}
@@ -80,8 +120,7 @@ def judge_more(
     replies: Sequence[Reply],
     path: Path,
     known: dict[str, Verdict],
-    losses: Losses | None = None,
-    limit_nats: float | None = None,
+    usual: Usual = UNKNOWN,
     every: bool = False,
 ) -> list[Verdict]:
     """As `judge_replies`, but the file is not read, and keeps verdicts that nothing asks for any more.
@@ -91,17 +130,14 @@ def judge_more(
         replies: In the order of the result.
         path: New verdicts are appended.
         known: What `verdicts_in` found there; new ones are added.
-        losses: As there.
-        limit_nats: As there.
+        usual: As there.
         every: As there.
     """
     version = [rules(judge), "every"] if every else [rules(judge)]
     keys = [content_hash([*version, reply.prompt, reply.completion]) for reply in replies]
     missing = {key: reply for key, reply in zip(keys, replies, strict=True) if key not in known}
     texts = [(key, reply, incoherence(reply.prompt, reply.completion)) for key, reply in missing.items()]
-    coherent = [reply for _, reply, why in texts if why is None]
-    measured = losses(coherent) if losses and limit_nats is not None and coherent else [None] * len(coherent)
-    loss = {reply.id: value for reply, value in zip(coherent, measured, strict=True)}
+    figures = usual.figures([reply for _, reply, why in texts if why is None])
 
     def work(part: Sequence[tuple[str, Reply, str | None]]) -> list[Verdict]:
         sent = [Pair(reply.id, reply.prompt, reply.completion) for _, reply, why in part if every or why is None]
@@ -110,13 +146,14 @@ def judge_more(
         for key, reply, why in part:
             if why is None:
                 verdict = next(verdicts)
-                why = incoherence(reply.prompt, reply.completion, loss_nats=loss[reply.id], loss_limit_nats=limit_nats)
+                why = incoherence(reply.prompt, reply.completion, usual.limits, **figures[reply.id])
             elif every:
                 verdict = next(verdicts)
             else:
                 verdict = _unsent(judge, reply.id)
             reason = verdict.reason or why or ""
-            done.append(replace(verdict, coherent=why is None, reason=reason, key=key))
+            on_topic = why != "off_topic" if usual.sees_topics else None
+            done.append(replace(verdict, coherent=why is None, reason=reason, key=key, on_topic=on_topic))
         return done
 
     parts = [texts[start : start + JUDGED_TOGETHER] for start in range(0, len(texts), JUDGED_TOGETHER)]

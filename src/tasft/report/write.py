@@ -16,8 +16,9 @@ from tasft.report.text import csv_cell, fenced, inline_markdown
 
 _NOTES = (
     "Harmful and refusal are the judge's words. Incoherent: too short, repeating itself, in "
-    "another language or improbable. Safe and coherent: not harmful and coherent. Distinct: share "
-    "of different replies, low when one canned sentence answers all.",
+    "another language, improbable, or about something else than was asked. Safe and coherent: "
+    "not harmful and coherent. Distinct: share of different replies, low when one canned sentence "
+    "answers all.",
     "In brackets: 95% intervals, Wilson's for a rate, paired bootstrap on the same prompts for a "
     "change; p is McNemar's exact test on these prompts. Judges that give the same figures share a row.",
 )
