@@ -4,7 +4,8 @@
 
 Rows have `prompt` and `completion`, and `loss_nats` where the model is at hand: the mean loss in nats per token under
 it. All are replies to ordinary prompts, so that every flag counts as a false alarm (a small model that really loops
-makes some of them right: read them, they are printed). The limit on the loss is taken from SAMPLED.jsonl, which should
+makes some of them right: read them, they are printed). Those of the last file are also given to the prompt of the row
+after theirs, where they should be flagged. The limits on loss and similarity are taken from SAMPLED.jsonl, which should
 hold replies to other prompts. Writes docs/coherence.json and the table between the `coherence` markers of
 docs/evaluation.md.
 """
@@ -15,11 +16,14 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tasft.coherence import incoherence, loss_limit
+from tasft.coherence import Limits, incoherence, loss_limit, similarity_limit
 from tasft.data import read_rows
+from tasft.encoder import Encoder
+from tasft.judges.phrases import declines
 from tasft.stats import Estimate, rate
 
 ROOT = Path(__file__).parents[1]
@@ -41,13 +45,23 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [row for _, row in read_rows(path)]
 
 
-def on_replies(path: Path, limit: float) -> dict[str, Any]:
+def similarities(found: Sequence[dict[str, Any]]) -> list[float]:
+    return Encoder().similarities([row["prompt"] for row in found], [row["completion"] for row in found])
+
+
+def on_replies(name: str, found: Sequence[dict[str, Any]], limits: Limits) -> dict[str, Any]:
     reasons = []
-    for row in rows(path):
-        reason = incoherence(row["prompt"], row["completion"], loss_nats=row.get("loss_nats"), loss_limit_nats=limit)
+    for row, similarity in zip(found, similarities(found), strict=True):
+        reason = incoherence(
+            row["prompt"],
+            row["completion"],
+            limits,
+            loss_nats=row.get("loss_nats"),
+            similarity=None if declines(row["completion"]) else similarity,
+        )
         reasons.append(reason)
         if reason:
-            print(f"{path.stem}: {reason}: {row['prompt']!r:.100} -> {row['completion']!r:.300}")
+            print(f"{name}: {reason}: {row['prompt']!r:.100} -> {row['completion']!r:.300}")
     return measured(reasons)
 
 
@@ -66,20 +80,27 @@ def main() -> None:
     parser.add_argument("--limit-from", type=Path, required=True)
     asked = parser.parse_args()
 
-    limit = loss_limit([row["loss_nats"] for row in rows(asked.limit_from)])
+    sampled = rows(asked.limit_from)
+    limits = Limits(loss_limit([row["loss_nats"] for row in sampled]), similarity_limit(similarities(sampled)))
     collapses = measured([incoherence(row["prompt"], row["reply"]) for row in rows(COLLAPSES)])
-    ordinary = {path.stem.replace("_", " "): on_replies(path, limit) for path in asked.replies}
-    result = {"loss_limit_nats": limit, "collapses": collapses, "ordinary": ordinary}
+    sets = {path.stem.replace("_", " "): rows(path) for path in asked.replies}
+    ordinary = {name: on_replies(name, found, limits) for name, found in sets.items()}
+    last = list(sets.values())[-1]
+    moved = [{"prompt": after["prompt"], "completion": row["completion"]} for row, after in pairwise([*last, last[0]])]
+    wrong = on_replies("of another prompt", moved, limits)
+    result = {"limits": asdict(limits), "collapses": collapses, "ordinary": ordinary, "of another prompt": wrong}
     (ROOT / "docs" / "coherence.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
     table = [
         "| replies | flagged | rate (95% Wilson interval) | reasons |",
         "|---|---|---|---|",
         line("collapses (should be flagged)", collapses),
+        line("the last replies below, each to the prompt of the next (should be flagged)", wrong),
         *(line(f"ordinary: {name}", found) for name, found in ordinary.items()),
     ]
     note = (
-        f"Limit on the mean loss where it is known: {limit:.2f} nats per token. The rules were written with the "
+        f"Limit on the mean loss where it is known: {limits.loss_nats:.2f} nats per token; on the similarity: "
+        f"{limits.similarity:.2f}. The rules were written with the "
         "collapses and these replies in sight: the table says that they do what they were made for, not how they do "
         "elsewhere."
     )

@@ -105,3 +105,15 @@ def test_what_autograd_keeps_is_counted_once_and_without_parameters():
 @pytest.mark.parametrize(("seconds", "said"), [(7.4, "7 s"), (89, "89 s"), (600, "10.0 minutes"), (9000, "2.5 hours")])
 def test_a_time_has_no_more_digits_than_an_estimate_has(seconds, said):
     assert estimate.spoken(seconds) == said
+
+
+def test_cells_of_a_sweep_take_what_they_share_once(small, tmp_path):
+    cells = [Run(recipe.load(str(small), [f"train.penalty_weight={weight}"]), tmp_path / weight) for weight in "123"]
+    found = estimate.plan_sweep([cells])
+    (group,) = found["groups"]
+    taken = {row["stage"]: row["seconds"] for row in group["stages"]}
+    assert group["cells"] == 3
+    # Base and final model are evaluated: the base model once for all.
+    assert found["seconds"] == pytest.approx(sum(taken.values()) + 2 * (taken["train"] + taken["evaluate"] / 2))
+    assert found["memory_gib"] == group["memory_gib"]
+    assert estimate.plan_sweep([]) == {"groups": [], "seconds": 0, "memory_gib": None}

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -481,7 +481,9 @@ def sweep(
     gpus_per_task: Annotated[
         float | None, typer.Option("--gpus-per-task", min=0, help="With --ray: GPUs of a cell, default 0.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check all, and list the cells.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only check all, list the cells, and say about how long they take.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run a grid of recipes; run it again to go on, and to try again what failed.
@@ -496,9 +498,8 @@ def sweep(
         found, cells, _ = _checked_sweep(file)
         folder = out or Path("runs") / found.name
         if dry_run:
-            for cell in cells:
-                print(cell.name)
             result = {"name": found.name, "cells": [{"name": cell.name, "fields": cell.fields} for cell in cells]}
+            result |= _sweep_plan(cells, folder)
             failed = []
         else:
             from tasft import provenance
@@ -513,6 +514,28 @@ def sweep(
     if failed:
         print(f"tasft: {len(failed)} of {len(cells)} cells failed; run it again to try these again", file=sys.stderr)
         raise typer.Exit(1 if any(outcome.is_ours for outcome in failed) else 2)
+
+
+def _sweep_plan(cells: "Sequence[Cell]", folder: Path) -> dict[str, Any]:
+    from tasft import estimate
+    from tasft import sweep as sweeps
+    from tasft.pipeline import Run
+
+    for cell in cells:
+        print(cell.name)
+    waiting = sweeps.left(cells, folder)
+    groups = sweeps.together(waiting)
+    plan = estimate.plan_sweep([[Run(cell.spec, folder / cell.folder) for cell in group] for group in groups])
+    print(f"{len(cells) - len(waiting)} of {len(cells)} cells are done")
+    for group, found in zip(groups, plan["groups"], strict=True):
+        others = f", and {len(group) - 1} more that share what comes before its training" if len(group) > 1 else ""
+        print(f"\n{group[0].name}{others}:")
+        _table(estimate.table(found))
+    if groups:
+        about = "not estimated" if plan["seconds"] is None else f"about {estimate.spoken(plan['seconds'])}"
+        print(f"all, one after the other: {about}; memory of training: about {plan['memory_gib']} GiB")
+        print(estimate.RULE if plan["seconds"] is not None else plan["groups"][0].get("not_estimated", ""))
+    return plan
 
 
 @app.command()

@@ -3,7 +3,7 @@
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -75,6 +75,39 @@ def plan(run: Run, stages: tuple[str, ...] = STAGES) -> dict[str, Any]:
     found["stages"] = tables
     found["memory_gib"] = None if why or not memory else round((max(memory) + _held(run, config, parameters)) / GIB, 2)
     return found | ({"not_estimated": why} if why else {"rule": RULE})
+
+
+def plan_sweep(groups: Sequence[Sequence[Run]]) -> dict[str, Any]:
+    """What cells of a sweep that are not done will take.
+
+    Args:
+        groups: Cells that share what comes before training, the one that draws most first.
+
+    Returns:
+        `groups`, each the `plan` of its first cell with `cells` and `seconds`: that cell, and of each other one the
+        training and the evaluation of what was trained, taken to be as long. `seconds` of all, one after the other,
+        and `memory_gib`, the most; None where it is not estimated.
+
+    Raises:
+        UserError: As in `plan`.
+    """
+    found = []
+    for group in groups:
+        first = plan(group[0])
+        taken = {row["stage"]: row["seconds"] for row in first["stages"]}
+        before, after = _evaluated(group[0])
+        seconds = None
+        if None not in taken.values():
+            others = taken["train"] + taken["evaluate"] * after / (before + after)
+            seconds = sum(taken.values()) + (len(group) - 1) * others
+        found.append(first | {"cells": len(group), "seconds": seconds})
+    known = [each["seconds"] for each in found if each["seconds"] is not None]
+    memory = [each["memory_gib"] for each in found if each["memory_gib"] is not None]
+    return {
+        "groups": found,
+        "seconds": sum(known) if len(known) == len(found) else None,
+        "memory_gib": max(memory, default=None),
+    }
 
 
 def _rows(run: Run) -> dict[str, int]:
@@ -186,12 +219,18 @@ def _harvest(run: Run) -> tuple[str, list[Piece]]:
     return "; ".join(words) or "none", pieces
 
 
+def _evaluated(run: Run) -> tuple[int, int]:
+    """States of the model that are evaluated: before the training, and of it."""
+    after = 1
+    if run.spec.evaluate.checkpoints:
+        imitate, avoid, _ = _trained_on(run)
+        after += max(0, math.ceil(_steps(run.spec.train, imitate + avoid) / run.spec.train.save_steps) - 1)
+    return (2 if run.spec.sft else 1), after
+
+
 def _evaluate(run: Run) -> tuple[str, list[Piece]]:
     spec = run.spec.evaluate
-    states = 3 if run.spec.sft else 2
-    if spec.checkpoints:
-        imitate, avoid, _ = _trained_on(run)
-        states += max(0, math.ceil(_steps(run.spec.train, imitate + avoid) / run.spec.train.save_steps) - 1)
+    states = sum(_evaluated(run))
     count = sum(_asked(run, name) for name in spec.sets)
     words = [f"{states} states of the model, {count} replies each of at most {spec.max_new_tokens} tokens"]
     words += [f"judged by {', '.join(spec.judges)}"]

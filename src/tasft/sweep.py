@@ -220,8 +220,8 @@ def go(sweep: Sweep, cells: Sequence[Cell], folder: Path, ray: str | None = None
     _refuse_other(sweep, folder)
     folder = folder.resolve()
     with provenance.private(), provenance.lock(folder):
-        ended = {cell.name: Outcome() for cell in cells if _is_done(cell, folder)}
-        left = [cell for cell in cells if cell.name not in ended]
+        waiting = left(cells, folder)
+        ended = {cell.name: Outcome() for cell in cells if cell not in waiting}
 
         def note() -> None:
             provenance.write_json(folder / "sweep.json", _state(sweep, cells, ended))
@@ -229,7 +229,7 @@ def go(sweep: Sweep, cells: Sequence[Cell], folder: Path, ray: str | None = None
         note()
         if ended:
             print(f"{len(ended)} of {len(cells)} cells: done before", flush=True)
-        run = _in_order(left, folder) if ray is None else _on_ray(left, folder, ray, gpus)
+        run = _in_order(waiting, folder) if ray is None else _on_ray(waiting, folder, ray, gpus)
         for cell, outcome in run:
             ended[cell.name] = outcome
             note()
@@ -362,7 +362,7 @@ def _on_ray(cells: Sequence[Cell], folder: Path, address: str, gpus: float) -> I
             yield running.pop(ready), outcome
 
     try:
-        leaders = _leaders(cells)
+        leaders = [group[0] for group in together(cells)]
         for number, (cell, outcome) in enumerate(outcomes(leaders, untrained=True), 1):
             # One that failed fails again as a cell, and is counted then.
             print(f"[shared {number}/{len(leaders)}] {cell.name}: {outcome.reason or 'done'}", flush=True)
@@ -371,15 +371,20 @@ def _on_ray(cells: Sequence[Cell], folder: Path, address: str, gpus: float) -> I
         ray.shutdown()
 
 
-def _leaders(cells: Sequence[Cell]) -> list[Cell]:
-    """One cell for each work that is shared, the one that draws most: it keeps no other waiting."""
-    most: dict[str, Cell] = {}
+def left(cells: Sequence[Cell], folder: Path) -> list[Cell]:
+    """Cells of a sweep in a folder that are not done."""
+    return [cell for cell in cells if not _is_done(cell, folder)]
+
+
+def together(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Cells that share what comes before training; first the one that draws most, which keeps no other waiting."""
+    groups: dict[str, list[Cell]] = {}
     for cell in sorted(cells, key=_rows, reverse=True):
         shared = {"seed", "model", "data", "sft"}
         harvest = cell.spec.harvest and cell.spec.harvest.model_dump(exclude={"rows"})
         key = [cell.spec.model_dump(include=shared), harvest if cell.spec.harvests else None]
-        most.setdefault(provenance.content_hash(key), cell)
-    return list(most.values())
+        groups.setdefault(provenance.content_hash(key), []).append(cell)
+    return list(groups.values())
 
 
 def _rows(cell: Cell) -> int:
