@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
-from test_server import Loopback
+from test_server import Speaker
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
@@ -316,7 +316,7 @@ def test_processes_share_the_work_and_all_have_the_same_as_one(tiny, engine, tmp
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
     (tmp_path / "rank.py").write_text(RANK)
-    with Loopback(delay=lambda: 0.02) as server:
+    with Speaker(delay=lambda: 0.02) as server:
         there = collect(
             ServerEngine(Server(urls=[server.url], model="m")),
             requests_for(PROMPTS),

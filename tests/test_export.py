@@ -9,12 +9,10 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.request import Request, urlopen
 
 import huggingface_hub
@@ -22,6 +20,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard
+from loopback import Handler, Loopback
 from peft import LoraModel
 from test_pipeline import go, small_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -246,32 +245,20 @@ def test_what_is_no_finished_run_is_named(run, tmp_path):
 # --- The hub ---------------------------------------------------------------------------------
 
 
-class Hub(ThreadingHTTPServer):
+class Hub(Loopback):
     """Takes what it is given, by the hub's documented way for small files, and remembers it."""
 
     def __init__(self, status=200):
-        super().__init__(("127.0.0.1", 0), HubHandler)
+        super().__init__(HubHandler, path="")
         self.seen, self.files, self.status = [], {}, status
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
 
 
-class HubHandler(BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
+class HubHandler(Handler):
     def do_GET(self):
         self.send({}, 404)
 
     def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.asked()
         self.server.seen.append((self.path, body))
         if self.path == "/api/repos/create":
             self.send({"url": f"{self.server.url}/me/small", "id": "me/small"}, self.server.status)
@@ -287,13 +274,6 @@ class HubHandler(BaseHTTPRequestHandler):
             self.send(
                 {"commitUrl": f"{self.server.url}/me/small/commit/{'0' * 40}", "commitOid": "0" * 40, "success": True}
             )
-
-    def send(self, value, status=200):
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
 
 
 @pytest.fixture

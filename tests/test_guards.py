@@ -2,8 +2,6 @@
 
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from conftest import tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from loopback import Handler, Loopback, completion
 from transformers import (
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
@@ -360,45 +359,28 @@ def test_within_a_shared_work_a_process_generates_alone(random_guard, monkeypatc
     assert gathered == [expected]
 
 
-class Completions:
+class Completions(Loopback):
     """A server that answers harmfully to odd acts and harmlessly to even ones, by chat or completion."""
 
     def __init__(self, kind):
-        self.asked = []
-        served = self
+        super().__init__(Completing)
+        self.kind, self.asked = kind, []
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                served.asked.append((self.path, body))
-                act = int(re.search(r"forbidden act (\d+)", json.dumps(body))[1])
-                text = list(ANSWERS[kind])[0 if act % 2 else 1]
-                said = {"message": {"role": "assistant", "content": text}} if "messages" in body else {"text": text}
-                choice = {"index": 0, "finish_reason": "stop", **said}
-                answer = {"id": "c", "object": "o", "created": 1, "model": body["model"], "choices": [choice]}
-                content = json.dumps(answer).encode()
-                self.send_response(200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
 
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+class Completing(Handler):
+    def do_POST(self):
+        body = json.loads(self.asked())
+        self.server.asked.append((self.path, body))
+        act = int(re.search(r"forbidden act (\d+)", json.dumps(body))[1])
+        self.send(completion(body, list(ANSWERS[self.server.kind])[0 if act % 2 else 1]))
 
 
 @pytest.mark.skipif(not (find_spec("openai") and find_spec("tenacity")), reason="tasft[server] is not installed")
 @pytest.mark.parametrize("kind", list(GUARDS))
 def test_through_a_server_a_guard_is_asked_the_same_and_answers_stay_with_their_pairs(kind):
-    server = Completions(kind)
-    known = Server(urls=[server.url], model="guard", concurrency=3)
-    verdicts = load_judge("g", {"g": JudgeSettings(kind=kind, server=known)}).judge(PAIRS)
-    server.server.shutdown()
-    server.server.server_close()
+    with Completions(kind) as server:
+        known = Server(urls=[server.url], model="guard", concurrency=3)
+        verdicts = load_judge("g", {"g": JudgeSettings(kind=kind, server=known)}).judge(PAIRS)
     harmful, harmless = ANSWERS[kind].values()
     assert [(verdict.id, verdict.harmful, verdict.refusal) for verdict in verdicts] == [
         (pair.id, *(harmful if number % 2 else harmless)) for number, pair in enumerate(PAIRS)

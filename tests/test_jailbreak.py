@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import yaml
 from conftest import rows, tiny_tokenizer
-from test_server import Handler, Loopback
+from loopback import Handler, Loopback, completion
 
 from tasft import recipe
 from tasft.coherence import Limits
@@ -33,24 +33,22 @@ class Speaker(Loopback):
     """A server that says what a function of the question and of how often it was asked makes of it."""
 
     def __init__(self, say):
-        super().__init__()
-        self.RequestHandlerClass = Speaking
-        self.say = say
+        super().__init__(Speaking)
+        self.say, self.seen = say, []
 
     def settings(self):
         return Server(urls=[self.url], model="m", retries=0, concurrency=1)
 
     @property
     def questions(self):
-        return [body["messages"][0]["content"] for _, _, body, _ in self.seen]
+        return [body["messages"][0]["content"] for body in self.seen]
 
 
 class Speaking(Handler):
-    def answer(self, body, fault):
-        said = self.server.say(body["messages"][0]["content"])
-        message = {"role": "assistant", "content": said}
-        choice = {"index": 0, "finish_reason": "stop", "logprobs": None, "message": message}
-        self.send(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
+    def do_POST(self):
+        body = json.loads(self.asked())
+        self.server.seen.append(body)
+        self.send(completion(body, self.server.say(body["messages"][0]["content"])))
 
 
 def is_judged(question):

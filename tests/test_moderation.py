@@ -1,14 +1,13 @@
 """The moderation service, played by a loopback server that speaks its documented schema."""
 
 import json
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import find_spec
 from hypothesis import given
 from hypothesis import strategies as st
+from loopback import Handler, Loopback
 
 from tasft.engines import Reply, Server
 from tasft.errors import UserError
@@ -40,38 +39,12 @@ def result(text):
     }
 
 
-class Service:
+class Service(Loopback):
     """Answers as documented, except where `plan` has something else for the next request."""
 
     def __init__(self):
+        super().__init__(Moderating)
         self.plan, self.bodies, self.headers, self.times = [], [], {}, []
-        service = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                service.times.append(time.monotonic())
-                service.bodies.append((self.path, self.headers["Authorization"], body))
-                texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
-                answer = {"id": "modr-1", "model": "omni-moderation-2024-09-26", "results": [result(t) for t in texts]}
-                status, headers, answer = service.plan.pop(0) if service.plan else (200, service.headers, answer)
-                if status is None:  # Says nothing.
-                    self.close_connection = True
-                    return
-                content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-                self.send_response(status)
-                for name, value in {"Content-Type": "application/json", **headers}.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def judge(self, **server):
         known = Server(urls=[self.url], model="omni-moderation-latest", **server)
@@ -82,14 +55,26 @@ class Service:
         return [body["input"] for _, _, body in self.bodies]
 
 
+class Moderating(Handler):
+    def do_POST(self):
+        body, service = json.loads(self.asked()), self.server
+        service.times.append(time.monotonic())
+        service.bodies.append((self.path, self.headers["Authorization"], body))
+        texts = [body["input"]] if isinstance(body["input"], str) else body["input"]
+        answer = {"id": "modr-1", "model": "omni-moderation-2024-09-26", "results": [result(t) for t in texts]}
+        status, headers, answer = service.plan.pop(0) if service.plan else (200, service.headers, answer)
+        if status is None:  # Says nothing.
+            self.close_connection = True
+        else:
+            self.send(answer, status, headers)
+
+
 @pytest.fixture
 def service(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr("tasft.engines.asking.FIRST_PAUSE_S", 0.01)
-    service = Service()
-    yield service
-    service.server.shutdown()
-    service.server.server_close()
+    with Service() as service:
+        yield service
 
 
 def pairs(texts):

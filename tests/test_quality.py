@@ -2,12 +2,11 @@
 
 import json
 import math
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
+from loopback import Handler, Loopback, completion
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
@@ -86,45 +85,27 @@ def test_references_are_read_by_alpaca_evals_names_or_ours_and_every_bad_row_is_
     assert len(caught.value.faults) == 3
 
 
-class Annotator(ThreadingHTTPServer):
+class Annotator(Loopback):
     """Likes a reply with the word `good`, and says so by the log-probabilities of `m` and `M`."""
 
     def __init__(self, tells=True):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Annotating)
         self.seen, self.tells = [], tells
 
     def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-        return Server(urls=[f"http://127.0.0.1:{self.server_address[1]}/v1"], model="inert", key_env="CANARY_KEY")
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
+        super().__enter__()
+        return Server(urls=[self.url], model="inert", key_env="CANARY_KEY")
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
+class Annotating(Handler):
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.asked())
         self.server.seen.append((self.path, self.headers["Authorization"], body))
         first, second = body["messages"][-1]["content"].split('"model_identifier": "M"')
         p = 0.9 if "good" in first else 0.1 if "good" in second else 0.5
         top = [{"token": t, "logprob": math.log(q), "bytes": None} for t, q in (("m", p), ("M", 1 - p))]
         logprobs = {"content": [{**top[0], "top_logprobs": top}]} if self.server.tells else None
-        choice = {"index": 0, "finish_reason": "stop", "logprobs": logprobs}
-        choice["message"] = {"role": "assistant", "content": "m"}
-        found = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
-        found["usage"] = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-        data = json.dumps(found).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        self.send(completion(body, "m", logprobs=logprobs))
 
 
 def replies(texts):

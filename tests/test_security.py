@@ -7,16 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import zipfile
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import ROOT, tiny_model, tiny_tokenizer
+from loopback import Handler, Loopback, completion
 from test_pipeline import go, small_recipe
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
@@ -348,44 +347,25 @@ def test_a_key_in_a_recipe_is_refused_and_not_repeated(small, monkeypatch, plant
         assert secret not in str(caught.value)
 
 
-class Echoing(ThreadingHTTPServer):
+class Echoing(Loopback):
     """A judge and an annotator. Of its first answers each is a fault that repeats the key that it was sent."""
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Answering)
+        super().__init__(Answering)
         self.faults, self.keys = 2, set()
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
 
 
-class Answering(BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
+class Answering(Handler):
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.asked())
         key = self.headers["Authorization"].removeprefix("Bearer ")
         self.server.keys.add(key)
         self.server.faults -= 1
+        if self.server.faults >= 0:
+            self.send({"error": {"message": f"the key {key} is slow today"}}, 500)
+            return
         top = [{"token": token, "logprob": -0.7, "bytes": None} for token in "mM"]
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "yes"}}
-        choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top}]}
-        found = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
-        found["usage"] = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-        fault = {"error": {"message": f"the key {key} is slow today"}}
-        content = json.dumps(fault if self.server.faults >= 0 else found).encode()
-        self.send_response(500 if self.server.faults >= 0 else 200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
+        self.send(completion(body, "yes", logprobs={"content": [{**top[0], "top_logprobs": top}]}))
 
 
 # Runs command lines, each with files for what it prints and for what reaches for another machine, which fails.

@@ -12,12 +12,12 @@ import traceback
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
 from conftest import tiny_tokenizer
+from loopback import Handler, Loopback, completion
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming as ChatBody
 from openai.types.completion_create_params import CompletionCreateParamsNonStreaming as TextBody
 from pydantic import TypeAdapter, ValidationError
@@ -33,29 +33,14 @@ DRAWN = Sampling(max_new_tokens=8, temperature=1.0, top_p=0.9, seed=5)
 CANARY = "sk-canary-3141592653589793"
 
 
-class Loopback(ThreadingHTTPServer):
+class Speaker(Loopback):
     """Speaks the documented schema; for each prompt, `plan` says what goes wrong at its first requests."""
 
-    daemon_threads = True
-    request_queue_size = 100
-
     def __init__(self, plan=None, delay=lambda: 0.0):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Planned)
         self.plan = {prompt: list(faults) for prompt, faults in (plan or {}).items()}
         self.delay, self.seen, self.at_a_time, self.most = delay, [], 0, 0
         self.lock = threading.Lock()
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    def handle_error(self, request, client_address):
-        pass
-
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
 
     @property
     def asked(self):
@@ -66,14 +51,9 @@ def prompt_of(body):
     return body["messages"][0]["content"] if "messages" in body else body["prompt"]
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
+class Planned(Handler):
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.asked())
         server = self.server
         with server.lock:
             server.seen.append((self.path, self.headers, body, time.monotonic()))
@@ -87,60 +67,41 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(body, fault)
 
     def answer(self, body, fault):
-        said = f"answer to {prompt_of(body)} by {body['seed']}"
-        chat = "messages" in body
-        choice = {"index": 0, "finish_reason": "stop", "logprobs": None}
-        choice |= {"message": {"role": "assistant", "content": said}} if chat else {"text": said}
-        found = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
+        found = completion(body, f"answer to {prompt_of(body)} by {body['seed']}")
+        (choice,) = found["choices"]
         match fault:
             case None:
-                self.send(200, found)
+                self.send(found)
             case "drop":
                 self.close_connection = True
             case "slow":
                 time.sleep(1.0)
-                self.send(200, found)
+                self.send(found)
             case "drop by drop":
-                self.send(200, found, pause=0.02)
+                self.send(found, pause=0.02)
             case "half a body":
-                self.send(200, found, share=0.5)
+                self.send(found, share=0.5)
             case "half a JSON":
-                self.send(200, json.dumps(found)[:60])
+                self.send(json.dumps(found).encode()[:60])
             case "a page":
-                self.send(200, "<html>welcome</html>", kind="text/html")
+                self.send(b"<html>welcome</html>", headers={"Content-Type": "text/html"})
             case "no choice":
-                self.send(200, found | {"choices": []})
+                self.send(found | {"choices": []})
             case "no message":
-                self.send(200, found | {"choices": [{"index": 0, "finish_reason": "stop"}]})
+                self.send(found | {"choices": [{"index": 0, "finish_reason": "stop"}]})
             case "no content":
                 choice["message"]["content"] = None
-                self.send(200, found)
+                self.send(found)
             case "cut while thinking":
                 choice["message"]["content"] = None
-                self.send(200, found | {"choices": [choice | {"finish_reason": "length"}]})
+                self.send(found | {"choices": [choice | {"finish_reason": "length"}]})
             case "at its limit":
-                self.send(200, found | {"choices": [choice | {"finish_reason": "length"}]})
+                self.send(found | {"choices": [choice | {"finish_reason": "length"}]})
             case (status, after):
-                self.send(int(status), {"error": {"message": "slowly, please"}}, after=after)
+                self.send({"error": {"message": "slowly, please"}}, int(status), {"Retry-After": after})
             case status:
                 said = f"refused for {self.headers['Authorization']}\x1b[2J, it said"
-                self.send(int(status), {"error": {"message": said, "type": "x", "code": None}})
-
-    def send(self, status, content, kind="application/json", share=1.0, after=None, pause=0.0):
-        data = (content if isinstance(content, str) else json.dumps(content)).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(data)))
-        if after is not None:
-            self.send_header("Retry-After", after)
-        self.end_headers()
-        for byte in data if pause else ():
-            time.sleep(pause)
-            self.wfile.write(bytes([byte]))
-        if not pause:
-            self.wfile.write(data[: int(len(data) * share)])
-        if share < 1:
-            self.close_connection = True
+                self.send({"error": {"message": said, "type": "x", "code": None}}, int(status))
 
 
 @pytest.fixture(autouse=True)
@@ -191,7 +152,7 @@ def test_whatever_fails_in_passing_each_reply_comes_once_and_to_its_own_prompt()
         for index, prompt in enumerate(PROMPTS)
     }
     assert {fault for faults in plan.values() for fault in faults} == set(PASSING)
-    with Loopback(plan, delay=lambda: rng.uniform(0, 0.03)) as server:
+    with Speaker(plan, delay=lambda: rng.uniform(0, 0.03)) as server:
         found = replies(engine_for(server, concurrency=8, timeout_s=0.5))
         assert list(server.asked.values()) == [3] * len(PROMPTS)
     assert sorted(reply.id for reply in found) == sorted(prompt.id for prompt in PROMPTS)
@@ -202,7 +163,7 @@ def test_whatever_fails_in_passing_each_reply_comes_once_and_to_its_own_prompt()
 
 
 def test_what_was_done_is_not_asked_and_does_not_change_the_rest():
-    with Loopback() as server:
+    with Speaker() as server:
         whole = {reply.id: reply for reply in replies(engine_for(server))}
         server.seen.clear()
         done = ["p0", "p7", "p10"]
@@ -215,7 +176,7 @@ def test_what_was_done_is_not_asked_and_does_not_change_the_rest():
 
 @pytest.mark.parametrize("status", ["400", "401", "403", "404", "422"])
 def test_a_refusal_is_told_at_once_in_the_servers_own_words(status):
-    with Loopback({PROMPTS[3].prompt: [status] * 9}) as server:
+    with Speaker({PROMPTS[3].prompt: [status] * 9}) as server:
         with pytest.raises(UserError) as caught:
             replies(engine_for(server, concurrency=1))
         assert server.asked[PROMPTS[3].prompt] == 1
@@ -239,7 +200,7 @@ def test_a_refusal_is_told_at_once_in_the_servers_own_words(status):
     ],
 )
 def test_what_fails_for_good_ends_in_one_sentence(fault, sentence):
-    with Loopback({PROMPTS[0].prompt: [fault] * 20}) as server:
+    with Speaker({PROMPTS[0].prompt: [fault] * 20}) as server:
         with pytest.raises(UserError) as caught:
             replies(engine_for(server, retries=2, timeout_s=0.3), prompts=PROMPTS[:2])
         assert server.asked[PROMPTS[0].prompt] == 3
@@ -251,7 +212,7 @@ def test_what_fails_for_good_ends_in_one_sentence(fault, sentence):
 @pytest.mark.parametrize("form", ["seconds", "date"])
 def test_a_server_that_asks_for_time_gets_it(form):
     after = "0.4" if form == "seconds" else format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)
-    with Loopback({PROMPTS[0].prompt: [("429", after)]}) as server:
+    with Speaker({PROMPTS[0].prompt: [("429", after)]}) as server:
         replies(engine_for(server), prompts=PROMPTS[:1])
         first, second = (moment for *_, moment in server.seen)
     assert second - first > 0.4
@@ -259,13 +220,13 @@ def test_a_server_that_asks_for_time_gets_it(form):
 
 def test_a_server_that_asks_for_a_day_is_asked_again_before(monkeypatch):
     monkeypatch.setattr(asking, "LONGEST_PAUSE_ASKED_S", 0.2)
-    with Loopback({PROMPTS[0].prompt: [("429", "86400"), ("429", "nan"), ("429", "-3")]}) as server:
+    with Speaker({PROMPTS[0].prompt: [("429", "86400"), ("429", "nan"), ("429", "-3")]}) as server:
         assert len(replies(engine_for(server), prompts=PROMPTS[:1])) == 1
 
 
 def test_addresses_share_the_work_and_a_dead_one_is_left_out(caplog):
     dead = f"http://127.0.0.1:{unused_port()}/v1"
-    with Loopback(delay=lambda: 0.02) as one, Loopback(delay=lambda: 0.02) as two:
+    with Speaker(delay=lambda: 0.02) as one, Speaker(delay=lambda: 0.02) as two:
         found = replies(engine_for(dead, one, two, concurrency=4, retries=1))
         assert len(one.seen) + len(two.seen) == len(PROMPTS)
         assert one.seen
@@ -278,7 +239,7 @@ def test_addresses_share_the_work_and_a_dead_one_is_left_out(caplog):
 
 
 def test_an_address_that_dies_on_the_way_gives_its_requests_to_the_others():
-    with Loopback({"every": [None] * 5 + ["drop"] * 999}) as one, Loopback(delay=lambda: 0.05) as two:
+    with Speaker({"every": [None] * 5 + ["drop"] * 999}) as one, Speaker(delay=lambda: 0.05) as two:
         found = replies(engine_for(one, two, concurrency=2, retries=2))
         # Of what the first had answered, two may have been under way when it was given up.
         assert len(PROMPTS) - 5 <= len(two.seen) <= len(PROMPTS) - 3
@@ -293,7 +254,7 @@ def test_when_all_addresses_are_dead_each_is_named():
 
 
 def test_no_address_gets_more_at_a_time_than_it_may_have():
-    with Loopback(delay=lambda: 0.03) as server:
+    with Speaker(delay=lambda: 0.03) as server:
         replies(engine_for(server, concurrency=5))
         assert server.most == 5
 
@@ -307,7 +268,7 @@ def test_an_interrupted_call_loses_nothing_that_came(tmp_path):
                 yield batch
 
     path, requests = tmp_path / "replies.jsonl", requests_for(PROMPTS)
-    with Loopback(delay=lambda: 0.01) as server:
+    with Speaker(delay=lambda: 0.01) as server:
         whole = engine_for(server, concurrency=2)
         with pytest.raises(KeyboardInterrupt):
             collect(Interrupted(), requests, DRAWN, path, "s")
@@ -322,7 +283,7 @@ def test_an_interrupted_call_loses_nothing_that_came(tmp_path):
 
 def test_it_works_inside_a_running_event_loop():
     async def notebook():
-        with Loopback() as server:
+        with Speaker() as server:
             return replies(engine_for(server))
 
     assert len(asyncio.run(notebook())) == len(PROMPTS)
@@ -333,12 +294,12 @@ def test_a_fault_of_ours_is_raised_as_it_is(monkeypatch):
         raise ZeroDivisionError
 
     monkeypatch.setattr(asking, "_read", broken)
-    with Loopback() as server, pytest.raises(ZeroDivisionError):
+    with Speaker() as server, pytest.raises(ZeroDivisionError):
         replies(engine_for(server))
 
 
 def test_what_is_sent_is_in_the_documented_schema():
-    with Loopback() as server:
+    with Speaker() as server:
         engine = engine_for(server)
         replies(engine, prompts=PROMPTS[:1])
         replies(engine, prompts=PROMPTS[:1], prefix="I will not.")
@@ -371,7 +332,7 @@ def test_what_is_sent_is_in_the_documented_schema():
 
 
 def test_fields_can_be_added_and_taken_away():
-    with Loopback() as server:
+    with Speaker() as server:
         replies(
             engine_for(server, body={"top_k": 20, "max_tokens": None, "max_completion_tokens": 9}), prompts=PROMPTS[:1]
         )
@@ -381,14 +342,14 @@ def test_fields_can_be_added_and_taken_away():
 
 
 def test_half_a_letter_in_a_prompt_is_replaced():
-    with Loopback() as server:
+    with Speaker() as server:
         engine_for(server).complete(["a\ud800b"], DRAWN)
         assert server.seen[0][2]["prompt"] == "a?b"
 
 
 def test_completions_come_in_the_order_of_the_prompts():
     rng = random.Random(0)
-    with Loopback(delay=lambda: rng.uniform(0, 0.05)) as server:
+    with Speaker(delay=lambda: rng.uniform(0, 0.05)) as server:
         asked = [
             f"text {index}" if index % 2 else [{"role": "user", "content": f"chat {index}"}] for index in range(12)
         ]
@@ -398,13 +359,13 @@ def test_completions_come_in_the_order_of_the_prompts():
         f"answer to {'text' if index % 2 else 'chat'} {index}" for index in range(12)
     ]
     # The same prompt twice is drawn twice.
-    with Loopback() as server:
+    with Speaker() as server:
         assert len(set(engine_for(server).complete(["x", "x"], DRAWN))) == 2
 
 
 def test_a_reply_begins_with_its_prefix_and_says_how_it_ended():
     plan = {PROMPTS[0].prompt: ["at its limit"], PROMPTS[1].prompt: ["cut while thinking"]}
-    with Loopback(plan) as server:
+    with Speaker(plan) as server:
         found = {reply.id: reply for reply in replies(engine_for(server), prompts=PROMPTS[:3], prefix="I will not.")}
     assert {reply.id: reply.finish for reply in found.values()} == {"p0": "length", "p1": "length", "p2": "stop"}
     assert found["p0"].completion.startswith("I will not.answer to")
@@ -416,7 +377,7 @@ def test_the_key_is_sent_and_appears_nowhere(monkeypatch, caplog, capfd, tmp_pat
     caplog.set_level(logging.DEBUG)
     path, told = tmp_path / "replies.jsonl", []
     for status in ("401", "500", "429", "drop"):
-        with Loopback({PROMPTS[3].prompt: [status] * 99}) as server:
+        with Speaker({PROMPTS[3].prompt: [status] * 99}) as server:
             engine = engine_for(server, key_env="MY_KEY", retries=1)
             with pytest.raises(UserError) as caught:
                 collect(engine, requests_for(PROMPTS), DRAWN, path, status)

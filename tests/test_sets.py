@@ -7,12 +7,12 @@ import http.server
 import json
 import os
 import re
-import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from loopback import Loopback
 
 from tasft import sets
 from tasft.data import differences_of, read_prompts
@@ -115,15 +115,13 @@ def test_a_set_is_downloaded_once_and_what_cannot_be_had_is_named(folder, tmp_pa
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
     monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
+    with Loopback(handler, path="") as server:
+        address = server.url
         monkeypatch.setitem(NAMED, "harmfulq", replace(NAMED["harmfulq"], url=f"{address}/HarmfulQ.json"))
         monkeypatch.setitem(NAMED, "i-cona", replace(NAMED["i-cona"], url=f"{address}/nowhere.json"))
         assert len(read_prompts("harmfulq")) == 2
         with pytest.raises(UserError, match=r"i-cona: .*nowhere.json cannot be had .*404.*I-CoNa.json.*--data-dir"):
             read_prompts("i-cona")
-        server.shutdown()
     assert len(read_prompts("harmfulq")) == 2
     assert not list((tmp_path / "home").rglob("I-CoNa*"))
 
