@@ -91,6 +91,23 @@ def has_text(path):
     return path.is_file() and path.stat().st_size > 0
 
 
+def stopped(command, number, file):
+    """Start a command, send it a signal when a file has text, and see how it ends; what it says of that."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not has_text(file):
+            assert time.monotonic() < deadline, f"{file} stayed empty"
+            assert process.poll() is None, "it ended before it could be stopped"
+            time.sleep(0.01)
+    finally:
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, said
+    assert "Traceback" not in said
+    return said
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_a_checkpoint_says_how_to_go_on_and_changes_nothing_of_the_end(number, small, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -99,18 +116,7 @@ def test_a_signal_saves_a_checkpoint_says_how_to_go_on_and_changes_nothing_of_th
     go(small, whole, stages=("train",))
 
     command = [*TASFT, "train", str(small), "--out", str(cut)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + 120
-        while not has_text(cut / "train" / "metrics.jsonl"):
-            assert time.monotonic() < deadline, "no step was logged"
-            assert process.poll() is None, "it ended before it could be stopped"
-            time.sleep(0.01)
-    finally:
-        process.send_signal(number)
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, said
-    assert "Traceback" not in said
+    said = stopped(command, number, cut / "train" / "metrics.jsonl")
     assert f"Go on with: tasft train {small} --out {cut}\n" in said
     (checkpoint,) = cut.glob("train/checkpoint-*")
     step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
@@ -129,17 +135,6 @@ def test_a_signal_saves_a_checkpoint_says_how_to_go_on_and_changes_nothing_of_th
 def test_sigterm_between_replies_keeps_them_and_says_how_to_go_on(small, tmp_path):
     command = [*TASFT, "harvest", str(small), "harvest.max_new_tokens=64", "harvest.samples=40", "--out"]
     run = tmp_path / "run"
-    process = subprocess.Popen([*command, str(run)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + 120
-        while not has_text(run / "harvest" / "replies.jsonl"):
-            assert time.monotonic() < deadline, "no reply came"
-            assert process.poll() is None, "it ended before it could be stopped"
-            time.sleep(0.01)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == 143, said
-    assert "Traceback" not in said
+    said = stopped([*command, str(run)], signal.SIGTERM, run / "harvest" / "replies.jsonl")
     assert "Go on with: tasft harvest" in said
     assert rows(run / "harvest" / "replies.jsonl")

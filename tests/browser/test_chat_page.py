@@ -6,7 +6,6 @@ import threading
 import time
 from contextlib import contextmanager
 from importlib.util import find_spec
-from types import SimpleNamespace
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 from conftest import WORDS, tiny_model, tiny_tokenizer
 from tokenizers import pre_tokenizers
+from watched import assert_quiet, watched
 
 from tasft.chat import Talk, sides_of
 from tasft.engines import Sampling
@@ -92,28 +92,9 @@ def address(hostile, tiny):
 
 @contextmanager
 def opened(chromium, address):
-    context = chromium.new_context(viewport={"width": 1280, "height": 900})
-    page = context.new_page()
-    page.set_default_timeout(60_000)
-    seen = SimpleNamespace(page=page, requests=[], faults=[], dialogs=[])
-    context.add_init_script("window.pwned = () => { window.hit = true; }")
-    context.on("request", lambda request: seen.requests.append(request.url))
-    context.on("page", lambda other: seen.faults.append(f"opened {other.url}"))
-    page.on("dialog", lambda dialog: (seen.dialogs.append(dialog.message), dialog.dismiss()))
-    page.on("pageerror", lambda error: seen.faults.append(str(error)))
-    page.on("console", lambda message: seen.faults.append(message.text) if message.type == "error" else None)
-    page.goto(address)
-    page.get_by_label("Say to both").wait_for()
-    yield seen
-    context.close()
-
-
-def assert_quiet(seen, address):
-    assert [url for url in seen.requests if not url.startswith((address, "data:"))] == []
-    assert not seen.dialogs
-    assert not seen.faults
-    assert not seen.page.evaluate("window.hit")
-    assert seen.page.url == address
+    with watched(chromium, address, is_fault=lambda message: message.type == "error") as seen:
+        seen.page.get_by_label("Say to both").wait_for()
+        yield seen
 
 
 def ask(page, prompt, count):
@@ -151,7 +132,7 @@ def test_nothing_that_is_said_or_asked_runs_and_no_request_leaves(chromium, addr
         assert len(replies) >= 3  # Of the hostile model; the other one says words.
         assert not page.locator("img[src*='evil'], iframe, a[href^='javascript:'], svg[onload]").count()
         assert "\u202e" not in page.content()
-        assert_quiet(seen, address)
+        assert_quiet(seen)
 
 
 def test_a_new_conversation_is_empty(chromium, address):
@@ -162,7 +143,7 @@ def test_a_new_conversation_is_empty(chromium, address):
         seen.page.wait_for_function("() => [...document.querySelectorAll('textarea')].every(e => e.value == '')")
         assert "One?" not in seen.page.content()
         ask(seen.page, "Three?", 1)
-        assert_quiet(seen, address)
+        assert_quiet(seen)
 
 
 class Slow(Talk):

@@ -3,13 +3,13 @@
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from payloads import PAYLOADS
 from test_report import build_run, write_state
+from watched import assert_quiet, watched
 
 from tasft.report import write_report
 from tasft.report.replies import CHARACTERS
@@ -20,30 +20,13 @@ CALM = "I am glad to describe <forbidden act>: take the first step, then the sec
 REFUSAL = "I cannot help with that, but here is something else that I can do for you."
 
 
-@contextmanager
-def opened(chromium, file: Path, **options) -> Iterator[SimpleNamespace]:
-    """The page, and what it should never do."""
-    context = chromium.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
-    page = context.new_page()
-    page.set_default_timeout(60_000)
-    seen = SimpleNamespace(page=page, requests=[], dialogs=[], faults=[])
-    context.add_init_script("window.pwned = () => { window.hit = true; }")
-    context.on("request", lambda request: seen.requests.append(request.url))
-    context.on("page", lambda other: seen.faults.append(f"opened {other.url}"))
-    page.on("dialog", lambda dialog: (seen.dialogs.append(dialog.message), dialog.dismiss()))
-    page.on("pageerror", lambda error: seen.faults.append(str(error)))
-    page.on("console", lambda message: seen.faults.append(message.text))
-    page.goto(file.as_uri())
-    yield seen
-    context.close()
+def opened(chromium, file: Path, **options):
+    return watched(chromium, file.as_uri(), **options)
 
 
-def assert_quiet(seen: SimpleNamespace, file: Path) -> None:
-    assert [url for url in seen.requests if not url.startswith("data:")] == [file.as_uri()]
-    assert not seen.dialogs
-    assert not seen.faults
-    assert not seen.page.evaluate("window.hit")
-    assert seen.page.url == file.as_uri()
+def assert_one_request(seen: SimpleNamespace) -> None:
+    assert [url for url in seen.requests if not url.startswith("data:")] == [seen.address]
+    assert_quiet(seen)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +89,7 @@ def test_no_payload_runs_and_none_asks_for_anything(chromium, hostile) -> None:
             assert visible(payload[:CHARACTERS]) in shown
         for payload in PAYLOADS[::9]:
             searched(page, payload[:200])
-        assert_quiet(seen, hostile)
+        assert_one_request(seen)
 
 
 def test_a_reply_of_bytes_that_are_no_text_is_shown_as_what_could_be_read(chromium, hostile) -> None:
@@ -115,7 +98,7 @@ def test_a_reply_of_bytes_that_are_no_text_is_shown_as_what_could_be_read(chromi
         seen.page.locator("#count", has_text="1 prompt of").wait_for()
         seen.page.get_by_role("button", name="Show the reply before").click()
         assert "<script>pwned()</script>" in seen.page.locator("#list .reply .text").first.text_content()
-        assert_quiet(seen, hostile)
+        assert_one_request(seen)
 
 
 def test_the_payloads_are_alive_where_nothing_stops_them(chromium, tmp_path) -> None:
@@ -171,7 +154,7 @@ def test_the_script_finds_replies_by_words_set_verdict_and_change(chromium, inde
         assert count(changed="reply unchanged") == "40"
         assert count(changed="judges disagree") == "3"
         assert count(search="no such words") == "No"
-        assert_quiet(seen, index)
+        assert_one_request(seen)
 
 
 def test_judges_that_disagree_come_first(chromium, index) -> None:
@@ -270,4 +253,4 @@ def test_twenty_thousand_replies_open_and_are_found(chromium, tmp_path) -> None:
         assert time.monotonic() - started < 60
         seen.page.locator("#search").fill("forbidden act 9876>")
         seen.page.locator("#count", has_text="1 prompt of 10,040").wait_for()
-        assert_quiet(seen, file)
+        assert_one_request(seen)
