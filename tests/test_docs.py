@@ -181,6 +181,20 @@ def test_the_evaluation_page_has_the_agreement_with_the_labels():
     assert {key for line in labels for key in json.loads(line)} == {"key", "harmful", "refusal", "coherent", "method"}
 
 
+def test_what_is_said_of_kills_and_of_the_soak_is_what_their_files_say():
+    kills = json.loads((ROOT / "docs" / "results" / "kills.json").read_text())
+    assert (kills["kills"], kills["replies_gone"], kills["same"], kills["differ"]) == (50, 0, True, [])
+    log, readme = (ROOT / "docs" / "log.md").read_text(), (ROOT / "README.md").read_text()
+    assert f"{kills['replies']} replies" in log
+    assert f"commit {kills['commit']}" in log
+    assert all(f"{count} in " in log for stage, count in kills["stages"].items() if stage != "between stages")
+    assert "killed 50 times at random moments" in readme
+    soak = json.loads((ROOT / "benchmarks" / "results" / "soak.json").read_text())
+    largest = {row["what"]: row for row in sorted(soak["results"], key=lambda row: row["rows"])}
+    assert {part: row["rows"] for part, row in largest.items()} == {"harvest": 20_000, "encode": 50_000}
+    assert all(25 < row["cpu_s"] < 35 and row["peak_mib"] < 740 for row in largest.values())
+
+
 def test_the_log_has_the_table_of_the_pull():
     result = json.loads((ROOT / "docs" / "results" / "pull.json").read_text())
     assert script("pull").table(result) in (ROOT / "docs" / "log.md").read_text()
