@@ -8,11 +8,11 @@ machine. The table goes between `<!-- NAME:begin -->` and `<!-- NAME:end -->` of
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pages import put
 
 
 def read(run: Path) -> dict[str, Any]:
@@ -107,15 +107,7 @@ def main() -> None:
     arguments.json.write_text(json.dumps(runs, indent=1) + "\n")
     path, _, name = arguments.into.partition(":")
     table = before_after(runs[0]) if len(runs) == 1 else tries(runs)
-    text, found = re.subn(
-        rf"(<!-- {name}:begin -->).*?(<!-- {name}:end -->)",
-        lambda match: f"{match[1]}\n\n{table}\n\n{match[2]}",
-        Path(path).read_text(),
-        flags=re.DOTALL,
-    )
-    if not found:
-        raise SystemExit(f"{path} has no <!-- {name}:begin --> ... <!-- {name}:end -->")
-    Path(path).write_text(text)
+    put(Path(path), name, table)
 
 
 if __name__ == "__main__":

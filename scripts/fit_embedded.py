@@ -14,7 +14,6 @@ only: their licences do not allow more).
 import argparse
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import numpy as np
 import pandas as pd
 import sklearn
 from numpy.typing import NDArray
+from pages import put
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold
@@ -343,14 +343,6 @@ Intervals: 95%, bootstrap over prompts. n counts replies.
 """
 
 
-def between(text: str, name: str, content: str) -> str:
-    """The text with what stands between the two markers replaced."""
-    pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-    if not pattern.search(text):
-        raise SystemExit(f"docs/evaluation.md lacks the markers of '{name}'")
-    return pattern.sub(lambda match: match[1] + content + match[2], text)
-
-
 # The whole -------------------------------------------------------------------------------------------------------
 
 
@@ -642,8 +634,7 @@ def main() -> None:
         }
     )
     (ROOT / "docs/evaluation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    page = ROOT / "docs/evaluation.md"
-    page.write_text(between(page.read_text(encoding="utf-8"), "judge", tables(report)), encoding="utf-8")
+    put(ROOT / "docs/evaluation.md", "judge", tables(report))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ judge says, coherence with the rules of `tasft.coherence` on the text alone, and
 
 import argparse
 import random
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pages import put
 
 from tasft.coherence import Limits, incoherence
 from tasft.data import read_rows
@@ -312,14 +312,6 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def put(page: Path, content: str) -> None:
-    text = page.read_text(encoding="utf-8")
-    pattern = re.compile(r"(<!-- labels:begin -->\n).*?(<!-- labels:end -->)", re.DOTALL)
-    if not pattern.search(text):
-        raise UserError(f"{page}: lacks the markers of 'labels'")
-    page.write_text(pattern.sub(lambda match: match[1] + content + match[2], text), encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -353,7 +345,7 @@ def main() -> None:
             if arguments.json:
                 write_json(arguments.json, result)
             if arguments.into:
-                put(arguments.into, table(result))
+                put(arguments.into, "labels", table(result))
             print(table(result))
     except UserError as error:
         raise SystemExit("\n".join(error.faults)) from None

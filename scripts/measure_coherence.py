@@ -12,13 +12,14 @@ docs/evaluation.md.
 
 import argparse
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from pages import put
 
 from tasft.coherence import Limits, incoherence, loss_limit, similarity_limit
 from tasft.data import read_rows
@@ -28,7 +29,6 @@ from tasft.stats import Estimate, rate
 
 ROOT = Path(__file__).parents[1]
 COLLAPSES = ROOT / "tests" / "fixtures" / "collapses.jsonl"
-MARKED = re.compile(r"(?<=<!-- coherence:begin -->\n).*?(?=<!-- coherence:end -->)", re.DOTALL)
 
 
 def measured(reasons: Sequence[str | None]) -> dict[str, Any]:
@@ -105,8 +105,7 @@ def main() -> None:
         "elsewhere."
     )
     section = "\n".join([*table, "", note, ""])
-    page = ROOT / "docs" / "evaluation.md"
-    page.write_text(MARKED.sub(lambda _: section, page.read_text(encoding="utf-8")), encoding="utf-8")
+    put(ROOT / "docs" / "evaluation.md", "coherence", section)
     print(section)
 
 

@@ -11,15 +11,16 @@ refused and of incoherent replies to the ordinary ones: a model that refuses eve
 
 import argparse
 import csv
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pages import placed
 
 from tasft.evaluate.results import compare
 from tasft.provenance import commit, read_json, write_json
+from tasft.sets import expanded
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 KEPT = ("sweep.json", "table.csv", "report/report.md", "report/index.html")
@@ -114,11 +115,12 @@ def search_table(rows: list[Row]) -> str:
         "safe and coherent",
         "harmful",
         "incoherent",
+        "of these off topic",
         "ordinary refused",
         "ordinary incoherent",
     ]
     head += ["utility"]
-    columns = [f"final.toxic.embedded.{name}" for name in ("safe_coherent", "harmful", "incoherent")]
+    columns = [f"final.toxic.embedded.{name}" for name in ("safe_coherent", "harmful", "incoherent", "off_topic")]
     columns += [f"final.ordinary.embedded.{name}" for name in ("refusal", "incoherent")]
     first = rows[0]
     lines = [["the SFT model", "", *(percent(first, each.replace("final", "base", 1)) for each in columns), ""]]
@@ -138,10 +140,23 @@ def what(row: Row) -> str:
     return "no penalty" if penalty == "none" else f"`{penalty}` {float(row['train.penalty_weight']):g}"
 
 
+def off_topic(row: Row, state: str) -> str:
+    """Of all toxic sets together."""
+    columns = [f"{state}.{name}.embedded.off_topic" for name in expanded(["paper"])]
+    found = [(float(row[column]), int(row[f"{column}.n"])) for column in columns if row.get(column)]
+    return f"{sum(value * n for value, n in found) / sum(n for _, n in found):.0%}" if found else "—"
+
+
 def grid_table(rows: list[Row]) -> str:
-    names = ("safe_coherent", "harmful", "incoherent", "over_refusal")
-    head = ["", "rows to avoid", "besides", "safe and coherent", "harmful", "incoherent", "XSTest-safe refused"]
-    lines = [["the SFT model", "", "", *(percent(rows[0], f"before.{name}") for name in names)]]
+    head = ["", "rows to avoid", "besides", "safe and coherent", "harmful", "incoherent", "of these off topic"]
+    head += ["XSTest-safe refused", "XSTest-safe incoherent"]
+
+    def figures(row: Row, before: str, state: str) -> list[str]:
+        pooled = [percent(row, f"{before}{name}") for name in ("safe_coherent", "harmful", "incoherent")]
+        ordinary = [percent(row, f"{state}.xstest-safe.embedded.{name}") for name in ("refusal", "incoherent")]
+        return [*pooled, off_topic(row, state), *ordinary]
+
+    lines = [["the SFT model", "", "", *figures(rows[0], "before.", "sft")]]
     for row in rows:
         besides = [
             text
@@ -149,7 +164,7 @@ def grid_table(rows: list[Row]) -> str:
             if row.get(field) not in (None, "", "none", "None")
         ]
         count = row.get("harvest.rows", "")
-        lines.append([what(row), count, ", ".join(besides), *(percent(row, name) for name in names)])
+        lines.append([what(row), count, ", ".join(besides), *figures(row, "", "final")])
     return markdown(head, lines)
 
 
@@ -185,7 +200,8 @@ def pairs(sweep: Path) -> dict[str, Any]:
             for row in compare(places[0], places[1])["rows"]
             if row["judge"] == "embedded" and row["set"] in ("4 toxic sets", "xstest-safe")
         ]
-        wanted = [("toxic", name) for name in ("safe_coherent", "harmful", "incoherent")] + [("ordinary", "refusal")]
+        wanted = [("toxic", name) for name in ("safe_coherent", "harmful", "incoherent")]
+        wanted += [("ordinary", name) for name in ("refusal", "incoherent")]
         answers.append(
             {
                 "question": question,
@@ -203,11 +219,14 @@ def pairs(sweep: Path) -> dict[str, Any]:
 
 def pairs_table(found: dict[str, Any]) -> str:
     def points(answer: dict[str, Any], name: str) -> str:
+        if name not in answer:
+            return "—"
         change = answer[name]["difference"]
         return f"{100 * change['value']:+.1f} ({100 * change['low']:+.1f} to {100 * change['high']:+.1f})"
 
-    columns = ("toxic safe_coherent", "toxic harmful", "toxic incoherent", "ordinary refusal")
+    columns = ("toxic safe_coherent", "toxic harmful", "toxic incoherent", "ordinary refusal", "ordinary incoherent")
     head = ["what changes, in points", "safe and coherent", "harmful", "incoherent", "XSTest-safe refused"]
+    head += ["XSTest-safe incoherent"]
     return markdown(head, [[each["question"], *(points(each, name) for name in columns)] for each in found["pairs"]])
 
 
@@ -221,22 +240,15 @@ def tables() -> dict[str, str]:
     return made | {
         "small-pairs": pairs_table(read_json(RESULTS / "small" / "pairs.json")),
         "small-labels": markdown(
-            ["", "replies", "harmful", "refusals", "incoherent"],
+            ["", "replies", "harmful", "refusals", "incoherent", "off topic"],
             [[LABELLED[name], *map(str, row.values())] for name, row in labels.items()],
         ),
     }
 
 
 def written(page: str) -> str:
-    for marker, text in tables().items():
-        page, found = re.subn(
-            rf"(<!-- {marker}:begin -->).*?(<!-- {marker}:end -->)",
-            lambda match, text=text: f"{match[1]}\n\n{text}\n\n{match[2]}",
-            page,
-            flags=re.DOTALL,
-        )
-        if not found:
-            raise SystemExit(f"docs/results/README.md has no <!-- {marker}:begin --> ... <!-- {marker}:end -->")
+    for name, text in tables().items():
+        page = placed(page, name, text)
     return page
 
 

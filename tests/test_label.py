@@ -104,8 +104,10 @@ def test_agreement_is_counted_on_what_was_labelled(tmp_path):
     assert ANSWER not in json.dumps(result)
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- labels:begin -->\nold\n<!-- labels:end -->\nafter\n")
-    label.put(page, label.table(result))
-    assert page.read_text() == f"before\n<!-- labels:begin -->\n{label.table(result)}<!-- labels:end -->\nafter\n"
+    label.put(page, "labels", label.table(result))
+    assert page.read_text() == f"before\n<!-- labels:begin -->\n\n{label.table(result)}\n<!-- labels:end -->\nafter\n"
+    with pytest.raises(SystemExit, match="there is no <!-- harm:begin -->"):
+        label.put(page, "harm", "")
 
 
 def test_labels_with_texts_gaps_or_other_keys_are_refused(tmp_path):
