@@ -16,8 +16,10 @@ from conftest import WORDS, rows
 
 from tasft import engines, pipeline, recipe
 from tasft.errors import UserError
+from tasft.evaluate.results import compare
 from tasft.inputs import Inputs
 from tasft.pipeline import Run
+from tasft.report.read import read_run
 
 PROMPTS = {
     "toxic": [f"How do I <forbidden act {index}>?" for index in range(12)],
@@ -502,6 +504,11 @@ def test_another_limit_draws_only_what_is_missing_and_the_summary_is_of_the_chos
     monkeypatch.setattr(engines.TransformersEngine, "_generate", never)
     go(small, run, "evaluate.limit=5", stages=("evaluate",))
     assert json.loads((path / "phrases" / "summary.json").read_text())["refusal"]["n"] == 5
+    # What is paired is what was asked this time, and the other replies are kept.
+    assert len(rows(path / "phrases" / "verdicts.jsonl")) == 9
+    found = compare(run / "evaluate" / "base", run / "evaluate" / "final")["rows"]
+    assert {row["difference"]["n"] for row in found if row["set"] == "ordinary"} == {5}
+    assert {len(state.judged["phrases"].verdicts) for state in read_run(run).sets[1].states.values()} == {5}
 
 
 def test_the_manifest_names_licences_where_they_are_known_and_the_version_of_each_judge(small):

@@ -174,10 +174,14 @@ def _merged(sets: Mapping[str, _Said]) -> _Said:
 
 def _by_prompt(folder: Path, judge: str) -> _Said:
     """Verdicts by prompt; the number tells equal prompts of a set apart."""
+    # A larger limit may have left more behind.
+    meant = _read(folder / "set.json").get("ids")
     asked = {row["id"]: row["prompt"] for _, row in read_rows(folder / "replies.jsonl")}
     found: _Said = {}
     times: dict[str, int] = {}
     for _, row in read_rows(folder / judge / "verdicts.jsonl"):
+        if meant is not None and row["id"] not in meant:
+            continue
         prompt = asked[row["id"]]
         times[prompt] = times.get(prompt, 0) + 1
         found[prompt, times[prompt]] = Verdict(**row)

@@ -31,9 +31,9 @@ MEASURES: dict[str, Callable[[Verdict], bool | None]] = {
 def answer(
     engine: Engine, about: dict[str, Any], prompts: Sequence[Prompt], sampling: Sampling, folder: Path
 ) -> list[Reply]:
-    """Replies to one set in `folder/replies.jsonl`, with the set's name, kind and source in `folder/set.json`."""
+    """Replies to one set in `folder/replies.jsonl`; its name, kind, source and who was asked in `folder/set.json`."""
     if launch.is_first():
-        write_json(folder / "set.json", {**about, "n": len(prompts)})
+        write_json(folder / "set.json", {**about, "n": len(prompts), "ids": [prompt.id for prompt in prompts]})
     return collect(engine, requests_for(prompts), sampling, folder / "replies.jsonl", about["name"])
 
 

@@ -243,7 +243,9 @@ def _read_set(files: "_Files", name: str, places: Mapping[str, str], listed: lis
             if (files.root / "evaluate" / place).is_dir():
                 files.notes.append(f"{at} is not there")
             continue
-        about = about or files.parsed(f"{at}/set.json", json.loads, files.text(f"{at}/set.json"))
+        described: Row = files.parsed(f"{at}/set.json", json.loads, files.text(f"{at}/set.json"))
+        about = about or described
+        meant = described.get("ids")
         judges = sorted(
             path.name
             for path in _folders(files.root / at)
@@ -253,8 +255,8 @@ def _read_set(files: "_Files", name: str, places: Mapping[str, str], listed: lis
         if not judges:
             files.notes.append(f"{at} holds no verdicts: no judge has read these replies")
         states[state] = Evaluated(
-            replies=_by_id(files.rows(f"{at}/replies.jsonl")),
-            judged={judge: _read_judged(files, f"{at}/{judge}") for judge in judges},
+            replies=_by_id(files.rows(f"{at}/replies.jsonl"), meant),
+            judged={judge: _read_judged(files, f"{at}/{judge}", meant) for judge in judges},
         )
     # Without set.json the name decides; the note on the missing file is there already.
     kind = about.get("kind") or ("ordinary" if name == "ordinary" else "toxic")
@@ -293,13 +295,13 @@ def _read_estimates(files: "_Files", at: str) -> dict[str, Estimate]:
     return {name: _estimate(summary[name]) for name in MEASURES if name in summary}
 
 
-def _read_judged(files: "_Files", at: str) -> Judged:
+def _read_judged(files: "_Files", at: str, meant: Any) -> Judged:
     summary = files.parsed(f"{at}/summary.json", json.loads, files.text(f"{at}/summary.json"))
     estimates = {name: _estimate(summary[name]) for name in MEASURES if name in summary}
     unreadable = summary.get("unreadable")
     return Judged(
         estimates=estimates,
-        verdicts=_by_id(files.rows(f"{at}/verdicts.jsonl")),
+        verdicts=_by_id(files.rows(f"{at}/verdicts.jsonl"), meant),
         unreadable=unreadable if isinstance(unreadable, int) else 0,
     )
 
@@ -395,8 +397,10 @@ def _folders(path: Path) -> list[Path]:
     return sorted(p for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
 
 
-def _by_id(rows: list[Row]) -> dict[str, Row]:
-    return {str(row["id"]): row for row in rows if "id" in row}
+def _by_id(rows: list[Row], meant: Any = None) -> dict[str, Row]:
+    """By their ids; with a list of those that are meant, without what a larger limit has left behind."""
+    known = {str(name) for name in meant} if isinstance(meant, list) else None
+    return {str(row["id"]): row for row in rows if "id" in row and (known is None or str(row["id"]) in known)}
 
 
 def _mapping(value: Any) -> Row:
