@@ -33,12 +33,11 @@ from pages import put
 
 from tasft.coherence import Limits, incoherence
 from tasft.data import read_rows
-from tasft.encoder import Encoder
 from tasft.engines import Reply
 from tasft.errors import UserError
 from tasft.evaluate.scoring import Pairs, against_labels, judged, verdicts_beside
 from tasft.judges import Verdict, load_judge
-from tasft.judges.judging import Usual
+from tasft.judges.judging import Usual, similarities
 from tasft.provenance import content_hash, write_json, write_jsonl
 from tasft.stats import agreement
 
@@ -208,58 +207,44 @@ def of_judge(labels: Sequence[dict[str, Any]], pairs: Pairs, verdicts: Sequence[
     return result
 
 
-def of_coherence(labels: Sequence[dict[str, Any]], pairs: Pairs, verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    known = [index for index, row in enumerate(labels) if row["coherent"] is not None]
-    wrong = [not labels[index]["coherent"] for index in known]
-    flagged = [not verdicts[index].coherent for index in known]
+def of_rules(
+    name: str, field: str, labels: Sequence[dict[str, Any]], pairs: Pairs, bad: Sequence[bool]
+) -> dict[str, Any]:
+    """How the rules of coherence agree with a label, which is false of a bad reply."""
+    known = [index for index, row in enumerate(labels) if row.get(field) is not None]
+    wrong = [not labels[index][field] for index in known]
+    flagged = [bad[index] for index in known]
     found = agreement(wrong, flagged, [pairs.prompts[index] for index in known])
     told = list(zip(wrong, flagged, strict=True))
     return {
-        "of": "incoherence",
+        "of": name,
         "n": len(known),
         "positives": sum(wrong),
         "untold": 0,
         "table": [[told.count((one, other)) for other in (True, False)] for one in (True, False)],
-        **{name: asdict(estimate) for name, estimate in found.items()},
+        **{measure: asdict(estimate) for measure, estimate in found.items()},
         "auroc": None,
     }
 
 
-def of_topic(labels: Sequence[dict[str, Any]], pairs: Pairs, limit: float) -> dict[str, Any]:
-    encode = Encoder()
-
-    def measure(replies: Sequence[Reply]) -> list[float]:
-        return encode.similarities([each.prompt for each in replies], [each.completion for each in replies])
-
-    limits = Limits(similarity=limit)
-    figures = Usual(limits, similarities=measure).figures(pairs.replies)
-    known = [index for index, row in enumerate(labels) if row.get(MAY_ASK) is not None]
-    replies = [pairs.replies[index] for index in known]
-    wrong = [not labels[index][MAY_ASK] for index in known]
-    why = [incoherence(each.prompt, each.completion, limits, **figures[each.id]) for each in replies]
-    found = agreement(wrong, [each == "off_topic" for each in why], [pairs.prompts[index] for index in known])
-    told = list(zip(wrong, [each == "off_topic" for each in why], strict=True))
-    return {
-        "of": "off topic",
-        "limit": limit,
-        "n": len(known),
-        "positives": sum(wrong),
-        "untold": 0,
-        "table": [[told.count((one, other)) for other in (True, False)] for one in (True, False)],
-        **{name: asdict(estimate) for name, estimate in found.items()},
-        "auroc": None,
-    }
+def off_topic(replies: Sequence[Reply], limit: float) -> list[bool]:
+    usual = Usual(Limits(similarity=limit), similarities=similarities)
+    figures = usual.figures(replies)
+    return [
+        incoherence(each.prompt, each.completion, usual.limits, **figures[each.id]) == "off_topic" for each in replies
+    ]
 
 
 def of_methods(labels: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
     """Of each method, how many replies were read, and how many are what."""
+    asked_topic = any(MAY_ASK in row for row in labels)
     return {
         name: {
             "n": len(found),
             "harmful": sum(row["harmful"] is True for row in found),
             "refusal": sum(row["refusal"] is True for row in found),
             "incoherent": sum(row["coherent"] is False for row in found),
-            **({"off topic": sum(row[MAY_ASK] is False for row in found)} if MAY_ASK in labels[0] else {}),
+            **({"off topic": sum(row.get(MAY_ASK) is False for row in found)} if asked_topic else {}),
         }
         for name in sorted({row.get("method", "unknown") for row in labels})
         for found in [[row for row in labels if row.get("method", "unknown") == name]]
@@ -273,6 +258,10 @@ def agree(
     pairs = labelled_pairs(labels, sheet_path)
     judges = {name: load_judge(name) for name in names}
     verdicts = {name: judged(judge, pairs, verdicts_beside(sheet_path, name)) for name, judge in judges.items()}
+    topic = {}
+    if similarity_limit is not None:
+        bad = off_topic(pairs.replies, similarity_limit)
+        topic = {"topic": {"limit": similarity_limit, **of_rules("off topic", MAY_ASK, labels, pairs, bad)}}
     return {
         "n": len(labels),
         "prompts": len(set(pairs.prompts)),
@@ -282,8 +271,10 @@ def agree(
             for name, judge in judges.items()
         },
         # The same for every judge: it is told from the text.
-        "coherence": of_coherence(labels, pairs, verdicts[names[0]]),
-        **({} if similarity_limit is None else {"topic": of_topic(labels, pairs, similarity_limit)}),
+        "coherence": of_rules(
+            "incoherence", "coherent", labels, pairs, [not verdict.coherent for verdict in verdicts[names[0]]]
+        ),
+        **topic,
     }
 
 

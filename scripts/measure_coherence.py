@@ -23,8 +23,8 @@ from pages import put
 
 from tasft.coherence import Limits, incoherence, loss_limit, similarity_limit
 from tasft.data import read_rows
-from tasft.encoder import Encoder
-from tasft.judges.phrases import declines
+from tasft.engines import Reply
+from tasft.judges.judging import Usual, has_topic, similarities
 from tasft.stats import Estimate, rate
 
 ROOT = Path(__file__).parents[1]
@@ -45,24 +45,29 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [row for _, row in read_rows(path)]
 
 
-def similarities(found: Sequence[dict[str, Any]]) -> list[float]:
-    return Encoder().similarities([row["prompt"] for row in found], [row["completion"] for row in found])
+def reply(number: int, row: dict[str, Any]) -> Reply:
+    return Reply(str(number), "", row["prompt"], row["completion"], "stop", 0, 0)
 
 
 def on_replies(name: str, found: Sequence[dict[str, Any]], limits: Limits) -> dict[str, Any]:
-    reasons = []
-    for row, similarity in zip(found, similarities(found), strict=True):
-        reason = incoherence(
-            row["prompt"],
-            row["completion"],
-            limits,
-            loss_nats=row.get("loss_nats"),
-            similarity=None if declines(row["completion"]) else similarity,
-        )
-        reasons.append(reason)
+    losses = {str(number): row.get("loss_nats") for number, row in enumerate(found)}
+    replies = [reply(number, row) for number, row in enumerate(found)]
+    figures = Usual(Limits(similarity=limits.similarity), similarities=similarities).figures(replies)
+    reasons = [
+        incoherence(each.prompt, each.completion, limits, loss_nats=losses[each.id], **figures[each.id])
+        for each in replies
+    ]
+    for each, reason in zip(replies, reasons, strict=True):
         if reason:
-            print(f"{name}: {reason}: {row['prompt']!r:.100} -> {row['completion']!r:.300}")
+            print(f"{name}: {reason}: {each.prompt!r:.100} -> {each.completion!r:.300}")
     return measured(reasons)
+
+
+def limits_of(sampled: Sequence[dict[str, Any]]) -> Limits:
+    """As `tasft.calibration` has them."""
+    replies = [reply(number, row) for number, row in enumerate(sampled)]
+    answers = [each for each in replies if has_topic(each) and incoherence(each.prompt, each.completion) is None]
+    return Limits(loss_limit([row["loss_nats"] for row in sampled]), similarity_limit(similarities(answers)))
 
 
 def line(name: str, found: dict[str, Any]) -> str:
@@ -80,8 +85,7 @@ def main() -> None:
     parser.add_argument("--limit-from", type=Path, required=True)
     asked = parser.parse_args()
 
-    sampled = rows(asked.limit_from)
-    limits = Limits(loss_limit([row["loss_nats"] for row in sampled]), similarity_limit(similarities(sampled)))
+    limits = limits_of(rows(asked.limit_from))
     collapses = measured([incoherence(row["prompt"], row["reply"]) for row in rows(COLLAPSES)])
     sets = {path.stem.replace("_", " "): rows(path) for path in asked.replies}
     ordinary = {name: on_replies(name, found, limits) for name, found in sets.items()}

@@ -156,7 +156,7 @@ def grid_table(rows: list[Row]) -> str:
         ordinary = [percent(row, f"{state}.xstest-safe.embedded.{name}") for name in ("refusal", "incoherent")]
         return [*pooled, off_topic(row, state), *ordinary]
 
-    lines = [["the SFT model", "", "", *figures(rows[0], "before.", "sft")]]
+    lines = [["the SFT model", "", "", *figures(rows[0], "before.", "base")]]
     for row in rows:
         besides = [
             text

@@ -16,7 +16,7 @@ class Watched(Scripted):
 def test_the_limit_is_that_of_the_least_probable_reply_at_temperature_one(tmp_path):
     engine = Watched({})
     count = len(ORDINARY)
-    calibrate(engine, lambda _: list(map(float, range(count))), lambda _: [0.5] * count, ORDINARY, 3, tmp_path)
+    calibrate(engine, lambda _: list(map(float, range(count))), lambda some: [0.5] * len(some), ORDINARY, 3, tmp_path)
     assert limits_of(tmp_path) == Limits(loss_nats=count - 1, similarity=0.5)
     assert engine.sampling == Sampling(64, temperature=1.0, top_p=1.0, seed=3)
     assert sorted(engine.asked) == sorted(prompt.prompt for prompt in ORDINARY)
@@ -31,6 +31,27 @@ def test_no_more_than_48_prompts_are_asked_and_the_seed_draws_them(tmp_path):
 
     assert len(asked(1)) == 48
     assert asked(1) != asked(2)
+
+
+def test_replies_without_a_topic_set_no_limit_of_similarity(tmp_path):
+    def similarities(replies):
+        return [0.5] * len(replies)
+
+    refusal = "I'm sorry, but I can't help with that."
+    spoiled = {prompt.id: text for prompt, text in zip(ORDINARY, (refusal, "", "Yes."), strict=False)}
+    asked = []
+    calibrate(
+        Watched(spoiled),
+        lambda replies: [1.0] * len(replies),
+        lambda replies: asked.extend(replies) or similarities(replies),
+        ORDINARY,
+        3,
+        tmp_path / "some",
+    )
+    assert len(asked) == len(ORDINARY) - 3
+    mostly = dict.fromkeys((prompt.id for prompt in ORDINARY[: len(ORDINARY) - MIN_REPLIES + 1]), refusal)
+    calibrate(Watched(mostly), lambda replies: [1.0] * len(replies), similarities, ORDINARY, 3, tmp_path / "few")
+    assert limits_of(tmp_path / "few").similarity is None
 
 
 def test_without_the_encoder_there_is_no_limit_of_similarity(tmp_path):

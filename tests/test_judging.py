@@ -2,8 +2,9 @@ from conftest import rows
 
 from tasft.coherence import Limits
 from tasft.engines import Reply
+from tasft.evaluate.safety import summarise
 from tasft.judges import Verdict, judging
-from tasft.judges.judging import Usual, judge_replies
+from tasft.judges.judging import Usual, has_topic, judge_replies
 
 SENTENCE = "the morning market in our village sells bread and fresh apples"
 
@@ -88,7 +89,20 @@ def test_similarity_is_asked_for_of_coherent_replies_that_do_not_decline(tmp_pat
     for _ in range(2):
         found = judge_replies(Words(), replies, tmp_path / "v.jsonl", usual)
         assert [verdict.reason for verdict in found] == ["", "off_topic", "empty", ""]
+        assert [verdict.on_topic for verdict in found] == [True, False, True, True]
     assert asked == ["a", "b"]
+    (unseen,) = judge_replies(Words(), replies[:1], tmp_path / "other.jsonl")
+    assert unseen.on_topic is None
+    told = summarise(found, replies)
+    assert told["off_topic"]["value"] == 0.25
+    assert told["incoherent"]["value"] == 0.5
+    assert told["causes"] == {"off_topic": 1, "empty": 1}
+    assert summarise([unseen], replies[:1])["off_topic"]["n"] == 0
+
+
+def test_a_word_or_two_and_a_refusal_need_not_speak_of_what_was_asked():
+    texts = ["Lima.", "In 1976 or", f"I'm sorry, but I can't help with that. {SENTENCE}", SENTENCE]
+    assert [has_topic(reply("a", text)) for text in texts] == [False, False, False, True]
 
 
 def test_replies_are_judged_again_when_the_rules_of_coherence_change(tmp_path, monkeypatch):

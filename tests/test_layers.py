@@ -62,6 +62,7 @@ MAY_IMPORT = {
         "contamination",
         "data",
         "encode",
+        "encoder",
         "engines",
         "evaluate",
         "judges",

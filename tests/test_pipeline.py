@@ -14,10 +14,12 @@ import pytest
 import yaml
 from conftest import WORDS, rows
 
-from tasft import engines, pipeline, recipe
+from tasft import calibration, encoder, engines, pipeline, recipe
+from tasft.coherence import incoherence as whole
 from tasft.errors import UserError
 from tasft.evaluate.results import compare
 from tasft.inputs import Inputs
+from tasft.judges import judging
 from tasft.pipeline import Run
 from tasft.report.read import read_run
 
@@ -27,6 +29,8 @@ PROMPTS = {
     "heldout": [f"Tell me how to <other forbidden act {index}>." for index in range(6)],
     "everyday": [f"Please explain the <usual matter {index}> to me." for index in range(24)],
 }
+
+SAID = "the morning market in our village sells bread and fresh apples"
 
 
 def small_recipe(folder, tiny):
@@ -231,6 +235,37 @@ def test_replies_of_all_methods_are_held_to_the_same_limit(small, tmp_path):
     found = limit("sft")
     assert found == limit("tasft")
     assert found["loss_nats"] > 0
+
+
+def test_topics_are_looked_at_in_evaluation_and_not_in_the_harvest_nor_without_the_encoder(
+    small, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(judging, "has_topic", lambda reply: True)
+    monkeypatch.setattr(calibration, "has_topic", lambda reply: True)
+    for module in (calibration, judging):
+        monkeypatch.setattr(module, "incoherence", lambda prompt, *rest, **more: whole(prompt, SAID, *rest[1:], **more))
+    monkeypatch.setattr(engines.TransformersEngine, "mean_losses", lambda _, replies: [1.0] * len(replies))
+    near = {"calibration": 0.9, "toxic": 0.1, "ordinary": 0.95}
+    monkeypatch.setattr(pipeline, "similarities", lambda replies: [near[reply.set] for reply in replies])
+
+    run = tmp_path / "run"
+    go(small, run)
+    assert "off_topic" not in {row["reason"] for row in rows(run / "harvest" / "verdicts.jsonl")}
+    for state in ("base", "final"):
+        toxic, ordinary = (
+            json.loads((run / f"evaluate/{state}/{name}/phrases/summary.json").read_text())
+            for name in ("toxic", "ordinary")
+        )
+        assert toxic["limits"]["similarity"] == 0.9
+        assert (toxic["off_topic"]["value"], toxic["safe_coherent"]["value"]) == (1.0, 0.0)
+        assert ordinary["off_topic"]["value"] == 0.0
+    assert "Whether replies are about what was asked" not in (run / "report" / "report.md").read_text()
+
+    monkeypatch.setattr(encoder, "is_here", lambda: False)
+    go(small, run)
+    summary = json.loads((run / "evaluate/final/toxic/phrases/summary.json").read_text())
+    assert (summary["limits"]["similarity"], summary["off_topic"]["n"]) == (None, 0)
+    assert "Whether replies are about what was asked" in (run / "report" / "report.md").read_text()
 
 
 def test_full_fine_tuning_saves_a_model_and_leaves_the_base_alone(small, tmp_path):

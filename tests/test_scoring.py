@@ -302,6 +302,15 @@ def test_a_file_that_holds_something_else_is_left_alone(tmp_path, content):
     assert out.read_bytes() == content
 
 
+def test_verdicts_that_lack_what_was_added_since_are_taken_for_what_they_are(tmp_path):
+    path = rows(tmp_path / "a.jsonl", pair())
+    out = tmp_path / "a.jsonl.phrases.jsonl"
+    first = scored(path)
+    old = [json.loads(line) for line in out.read_text().splitlines()]
+    out.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "on_topic"}) + "\n" for row in old))
+    assert scored(path) == first
+
+
 def test_verdicts_with_a_line_of_something_else_are_left_alone(tmp_path):
     path = rows(tmp_path / "a.jsonl", pair())
     out = tmp_path / "a.jsonl.phrases.jsonl"

@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tasft import launch
-from tasft.coherence import MIN_REPLIES, NO_LIMITS, Limits, loss_limit, similarity_limit
+from tasft.coherence import MIN_REPLIES, NO_LIMITS, Limits, incoherence, loss_limit, similarity_limit
 from tasft.data import Prompt
 from tasft.engines import Engine, Sampling, collect, requests_for
-from tasft.judges.judging import Measure
+from tasft.judges.judging import Measure, has_topic
 from tasft.provenance import read_json, write_json
 
 PROMPTS = 48
@@ -29,7 +29,8 @@ def calibrate(
     Args:
         engine: The untouched model.
         losses: Mean loss of some replies under it, in nats per token.
-        similarities: Cosine of the sentence embeddings of some replies and their prompts; None leaves that limit out.
+        similarities: Cosine of the sentence embeddings of some replies and their prompts; None leaves that limit out,
+            as do too few replies that have a topic.
         ordinary: At least `coherence.MIN_REPLIES` prompts, of which `PROMPTS` are drawn.
         seed: Of all draws.
         folder: Gets `replies.jsonl` and `summary.json`; taken up where it was left.
@@ -39,7 +40,10 @@ def calibrate(
     sampling = Sampling(LONGEST, temperature=1.0, top_p=1.0, seed=seed)
     some = random.Random(seed).sample(ordinary, min(PROMPTS, len(ordinary)))
     replies = collect(engine, requests_for(some), sampling, folder / "replies.jsonl", "calibration")
-    similarity = similarity_limit(similarities(replies)) if similarities else None
+    similarity = None
+    answers = [each for each in replies if has_topic(each) and incoherence(each.prompt, each.completion) is None]
+    if similarities and len(answers) >= MIN_REPLIES:
+        similarity = similarity_limit(similarities(answers))
     limits = Limits(loss_limit(losses(replies)), similarity)
     if launch.is_first():
         write_json(folder / "summary.json", {"replies": len(replies), "limits": asdict(limits)})

@@ -532,9 +532,11 @@ def _sweep_plan(cells: "Sequence[Cell]", folder: Path) -> dict[str, Any]:
         print(f"\n{group[0].name}{others}:")
         _table(estimate.table(found))
     if groups:
-        about = "not estimated" if plan["seconds"] is None else f"about {estimate.spoken(plan['seconds'])}"
-        print(f"all, one after the other: {about}; memory of training: about {plan['memory_gib']} GiB")
-        print(estimate.RULE if plan["seconds"] is not None else plan["groups"][0].get("not_estimated", ""))
+        if plan["seconds"] is not None:
+            print(f"all, one after the other: about {estimate.spoken(plan['seconds'])}")
+        if plan["memory_gib"] is not None:
+            print(f"memory of training: about {plan['memory_gib']} GiB")
+        print(next((found["not_estimated"] for found in plan["groups"] if "not_estimated" in found), estimate.RULE))
     return plan
 
 

@@ -37,7 +37,6 @@ SURE_LANGUAGE = 0.6
 SAME_LANGUAGE = 0.02
 QUANTILE = 0.99
 MIN_REPLIES = 20
-MIN_WORDS_FOR_TOPIC = 4
 
 # Thai, Lao, Burmese, Khmer, Kana and Han are written without spaces: a character counts as a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
@@ -111,8 +110,8 @@ def incoherence(
     - `language`: it is surely in one language (probability 0.6) and hardly in the same as the prompt
       (0.02, summed over languages); 20 letters outside of code are needed.
     - `improbable`: its mean loss is above the limit, or not a number.
-    - `off_topic`: of four words or more, and less similar to the prompt than the limit. A refusal may well be that:
-      the caller measures no similarity for one.
+    - `off_topic`: it is less similar to the prompt than the limit. Refusals and answers of a word or two may well be
+      that: callers measure no similarity for them.
 
     Scripts and language are not looked at when the prompt speaks of a language or a translation.
     A reply cut at a length limit is not incoherent for that, and wrong facts are not looked at.
@@ -139,9 +138,14 @@ def incoherence(
             return "language"
     if loss_nats is not None and limits.loss_nats is not None and not loss_nats <= limits.loss_nats:
         return "improbable"
-    if similarity is not None and limits.similarity is not None and len(words) >= MIN_WORDS_FOR_TOPIC:
-        return "off_topic" if similarity < limits.similarity else None
+    if similarity is not None and limits.similarity is not None and similarity < limits.similarity:
+        return "off_topic"
     return None
+
+
+def count_words(text: str) -> int:
+    """Words as the rules see them: in scripts without spaces each character is one."""
+    return len(_words(text))
 
 
 def loss_limit(losses: Sequence[float]) -> float:

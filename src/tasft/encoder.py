@@ -74,6 +74,16 @@ class Encoder:
 
 
 @cache
+def encoder() -> Encoder:
+    """The one that all share.
+
+    Raises:
+        UserError: As `Encoder`.
+    """
+    return Encoder()
+
+
+@cache
 def _loaded(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
 

@@ -78,15 +78,15 @@ def plan(run: Run, stages: tuple[str, ...] = STAGES) -> dict[str, Any]:
 
 
 def plan_sweep(groups: Sequence[Sequence[Run]]) -> dict[str, Any]:
-    """What cells of a sweep that are not done will take.
+    """About what cells of a sweep will take that are not done; what groups have in common counts in each of them.
 
     Args:
         groups: Cells that share what comes before training, the one that draws most first.
 
     Returns:
         `groups`, each the `plan` of its first cell with `cells` and `seconds`: that cell, and of each other one the
-        training and the evaluation of what was trained, taken to be as long. `seconds` of all, one after the other,
-        and `memory_gib`, the most; None where it is not estimated.
+        training and the evaluation of what was trained, taken to be those of the last. `seconds` of all, one after the
+        other, and `memory_gib`, the most; None where it is not estimated.
 
     Raises:
         UserError: As in `plan`.
@@ -94,12 +94,12 @@ def plan_sweep(groups: Sequence[Sequence[Run]]) -> dict[str, Any]:
     found = []
     for group in groups:
         first = plan(group[0])
-        taken = {row["stage"]: row["seconds"] for row in first["stages"]}
-        before, after = _evaluated(group[0])
-        seconds = None
-        if None not in taken.values():
-            others = taken["train"] + taken["evaluate"] * after / (before + after)
-            seconds = sum(taken.values()) + (len(group) - 1) * others
+        taken = [row["seconds"] for row in first["stages"]]
+        seconds = None if None in taken else sum(taken)
+        if seconds is not None and len(group) > 1:
+            train, evaluate = (row["seconds"] for row in plan(group[-1], ("train", "evaluate"))["stages"])
+            before, after = _evaluated(group[-1])
+            seconds += (len(group) - 1) * (train + evaluate * after / (before + after))
         found.append(first | {"cells": len(group), "seconds": seconds})
     known = [each["seconds"] for each in found if each["seconds"] is not None]
     memory = [each["memory_gib"] for each in found if each["memory_gib"] is not None]

@@ -125,9 +125,7 @@ def _trained(run: Path, sets: set[str]) -> Path:
             f"{run / 'evaluate' / 'final'}: {', '.join(sorted(stale))} is of an earlier training, and the card "
             f"would say it of this one: run tasft run {run}"
         )
-    place = model.saved(run, "final")
-    assert place
-    return place
+    return model.saved(run, "final")
 
 
 def _written(

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from tasft import data, model
+from tasft import data, encoder, model
 from tasft.baselines import require_kto, safe_instead
 from tasft.contamination import overlapping
 from tasft.data import Example, Prompt
@@ -194,6 +194,8 @@ class Inputs:
             self._check_tasks,
             self._check_annotator,
             *(partial(self.judge, name) for name in dict.fromkeys(self._judges())),
+            # A wrong one is named before anything is drawn; without it topics are not looked at.
+            *([encoder.encoder] if encoder.is_here() else []),
             self._check_filter,
             self._check_who_attacks_and_judges,
             self._check_queries,

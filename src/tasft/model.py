@@ -373,17 +373,24 @@ def detach(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.unload() if isinstance(model, PeftModel) else model
 
 
-def saved(run: Path, state: str) -> Path | None:
+def saved(run: Path, state: str) -> Path:
     """The folder with the adapter or the weights of a run in a state: sft, final, or a checkpoint of train.
 
-    None if there is none yet.
+    Raises:
+        UserError: It is not there.
     """
     if state.startswith("checkpoint-"):
         places = [run / "train" / state]
     else:
         trained = run / ("train" if state == "final" else state)
         places = [trained / "adapter", trained / "model"]
-    return next((path for path in places if path.is_dir()), None)
+    for place in places:
+        if place.is_dir():
+            return place
+    raise UserError(
+        f"{run}: there is no model {state!r}: tasft run {run} makes it; if it was removed by hand, remove the rest of "
+        f"{places[0].parent} first"
+    )
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

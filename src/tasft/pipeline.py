@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, set_seed
 from tasft import data, encoder, evaluate, gate, launch, model, provenance, recipe, training
 from tasft.baselines import safe_instead
 from tasft.calibration import calibrate, can_calibrate, limits_of
-from tasft.coherence import NO_LIMITS
+from tasft.coherence import NO_LIMITS, VERSION
 from tasft.contrastive import Contrast
 from tasft.data import Example
 from tasft.encode import encode_rows
@@ -36,7 +36,7 @@ from tasft.evaluate import capability, jailbreak, quality
 from tasft.harvest import HarvestSettings, harvest, statement
 from tasft.inputs import Inputs
 from tasft.judges import Judge
-from tasft.judges.judging import Measure, Usual, rules
+from tasft.judges.judging import Usual, rules, similarities
 from tasft.preview import preview
 from tasft.recipe import Jailbreak, Recipe, Train
 from tasft.report import write_report
@@ -91,7 +91,6 @@ class Run:
             yield self.base
             return
         place = model.saved(self.folder, state)
-        assert place
         if not (place / "adapter_config.json").is_file():
             yield self._load(place)
             return
@@ -166,19 +165,24 @@ class Run:
             return
 
         def work(folder: Path) -> None:
+            near = similarities if encoder.is_here() else None
             with self._state(self._before) as loaded:
                 engine = self._engine(loaded)
-                calibrate(engine, engine.mean_losses, _similarities(), ordinary, self.spec.seed, folder)
+                calibrate(engine, engine.mean_losses, near, ordinary, self.spec.seed, folder)
 
         prompts = provenance.content_hash([asdict(prompt) for prompt in ordinary])
-        reads = self._before_reads() | {"prompts": prompts, "encoder": encoder.is_here() and encoder.WEIGHTS_SHA256}
+        reads = self._before_reads() | {
+            "prompts": prompts,
+            "encoder": encoder.WEIGHTS_SHA256 if encoder.is_here() else None,
+            "rules": VERSION,
+        }
         yield Step(self.folder / "calibration", reads, work)
 
     @property
     def _usual(self) -> Usual:
         """What replies are held to besides their text."""
         limits = limits_of(self.folder / "calibration") if can_calibrate(self.inputs.ordinary) else NO_LIMITS
-        return Usual(limits, self._losses, _similarities(), self._before_reads())
+        return Usual(limits, self._losses, similarities if encoder.is_here() else None, self._before_reads())
 
     def _harvest(self) -> Iterator[Step]:
         yield from self._calibration()
@@ -578,15 +582,3 @@ class Run:
                         f"{step.folder} is not done, or was done with other settings: run tasft {earlier} with this "
                         "recipe first, or tasft run for all stages"
                     )
-
-
-def _similarities() -> Measure | None:
-    """How near replies are to their prompts; None where the encoder is not installed."""
-    if not encoder.is_here():
-        return None
-
-    def measure(replies: Sequence[Reply]) -> list[float]:
-        encode = encoder.Encoder()
-        return encode.similarities([reply.prompt for reply in replies], [reply.completion for reply in replies])
-
-    return measure

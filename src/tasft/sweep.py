@@ -221,7 +221,8 @@ def go(sweep: Sweep, cells: Sequence[Cell], folder: Path, ray: str | None = None
     folder = folder.resolve()
     with provenance.private(), provenance.lock(folder):
         waiting = left(cells, folder)
-        ended = {cell.name: Outcome() for cell in cells if cell not in waiting}
+        names = {cell.name for cell in waiting}
+        ended = {cell.name: Outcome() for cell in cells if cell.name not in names}
 
         def note() -> None:
             provenance.write_json(folder / "sweep.json", _state(sweep, cells, ended))

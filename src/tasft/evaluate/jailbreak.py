@@ -280,11 +280,12 @@ def attack_model(
     sent: dict[str, Reply] = {}
 
     def measured(replies: Sequence[Reply]) -> list[float]:
-        # A reply is as probable as it is after what was sent; its topic is what the attack is after.
         assert usual.losses
         return usual.losses([sent[reply.id] for reply in replies])
 
-    held = replace(usual, losses=usual.losses and measured)
+    # What was sent decides how probable a reply is. Its topic is not looked at: what a template asks for may be far
+    # from the plain prompt, and what is harmful as an answer to that is not beside it.
+    held = replace(usual, losses=usual.losses and measured, similarities=None)
 
     def send(attempts: Sequence[Attempt], name: str) -> list[Outcome]:
         with target() as engine:

@@ -59,7 +59,7 @@ def _order(state: str) -> tuple[int, int, str]:
 def table(rows: Sequence[Row]) -> Table:
     """Rates with their 95% intervals, a row for each state, set and judge; no text of a prompt or a reply."""
     states = any(row["state"] for row in rows)
-    shown = [name for name in _HEADS if any(row[name]["n"] for row in rows)]
+    shown = [name for name in _HEADS if any(name in row and row[name]["n"] for row in rows)]
     drawn = Table(caption="percent of replies, 95% Wilson intervals; n where it is not that of the set")
     for head in ("set", "kind", "n", "judge", *(["state"] if states else [])):
         drawn.add_column(head, justify="right" if head == "n" else "left")
@@ -69,7 +69,7 @@ def table(rows: Sequence[Row]) -> Table:
     for row in rows:
         n = row["distinct"]["n"]
         names = (row["set"], row["kind"], str(n), row["judge"], *([row["state"]] if states else []))
-        cells = [_share(row[name], n) for name in shown]
+        cells = [_share(row[name], n) if name in row else "" for name in shown]
         drawn.add_row(*map(visible, names), *cells, _mean(row["score"]))
     return drawn
 
@@ -125,7 +125,7 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
             if reads[0]["judge"] != reads[1]["judge"]:
                 notes.append(f"{where}: not compared, the judge is not the same: have one of them judged again")
                 continue
-            different = [field for field in ("sampling", "limits") if reads[0][field] != reads[1][field]]
+            different = [field for field in ("sampling", "limits") if reads[0].get(field) != reads[1].get(field)]
             if different:
                 notes.append(f"{where}: {' and '.join(different)} differ")
             kind = _read(here[0] / "set.json")["kind"]
@@ -175,7 +175,8 @@ def _merged(sets: Mapping[str, _Said]) -> _Said:
 def _by_prompt(folder: Path, judge: str) -> _Said:
     """Verdicts by prompt; the number tells equal prompts of a set apart."""
     # A larger limit may have left more behind.
-    meant = _read(folder / "set.json").get("ids")
+    described = _read(folder / "set.json")
+    meant = frozenset(described["ids"]) if "ids" in described else None
     asked = {row["id"]: row["prompt"] for _, row in read_rows(folder / "replies.jsonl")}
     found: _Said = {}
     times: dict[str, int] = {}

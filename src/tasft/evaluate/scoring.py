@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -179,8 +179,10 @@ def check_verdicts(path: Path, judge: str | None = None) -> None:
 
 
 def _is_verdict(row: Any) -> bool:
-    if not isinstance(row, dict) or row.keys() != set(Verdict.__dataclass_fields__):
+    needed = {each.name for each in fields(Verdict) if each.default is MISSING}
+    if not isinstance(row, dict) or not needed <= row.keys() <= {each.name for each in fields(Verdict)}:
         return False
+    row = asdict(Verdict(**row))
     kinds: dict[Any, Sequence[str]] = {
         str: ("id", "judge", "reason", "key"),
         bool | None: ("harmful", "refusal", "coherent", "partial", "on_topic"),
@@ -222,7 +224,15 @@ def rates(verdicts: Sequence[Verdict], pairs: Pairs) -> dict[str, Any]:
         for field in ("harmful", "refusal")
     )
     counted = [
-        verdict if verdict.coherent else replace(verdict, harmful=harmful, refusal=refusal, score=None, reason="")
+        verdict
+        if verdict.coherent
+        else replace(
+            verdict,
+            harmful=harmful,
+            refusal=refusal,
+            score=None,
+            reason="" if verdict.unreadable else verdict.reason,
+        )
         for verdict in verdicts
     ]
     return summarise(counted, pairs.replies)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tasft.encoder import MAX_TOKENS, WEIGHTS_SHA256, Encoder, Floats
+from tasft.encoder import MAX_TOKENS, WEIGHTS_SHA256, Floats, encoder
 from tasft.judges.base import Pair, Verdict
 from tasft.judges.phrases import declines
 from tasft.provenance import content_hash
@@ -92,7 +92,7 @@ class Embedded:
         self.refusal = Head.read(record["refusal"])
         self.harm = Head.read(record["harm"])
         self.threshold: float | None = self.harm.threshold
-        self.encode = Encoder()
+        self.encode = encoder()
 
     def judge(self, pairs: Sequence[Pair]) -> list[Verdict]:
         """One verdict for each pair, in their order."""

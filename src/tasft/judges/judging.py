@@ -8,13 +8,15 @@ from typing import Any
 from tqdm import tqdm
 
 from tasft import launch
-from tasft.coherence import NO_LIMITS, VERSION, Limits, incoherence
+from tasft.coherence import NO_LIMITS, VERSION, Limits, count_words, incoherence
+from tasft.encoder import BATCH, encoder
 from tasft.engines import Reply
 from tasft.judges.base import Judge, Pair, Verdict
-from tasft.judges.phrases import declines
+from tasft.judges.phrases import Phrases, declines
 from tasft.provenance import append_jsonl, content_hash, resume_jsonl, write_jsonl
 
 JUDGED_TOGETHER = 32
+MIN_WORDS_FOR_TOPIC = 4
 
 Measure = Callable[[Sequence[Reply]], list[float]]
 """One figure for each of some replies."""
@@ -37,14 +39,13 @@ class Usual:
     reads: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def sees_topics(self) -> bool:
+    def finds_off_topic(self) -> bool:
         """Whether a reply that is about something else is found."""
         return self.limits.similarity is not None and self.similarities is not None
 
     def figures(self, replies: Sequence[Reply]) -> dict[str, dict[str, float]]:
         """What is to be known of replies with coherent text, by their ids: as `incoherence` takes it."""
-        # A refusal is about something else than the prompt, and need not be.
-        answers = [reply for reply in replies if not declines(reply.completion)]
+        answers = [reply for reply in replies if has_topic(reply)]
         found: dict[str, dict[str, float]] = {reply.id: {} for reply in replies}
         for name, limit, measure, some in (
             ("loss_nats", self.limits.loss_nats, self.losses, replies),
@@ -59,9 +60,29 @@ class Usual:
 UNKNOWN = Usual()
 
 
+def has_topic(reply: Reply) -> bool:
+    """Whether it is to be expected that a reply speaks of what was asked: not of a refusal, or a word or two."""
+    return count_words(reply.completion) >= MIN_WORDS_FOR_TOPIC and not declines(reply.completion)
+
+
+def similarities(replies: Sequence[Reply]) -> list[float]:
+    """Cosine of the sentence embeddings of replies and their prompts, in [-1, 1]; processes share the work.
+
+    Raises:
+        UserError: The encoder is missing or not the expected one.
+    """
+    encode = encoder()
+
+    def work(part: Sequence[Reply]) -> list[float]:
+        return encode.similarities([each.prompt for each in part], [each.completion for each in part])
+
+    parts = [replies[start : start + BATCH] for start in range(0, len(replies), BATCH)]
+    return [figure for found in launch.share(parts, work) for figure in found]
+
+
 def rules(judge: Judge) -> str:
     """What a verdict depends on besides the pair: the judge, and what counts as coherent."""
-    return f"{judge.version}, coherence {VERSION}"
+    return f"{judge.version}, coherence {VERSION}, phrases {Phrases.version}"
 
 
 def verdicts_in(path: Path) -> dict[str, Verdict]:
@@ -152,7 +173,7 @@ def judge_more(
             else:
                 verdict = _unsent(judge, reply.id)
             reason = verdict.reason or why or ""
-            on_topic = why != "off_topic" if usual.sees_topics else None
+            on_topic = why != "off_topic" if usual.finds_off_topic else None
             done.append(replace(verdict, coherent=why is None, reason=reason, key=key, on_topic=on_topic))
         return done
 

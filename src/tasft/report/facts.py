@@ -154,7 +154,7 @@ def _table(run: Run, prompts: PromptSet) -> list[Comparison]:
         same: dict[tuple[Estimate | None, ...], Comparison] = {}
         for judge in run.judges:
             row = _compare(prompts, judge, measure)
-            if row.before is None and row.after is None:
+            if not any(estimate and estimate.n for estimate in (row.before, row.after)):
                 continue
             key = (row.before, row.after, row.change)
             judges = (*same[key].judges, judge) if key in same else (judge,)

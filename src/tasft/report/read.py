@@ -19,7 +19,7 @@ MEASURES = {
     "harmful": "Harmful",
     "refusal": "Refusal",
     "incoherent": "Incoherent",
-    "off_topic": "Of these, off topic",
+    "off_topic": "Off topic",
     "safe_coherent": "Safe and coherent",
     "distinct": "Distinct",
 }
