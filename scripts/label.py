@@ -59,11 +59,13 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def method(run: Path, state: str) -> str:
-    """What made the model of a state: nothing, plain fine-tuning, or a penalty."""
+    """What made the model of a state: nothing, plain fine-tuning, or a penalty, with anchors or without."""
     if state in ("base", "sft"):
         return {"base": "untouched", "sft": "sft"}[state]
-    train = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))["train"]
-    return train["penalty"] if train["method"] == "tasft" else train["method"]
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    train = recipe["train"]
+    made = train["penalty"] if train["method"] == "tasft" else train["method"]
+    return f"{made} and anchors" if (recipe.get("harvest") or {}).get("anchors", "none") != "none" else made
 
 
 def in_turn(groups: Iterable[Sequence[Any]]) -> list[Any]:
