@@ -14,9 +14,9 @@ declines, objects, or speaks of the same subject. `unblind` adds the method, onc
 text.
 
 `agree` sends every labelled pair to each judge, also incoherent ones, and compares: harm and refusal with what the
-judge says, coherence with the rules of `tasft.coherence` on the text alone, and the topic with the rule for that if
---similarity-limit is given, which a run has in calibration/summary.json. It prints a table, and puts it between the
-`labels` markers of the page that --into names. Verdicts are kept beside the sheet.
+judge says, coherence with the rules of `tasft.coherence` on the text alone, and the topic with the rule for that. It
+prints a table, and puts it between the `labels` markers of the page that --into names. Verdicts are kept beside the
+sheet.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from typing import Any
 import yaml
 from pages import put
 
-from tasft.coherence import Limits, incoherence
+from tasft.coherence import incoherence
 from tasft.data import read_rows
 from tasft.engines import Reply
 from tasft.errors import UserError
@@ -229,12 +229,9 @@ def of_rules(
     }
 
 
-def off_topic(replies: Sequence[Reply], limit: float) -> list[bool]:
-    usual = Usual(Limits(similarity=limit), similarities=similarities)
-    figures = usual.figures(replies)
-    return [
-        incoherence(each.prompt, each.completion, usual.limits, **figures[each.id]) == "off_topic" for each in replies
-    ]
+def off_topic(replies: Sequence[Reply]) -> list[bool]:
+    figures = Usual(similarities=similarities).figures(replies)
+    return [incoherence(each.prompt, each.completion, **figures[each.id]) == "off_topic" for each in replies]
 
 
 def of_methods(labels: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
@@ -253,17 +250,14 @@ def of_methods(labels: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
     }
 
 
-def agree(
-    labels_path: Path, sheet_path: Path, names: Sequence[str], similarity_limit: float | None = None
-) -> dict[str, Any]:
+def agree(labels_path: Path, sheet_path: Path, names: Sequence[str]) -> dict[str, Any]:
     labels = read_labels(labels_path)
     pairs = labelled_pairs(labels, sheet_path)
     judges = {name: load_judge(name) for name in names}
     verdicts = {name: judged(judge, pairs, verdicts_beside(sheet_path, name)) for name, judge in judges.items()}
     topic = {}
-    if similarity_limit is not None:
-        bad = off_topic(pairs.replies, similarity_limit)
-        topic = {"topic": {"limit": similarity_limit, **of_rules("off topic", MAY_ASK, labels, pairs, bad)}}
+    if any(MAY_ASK in row for row in labels):
+        topic = {"topic": of_rules("off topic", MAY_ASK, labels, pairs, off_topic(pairs.replies))}
     return {
         "n": len(labels),
         "prompts": len(set(pairs.prompts)),
@@ -323,7 +317,6 @@ def main() -> None:
     measure.add_argument("labels", type=Path)
     measure.add_argument("sheet", type=Path)
     measure.add_argument("--judge", action="append", required=True, dest="judges")
-    measure.add_argument("--similarity-limit", type=float, help="also compare the topic")
     measure.add_argument("--json", type=Path)
     measure.add_argument("--into", type=Path, help="a page with the markers of 'labels'")
     arguments = parser.parse_args()
@@ -334,7 +327,7 @@ def main() -> None:
         elif arguments.command == "unblind":
             unblind(arguments.labels, arguments.mapping)
         else:
-            result = agree(arguments.labels, arguments.sheet, arguments.judges, arguments.similarity_limit)
+            result = agree(arguments.labels, arguments.sheet, arguments.judges)
             if arguments.json:
                 write_json(arguments.json, result)
             if arguments.into:

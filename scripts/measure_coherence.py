@@ -5,8 +5,8 @@
 Rows have `prompt` and `completion`, and `loss_nats` where the model is at hand: the mean loss in nats per token under
 it. All are replies to ordinary prompts, so that every flag counts as a false alarm (a small model that really loops
 makes some of them right: read them, they are printed). Those of the last file are also given to the prompt of the row
-after theirs, where they should be flagged. The limits on loss and similarity are taken from SAMPLED.jsonl, which should
-hold replies to other prompts. Writes docs/coherence.json and the table between the `coherence` markers of
+after theirs, where they should be flagged. The limit on the loss is taken from SAMPLED.jsonl, which should hold replies
+to other prompts. Writes docs/coherence.json and the table between the `coherence` markers of
 docs/evaluation.md.
 """
 
@@ -21,10 +21,10 @@ from typing import Any
 
 from pages import put
 
-from tasft.coherence import Limits, incoherence, loss_limit, similarity_limit
+from tasft.coherence import MIN_SIMILARITY, incoherence, loss_limit
 from tasft.data import read_rows
 from tasft.engines import Reply
-from tasft.judges.judging import Usual, has_topic, similarities
+from tasft.judges.judging import Usual, similarities
 from tasft.stats import Estimate, rate
 
 ROOT = Path(__file__).parents[1]
@@ -49,25 +49,18 @@ def reply(number: int, row: dict[str, Any]) -> Reply:
     return Reply(str(number), "", row["prompt"], row["completion"], "stop", 0, 0)
 
 
-def on_replies(name: str, found: Sequence[dict[str, Any]], limits: Limits) -> dict[str, Any]:
+def on_replies(name: str, found: Sequence[dict[str, Any]], limit: float) -> dict[str, Any]:
     losses = {str(number): row.get("loss_nats") for number, row in enumerate(found)}
     replies = [reply(number, row) for number, row in enumerate(found)]
-    figures = Usual(Limits(similarity=limits.similarity), similarities=similarities).figures(replies)
+    figures = Usual(similarities=similarities).figures(replies)
     reasons = [
-        incoherence(each.prompt, each.completion, limits, loss_nats=losses[each.id], **figures[each.id])
+        incoherence(each.prompt, each.completion, loss_nats=losses[each.id], loss_limit_nats=limit, **figures[each.id])
         for each in replies
     ]
     for each, reason in zip(replies, reasons, strict=True):
         if reason:
             print(f"{name}: {reason}: {each.prompt!r:.100} -> {each.completion!r:.300}")
     return measured(reasons)
-
-
-def limits_of(sampled: Sequence[dict[str, Any]]) -> Limits:
-    """As `tasft.calibration` has them."""
-    replies = [reply(number, row) for number, row in enumerate(sampled)]
-    answers = [each for each in replies if has_topic(each) and incoherence(each.prompt, each.completion) is None]
-    return Limits(loss_limit([row["loss_nats"] for row in sampled]), similarity_limit(similarities(answers)))
 
 
 def line(name: str, found: dict[str, Any]) -> str:
@@ -85,14 +78,20 @@ def main() -> None:
     parser.add_argument("--limit-from", type=Path, required=True)
     asked = parser.parse_args()
 
-    limits = limits_of(rows(asked.limit_from))
+    limit = loss_limit([row["loss_nats"] for row in rows(asked.limit_from)])
     collapses = measured([incoherence(row["prompt"], row["reply"]) for row in rows(COLLAPSES)])
     sets = {path.stem.replace("_", " "): rows(path) for path in asked.replies}
-    ordinary = {name: on_replies(name, found, limits) for name, found in sets.items()}
+    ordinary = {name: on_replies(name, found, limit) for name, found in sets.items()}
     last = list(sets.values())[-1]
     moved = [{"prompt": after["prompt"], "completion": row["completion"]} for row, after in pairwise([*last, last[0]])]
-    wrong = on_replies("of another prompt", moved, limits)
-    result = {"limits": asdict(limits), "collapses": collapses, "ordinary": ordinary, "of another prompt": wrong}
+    wrong = on_replies("of another prompt", moved, limit)
+    result = {
+        "loss_limit_nats": limit,
+        "min_similarity": MIN_SIMILARITY,
+        "collapses": collapses,
+        "ordinary": ordinary,
+        "of another prompt": wrong,
+    }
     (ROOT / "docs" / "coherence.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
     table = [
@@ -103,8 +102,7 @@ def main() -> None:
         *(line(f"ordinary: {name}", found) for name, found in ordinary.items()),
     ]
     note = (
-        f"Limit on the mean loss where it is known: {limits.loss_nats:.2f} nats per token; on the similarity: "
-        f"{limits.similarity:.2f}. The rules were written with the "
+        f"Limit on the mean loss where it is known: {limit:.2f} nats per token. The rules were written with the "
         "collapses and these replies in sight: the table says that they do what they were made for, not how they do "
         "elsewhere."
     )

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasft.coherence import MIN_REPLIES, MIN_TURNS, Limits, _looped, incoherence, loss_limit, similarity_limit
+from tasft.coherence import MIN_LOSSES, MIN_SIMILARITY, MIN_TURNS, _looped, incoherence, loss_limit
 
 COLLAPSES = [
     json.loads(line)
@@ -105,19 +105,17 @@ def test_a_reply_in_the_prompts_own_language_is_not_another_language() -> None:
 
 def test_a_loss_above_the_limit_is_improbable_and_one_at_the_limit_is_not() -> None:
     ask = ("How do I dry flowers?", "Hang them upside down in a dark room.")
-    limits = Limits(loss_nats=2.0)
-    assert incoherence(*ask, limits, loss_nats=2.0) is None
-    assert incoherence(*ask, limits, loss_nats=2.1) == "improbable"
-    assert incoherence(*ask, limits, loss_nats=math.nan) == "improbable"
+    assert incoherence(*ask, loss_nats=2.0, loss_limit_nats=2.0) is None
+    assert incoherence(*ask, loss_nats=2.1, loss_limit_nats=2.0) == "improbable"
+    assert incoherence(*ask, loss_nats=math.nan, loss_limit_nats=2.0) == "improbable"
     assert incoherence(*ask, loss_nats=9.0) is None
 
 
-def test_a_reply_less_similar_to_its_prompt_than_the_limit_is_off_its_topic() -> None:
-    prompt, limits = "How do I dry flowers?", Limits(similarity=0.2)
-    assert incoherence(prompt, "The world is full of them.", limits, similarity=0.1) == "off_topic"
-    assert incoherence(prompt, "The world is full of them.", limits, similarity=0.2) is None
-    assert incoherence(prompt, "The world is full of them.", limits) is None
-    assert incoherence(prompt, "The world is full of them.", similarity=-1.0) is None
+def test_a_reply_that_is_not_similar_to_its_prompt_is_off_its_topic() -> None:
+    ask = ("How do I dry flowers?", "The world is full of them.")
+    assert incoherence(*ask, similarity=MIN_SIMILARITY - 0.01) == "off_topic"
+    assert incoherence(*ask, similarity=MIN_SIMILARITY) is None
+    assert incoherence(*ask) is None
 
 
 def test_the_limit_is_a_loss_that_was_seen_and_one_in_a_hundred_exceeds_it_at_most() -> None:
@@ -125,18 +123,11 @@ def test_the_limit_is_a_loss_that_was_seen_and_one_in_a_hundred_exceeds_it_at_mo
     limit = loss_limit(losses)
     assert limit in losses
     assert sum(loss > limit for loss in losses) <= 3
-    assert loss_limit([float(value) for value in range(MIN_REPLIES)]) == MIN_REPLIES - 1
-
-
-def test_the_limit_of_similarity_is_one_that_was_seen_and_one_in_a_hundred_is_below_it_at_most() -> None:
-    similarities = np.random.default_rng(0).uniform(-1, 1, 300).tolist()
-    limit = similarity_limit(similarities)
-    assert limit in similarities
-    assert 0 < sum(similarity < limit for similarity in similarities) <= 3
+    assert loss_limit([float(value) for value in range(MIN_LOSSES)]) == MIN_LOSSES - 1
 
 
 def test_a_limit_from_too_few_losses_is_refused_with_their_number() -> None:
-    with pytest.raises(ValueError, match="19 replies"):
+    with pytest.raises(ValueError, match="19 losses"):
         loss_limit([1.0] * 19)
 
 

@@ -2,7 +2,6 @@ import pytest
 from conftest import rows
 
 from tasft import provenance
-from tasft.coherence import Limits
 from tasft.contrastive import Contrast
 from tasft.data import Prompt, read_examples
 from tasft.engines import Reply, Sampling
@@ -46,7 +45,7 @@ def run(folder, answers, anchors="none", rows=100, losses=None):
     settings = HarvestSettings(Sampling(8), 1, rows, anchors)
     engine = Scripted(answers)
     losses = losses or (lambda replies: [1.0] * len(replies))
-    return harvest(engine, Words(), TOXIC, ORDINARY, settings, folder, Usual(Limits(loss_nats=2.0), losses))
+    return harvest(engine, Words(), TOXIC, ORDINARY, settings, folder, Usual(2.0, losses))
 
 
 ANSWERS = {

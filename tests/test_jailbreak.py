@@ -10,7 +10,6 @@ from conftest import rows, tiny_tokenizer
 from loopback import Handler, Loopback, completion
 
 from tasft import recipe
-from tasft.coherence import Limits
 from tasft.data import Prompt, read_source
 from tasft.engines import Reply, Request, Sampling, Server, ServerEngine, TransformersEngine
 from tasft.errors import UserError
@@ -130,7 +129,7 @@ def test_the_judge_sees_the_behaviour_and_losses_are_of_what_was_sent(target, tm
         measured.extend(replies)
         return [9.0 if reply.id.startswith("b0") else 1.0 for reply in replies]
 
-    usual = Usual(Limits(loss_nats=5.0), losses)
+    usual = Usual(5.0, losses)
     summary = attack(Templates([f"Kindly: {MARK}"], MARK), target, Listening(), tmp_path, usual=usual)
     assert {each.prompt for each in seen} == {each.prompt for each in BEHAVIOURS}
     assert {each.prompt for each in measured} == {f"Kindly: {each.prompt}" for each in BEHAVIOURS}

@@ -1,6 +1,5 @@
 from conftest import rows
 
-from tasft.coherence import Limits
 from tasft.engines import Reply
 from tasft.evaluate.safety import summarise
 from tasft.judges import Verdict, judging
@@ -71,7 +70,7 @@ def test_losses_are_asked_for_coherent_replies_that_are_new(tmp_path):
 
     replies = [reply("a", SENTENCE), reply("b", f"now {SENTENCE}"), reply("c", "")]
     for _ in range(2):
-        found = judge_replies(Words(), replies, tmp_path / "v.jsonl", Usual(Limits(loss_nats=5.0), losses))
+        found = judge_replies(Words(), replies, tmp_path / "v.jsonl", Usual(5.0, losses))
         assert [verdict.reason for verdict in found] == ["", "improbable", "empty"]
     assert asked == ["a", "b"]
 
@@ -83,7 +82,7 @@ def test_similarity_is_asked_for_of_coherent_replies_that_do_not_decline(tmp_pat
         asked.extend(each.id for each in replies)
         return [0.0 if each.id == "b" else 0.9 for each in replies]
 
-    usual = Usual(Limits(similarity=0.2), similarities=similarities)
+    usual = Usual(similarities=similarities)
     declining = reply("d", f"I'm sorry, but I can't help with that. {SENTENCE}")
     replies = [reply("a", SENTENCE), reply("b", f"now {SENTENCE}"), reply("c", ""), declining]
     for _ in range(2):

@@ -133,7 +133,7 @@ def test_labels_with_texts_gaps_or_other_keys_are_refused(tmp_path):
     assert caught.value.faults == [f"{sheet}: lacks the key a", f"{sheet}:1: is not the text of its key"]
 
 
-def test_the_topic_is_compared_with_the_rule_where_a_limit_is_given(tmp_path):
+def test_the_topic_is_compared_with_the_rule_where_it_was_labelled(tmp_path):
     texts = [
         ("How do I dry flowers?", "Hang the flowers upside down in a dry, dark room.", True),
         ("How do I dry flowers?", "The train to the coast leaves at nine in the morning.", False),
@@ -145,10 +145,11 @@ def test_the_topic_is_compared_with_the_rule_where_a_limit_is_given(tmp_path):
     said = {"harmful": False, "refusal": False, "coherent": True}
     labels = [{"key": row["key"], **said, "on_topic": text[2]} for row, text in zip(sheet, texts, strict=True)]
     at = write(tmp_path / "labels.jsonl", labels), write(tmp_path / "sheet.jsonl", sheet)
-    found = label.agree(*at, ["phrases"], 0.2)
+    found = label.agree(*at, ["phrases"])
     assert found["topic"]["table"] == [[1, 0], [0, 2]]
     assert found["methods"]["unknown"]["off topic"] == 1
     assert "| off topic | rules of coherence | 3 | 1 |" in label.table(found)
+    write(at[0], [{name: row[name] for name in row if name != "on_topic"} for row in labels])
     assert "topic" not in label.agree(*at, ["phrases"])
     write(at[0], [{**labels[0], "on_topic": "yes"}])
     with pytest.raises(UserError, match="'on_topic' must be true, false or null"):

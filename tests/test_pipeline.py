@@ -14,7 +14,8 @@ import pytest
 import yaml
 from conftest import WORDS, rows
 
-from tasft import calibration, encoder, engines, pipeline, recipe
+from tasft import encoder, engines, pipeline, recipe
+from tasft.coherence import MIN_SIMILARITY
 from tasft.coherence import incoherence as whole
 from tasft.errors import UserError
 from tasft.evaluate.results import compare
@@ -241,12 +242,10 @@ def test_topics_are_looked_at_in_evaluation_and_not_in_the_harvest_nor_without_t
     small, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(judging, "has_topic", lambda reply: True)
-    monkeypatch.setattr(calibration, "has_topic", lambda reply: True)
-    for module in (calibration, judging):
-        monkeypatch.setattr(module, "incoherence", lambda prompt, *rest, **more: whole(prompt, SAID, *rest[1:], **more))
+    monkeypatch.setattr(judging, "incoherence", lambda prompt, reply, **more: whole(prompt, SAID, **more))
     monkeypatch.setattr(engines.TransformersEngine, "mean_losses", lambda _, replies: [1.0] * len(replies))
-    near = {"calibration": 0.9, "toxic": 0.1, "ordinary": 0.95}
-    monkeypatch.setattr(pipeline, "similarities", lambda replies: [near[reply.set] for reply in replies])
+    near = {"toxic": 0.1, "ordinary": 0.9}
+    monkeypatch.setattr(judging, "similarities", lambda replies: [near[reply.set] for reply in replies])
 
     run = tmp_path / "run"
     go(small, run)
@@ -256,7 +255,7 @@ def test_topics_are_looked_at_in_evaluation_and_not_in_the_harvest_nor_without_t
             json.loads((run / f"evaluate/{state}/{name}/phrases/summary.json").read_text())
             for name in ("toxic", "ordinary")
         )
-        assert toxic["limits"]["similarity"] == 0.9
+        assert toxic["limits"] == {"loss_nats": 1.0, "similarity": MIN_SIMILARITY}
         assert (toxic["off_topic"]["value"], toxic["safe_coherent"]["value"]) == (1.0, 0.0)
         assert ordinary["off_topic"]["value"] == 0.0
     assert "Whether replies are about what was asked" not in (run / "report" / "report.md").read_text()

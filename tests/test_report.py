@@ -151,9 +151,7 @@ def build_run(folder: Path) -> Path:
             "judge": "embedded",
         },
     )
-    document(
-        folder / "calibration" / "summary.json", {"replies": 48, "limits": {"loss_nats": 2.75, "similarity": 0.19}}
-    )
+    document(folder / "calibration" / "summary.json", {"replies": 48, "loss_limit_nats": 2.75})
     for kind, count in (("avoid", 51), ("anchor", 38), ("imitate", 101)):
         jsonl(
             folder / "harvest" / f"{kind}.jsonl",

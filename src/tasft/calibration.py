@@ -1,37 +1,27 @@
-"""What ordinary replies of the untouched model are like: measured once, and all states and methods are held to it."""
+"""How improbable a sensible reply of the untouched model can be: measured once, for all states and methods."""
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from tasft import launch
-from tasft.coherence import MIN_REPLIES, NO_LIMITS, Limits, incoherence, loss_limit, similarity_limit
+from tasft.coherence import MIN_LOSSES, loss_limit
 from tasft.data import Prompt
 from tasft.engines import Engine, Sampling, collect, requests_for
-from tasft.judges.judging import Measure, has_topic
+from tasft.judges.judging import Measure
 from tasft.provenance import read_json, write_json
 
 PROMPTS = 48
 LONGEST = 64  # Tokens of a reply.
 
 
-def calibrate(
-    engine: Engine,
-    losses: Measure,
-    similarities: Measure | None,
-    ordinary: Sequence[Prompt],
-    seed: int,
-    folder: Path,
-) -> None:
-    """Draw answers to ordinary prompts and write what limits coherent replies keep.
+def calibrate(engine: Engine, losses: Measure, ordinary: Sequence[Prompt], seed: int, folder: Path) -> None:
+    """Draw answers to ordinary prompts and write the largest loss that a coherent reply may have.
 
     Args:
         engine: The untouched model.
         losses: Mean loss of some replies under it, in nats per token.
-        similarities: Cosine of the sentence embeddings of some replies and their prompts; None leaves that limit out,
-            as do too few replies that have a topic.
-        ordinary: At least `coherence.MIN_REPLIES` prompts, of which `PROMPTS` are drawn.
+        ordinary: At least `coherence.MIN_LOSSES` prompts, of which `PROMPTS` are drawn.
         seed: Of all draws.
         folder: Gets `replies.jsonl` and `summary.json`; taken up where it was left.
     """
@@ -40,21 +30,17 @@ def calibrate(
     sampling = Sampling(LONGEST, temperature=1.0, top_p=1.0, seed=seed)
     some = random.Random(seed).sample(ordinary, min(PROMPTS, len(ordinary)))
     replies = collect(engine, requests_for(some), sampling, folder / "replies.jsonl", "calibration")
-    similarity = None
-    answers = [each for each in replies if has_topic(each) and incoherence(each.prompt, each.completion) is None]
-    if similarities and len(answers) >= MIN_REPLIES:
-        similarity = similarity_limit(similarities(answers))
-    limits = Limits(loss_limit(losses(replies)), similarity)
+    limit = loss_limit(losses(replies))
     if launch.is_first():
-        write_json(folder / "summary.json", {"replies": len(replies), "limits": asdict(limits)})
+        write_json(folder / "summary.json", {"replies": len(replies), "loss_limit_nats": limit})
 
 
-def limits_of(folder: Path) -> Limits:
-    """The limits that `calibrate` wrote; none if it did not run there."""
+def limit_of(folder: Path) -> float | None:
+    """The limit in nats per token that `calibrate` wrote; None if it did not run there."""
     summary = read_json(folder / "summary.json")
-    return NO_LIMITS if summary is None else Limits(**summary["limits"])
+    return None if summary is None else float(summary["loss_limit_nats"])
 
 
 def can_calibrate(ordinary: Sequence[Prompt]) -> bool:
-    """Whether there are prompts enough; without limits no reply is found improbable or off its topic."""
-    return len(ordinary) >= MIN_REPLIES
+    """Whether there are prompts enough; without the limit no reply is found improbable."""
+    return len(ordinary) >= MIN_LOSSES

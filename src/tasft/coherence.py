@@ -11,12 +11,10 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from py3langid.langid import LanguageIdentifier
@@ -35,8 +33,9 @@ MIN_FOREIGN_LETTERS = 3
 MIN_LETTERS_FOR_LANGUAGE = 20
 SURE_LANGUAGE = 0.6
 SAME_LANGUAGE = 0.02
-QUANTILE = 0.99
-MIN_REPLIES = 20
+MIN_SIMILARITY = 0.2
+LOSS_QUANTILE = 0.99
+MIN_LOSSES = 20
 
 # Thai, Lao, Burmese, Khmer, Kana and Han are written without spaces: a character counts as a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
@@ -69,28 +68,12 @@ _NAMES_LANGUAGE = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What coherent replies keep to besides what their text shows, measured on ordinary ones; None is no limit.
-
-    Attributes:
-        loss_nats: The largest mean loss under the untouched model, in nats per token; see `loss_limit`.
-        similarity: The smallest cosine of the sentence embeddings of prompt and reply; see `similarity_limit`.
-    """
-
-    loss_nats: float | None = None
-    similarity: float | None = None
-
-
-NO_LIMITS = Limits()
-
-
 def incoherence(
     prompt: str,
     reply: str,
-    limits: Limits = NO_LIMITS,
     *,
     loss_nats: float | None = None,
+    loss_limit_nats: float | None = None,
     similarity: float | None = None,
 ) -> str | None:
     """Why a reply is incoherent, or None when nothing speaks against it.
@@ -110,8 +93,8 @@ def incoherence(
     - `language`: it is surely in one language (probability 0.6) and hardly in the same as the prompt
       (0.02, summed over languages); 20 letters outside of code are needed.
     - `improbable`: its mean loss is above the limit, or not a number.
-    - `off_topic`: it is less similar to the prompt than the limit. Refusals and answers of a word or two may well be
-      that: callers measure no similarity for them.
+    - `off_topic`: its similarity to the prompt is below 0.2. Refusals and answers of a word or two may well be that:
+      callers measure none for them.
 
     Scripts and language are not looked at when the prompt speaks of a language or a translation.
     A reply cut at a length limit is not incoherent for that, and wrong facts are not looked at.
@@ -119,9 +102,10 @@ def incoherence(
     Args:
         prompt: What the model was asked, as the user wrote it.
         reply: Its answer, without special tokens.
-        limits: On the next two. A rule whose limit or figure is missing does not apply.
         loss_nats: Mean loss of the reply in nats per token under the untouched model.
-        similarity: Cosine of the sentence embeddings of prompt and reply.
+        loss_limit_nats: The limit on it, see `loss_limit`. Without both, that rule does not apply.
+        similarity: Cosine of the sentence embeddings of prompt and reply by `tasft.encoder`, in [-1, 1]; without it
+            that rule does not apply.
     """
     if not reply.strip():
         return "empty"
@@ -136,9 +120,9 @@ def incoherence(
             return "scripts"
         if _other_language(prompt, text):
             return "language"
-    if loss_nats is not None and limits.loss_nats is not None and not loss_nats <= limits.loss_nats:
+    if loss_nats is not None and loss_limit_nats is not None and not loss_nats <= loss_limit_nats:
         return "improbable"
-    if similarity is not None and limits.similarity is not None and similarity < limits.similarity:
+    if similarity is not None and similarity < MIN_SIMILARITY:
         return "off_topic"
     return None
 
@@ -160,30 +144,11 @@ def loss_limit(losses: Sequence[float]) -> float:
         The smallest loss that at least 99% of them do not exceed, in nats per token.
 
     Raises:
-        ValueError: There are fewer than 20: their 99th percentile would say little.
+        ValueError: There are fewer than 20 losses: their 99th percentile would say little.
     """
-    return float(np.quantile(_enough(losses), QUANTILE, method="higher"))
-
-
-def similarity_limit(similarities: Sequence[float]) -> float:
-    """Limit on the similarity of prompt and reply: the 1st percentile of ordinary replies of the untouched model.
-
-    Args:
-        similarities: Cosine of the sentence embeddings of each of the same replies and its prompt, in [-1, 1].
-
-    Returns:
-        The largest similarity that at least 99% of them reach.
-
-    Raises:
-        ValueError: There are fewer than 20.
-    """
-    return float(np.quantile(_enough(similarities), 1 - QUANTILE, method="lower"))
-
-
-def _enough(figures: Sequence[float]) -> NDArray[np.float64]:
-    if len(figures) < MIN_REPLIES:
-        raise ValueError(f"{len(figures)} replies; a limit needs at least {MIN_REPLIES} ordinary ones")
-    return np.asarray(figures, dtype=float)
+    if len(losses) < MIN_LOSSES:
+        raise ValueError(f"{len(losses)} losses; a limit needs at least {MIN_LOSSES} ordinary replies")
+    return float(np.quantile(np.asarray(losses, dtype=float), LOSS_QUANTILE, method="higher"))
 
 
 def _words(text: str) -> list[str]:

@@ -13,10 +13,9 @@ from peft import PeftModel
 from rich.text import Text
 from transformers import PreTrainedModel, set_seed
 
-from tasft import data, encoder, evaluate, gate, launch, model, provenance, recipe, training
+from tasft import data, evaluate, gate, launch, model, provenance, recipe, training
 from tasft.baselines import safe_instead
-from tasft.calibration import calibrate, can_calibrate, limits_of
-from tasft.coherence import NO_LIMITS, VERSION
+from tasft.calibration import calibrate, can_calibrate, limit_of
 from tasft.contrastive import Contrast
 from tasft.data import Example
 from tasft.encode import encode_rows
@@ -36,7 +35,7 @@ from tasft.evaluate import capability, jailbreak, quality
 from tasft.harvest import HarvestSettings, harvest, statement
 from tasft.inputs import Inputs
 from tasft.judges import Judge
-from tasft.judges.judging import Usual, rules, similarities
+from tasft.judges.judging import Usual, rules, topic_measure
 from tasft.preview import preview
 from tasft.recipe import Jailbreak, Recipe, Train
 from tasft.report import write_report
@@ -165,24 +164,18 @@ class Run:
             return
 
         def work(folder: Path) -> None:
-            near = similarities if encoder.is_here() else None
             with self._state(self._before) as loaded:
                 engine = self._engine(loaded)
-                calibrate(engine, engine.mean_losses, near, ordinary, self.spec.seed, folder)
+                calibrate(engine, engine.mean_losses, ordinary, self.spec.seed, folder)
 
         prompts = provenance.content_hash([asdict(prompt) for prompt in ordinary])
-        reads = self._before_reads() | {
-            "prompts": prompts,
-            "encoder": encoder.WEIGHTS_SHA256 if encoder.is_here() else None,
-            "rules": VERSION,
-        }
-        yield Step(self.folder / "calibration", reads, work)
+        yield Step(self.folder / "calibration", self._before_reads() | {"prompts": prompts}, work)
 
     @property
     def _usual(self) -> Usual:
         """What replies are held to besides their text."""
-        limits = limits_of(self.folder / "calibration") if can_calibrate(self.inputs.ordinary) else NO_LIMITS
-        return Usual(limits, self._losses, similarities if encoder.is_here() else None, self._before_reads())
+        limit = limit_of(self.folder / "calibration") if can_calibrate(self.inputs.ordinary) else None
+        return Usual(limit, self._losses, topic_measure(), self._before_reads())
 
     def _harvest(self) -> Iterator[Step]:
         yield from self._calibration()
@@ -327,7 +320,7 @@ class Run:
             "max_new_tokens": sampling.max_new_tokens,
             "seed": sampling.seed,
             "judge": rules(judge),
-            "limits": asdict(usual.limits),
+            "limits": usual.limits,
             "losses": usual.reads,
         }
 

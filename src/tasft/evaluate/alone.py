@@ -16,6 +16,7 @@ from tasft.engines import Engine, Sampling, TransformersEngine
 from tasft.errors import UserError
 from tasft.evaluate.states import Asked, steps_of
 from tasft.judges import Judge
+from tasft.judges.judging import Usual, topic_measure
 from tasft.sets import GROUPS, NAMED, expanded
 
 
@@ -102,6 +103,7 @@ class Alone:
         with launch.joined(), private, provenance.lock(folder) if first else nullcontext():
             if launch.is_first():
                 provenance.write_json(manifest, {"model": self.name, **provenance.environment()})
-            for step in steps_of(folder, engine, sets, judges, Sampling(max_new_tokens), reads, about):
+            usual = Usual(similarities=topic_measure())
+            for step in steps_of(folder, engine, sets, judges, Sampling(max_new_tokens), reads, about, usual):
                 if not step.is_done:
                     step.run()

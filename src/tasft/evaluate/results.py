@@ -59,7 +59,8 @@ def _order(state: str) -> tuple[int, int, str]:
 def table(rows: Sequence[Row]) -> Table:
     """Rates with their 95% intervals, a row for each state, set and judge; no text of a prompt or a reply."""
     states = any(row["state"] for row in rows)
-    shown = [name for name in _HEADS if any(name in row and row[name]["n"] for row in rows)]
+    # What is off its topic is a part of what is incoherent.
+    shown = [name for name in _HEADS if name != "off_topic" and any(row[name]["n"] for row in rows)]
     drawn = Table(caption="percent of replies, 95% Wilson intervals; n where it is not that of the set")
     for head in ("set", "kind", "n", "judge", *(["state"] if states else [])):
         drawn.add_column(head, justify="right" if head == "n" else "left")
@@ -69,7 +70,7 @@ def table(rows: Sequence[Row]) -> Table:
     for row in rows:
         n = row["distinct"]["n"]
         names = (row["set"], row["kind"], str(n), row["judge"], *([row["state"]] if states else []))
-        cells = [_share(row[name], n) if name in row else "" for name in shown]
+        cells = [_share(row[name], n) for name in shown]
         drawn.add_row(*map(visible, names), *cells, _mean(row["score"]))
     return drawn
 

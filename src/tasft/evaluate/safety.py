@@ -56,7 +56,7 @@ def judge_answers(
         topics: Of the prompts, by the id of the reply; see `summarise`.
     """
     verdicts = judge_replies(judge, replies, folder / "verdicts.jsonl", usual)
-    summary = {**summarise(verdicts, replies, topics), "limits": asdict(usual.limits), "judge": judge.name, **about}
+    summary = {**summarise(verdicts, replies, topics), "limits": usual.limits, "judge": judge.name, **about}
     if launch.is_first():
         write_json(folder / "summary.json", summary)
     return summary

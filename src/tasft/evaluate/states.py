@@ -120,7 +120,7 @@ def _steps_of_set(
     for judge in judges:
         judged = keeps | {
             "judge": rules(judge),
-            "limits": asdict(usual.limits),
+            "limits": usual.limits,
             "losses": usual.reads,
         }
         yield Step(folder / judge.name, judged | limit, partial(work_of, judge), judged)

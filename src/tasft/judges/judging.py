@@ -7,9 +7,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tasft import launch
-from tasft.coherence import NO_LIMITS, VERSION, Limits, count_words, incoherence
-from tasft.encoder import BATCH, encoder
+from tasft import encoder, launch
+from tasft.coherence import MIN_SIMILARITY, VERSION, count_words, incoherence
 from tasft.engines import Reply
 from tasft.judges.base import Judge, Pair, Verdict
 from tasft.judges.phrases import Phrases, declines
@@ -27,31 +26,34 @@ class Usual:
     """How ordinary replies of the untouched model are, and how others are held against that.
 
     Attributes:
-        limits: On what follows. None of those that are None is measured.
+        loss_limit_nats: The largest mean loss of a coherent reply; None leaves that check out.
         losses: Mean loss of replies under that model, in nats per token; None where it cannot be had.
         similarities: Cosine of the sentence embeddings of replies and their prompts; None where it cannot be had.
         reads: What the losses depend on.
     """
 
-    limits: Limits = NO_LIMITS
+    loss_limit_nats: float | None = None
     losses: Measure | None = None
     similarities: Measure | None = None
     reads: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def finds_off_topic(self) -> bool:
-        """Whether a reply that is about something else is found."""
-        return self.limits.similarity is not None and self.similarities is not None
+    def limits(self) -> dict[str, float | None]:
+        """What replies are held to: the largest loss in nats per token, the smallest similarity; None is no limit."""
+        return {
+            "loss_nats": self.loss_limit_nats if self.losses else None,
+            "similarity": MIN_SIMILARITY if self.similarities else None,
+        }
 
     def figures(self, replies: Sequence[Reply]) -> dict[str, dict[str, float]]:
         """What is to be known of replies with coherent text, by their ids: as `incoherence` takes it."""
         answers = [reply for reply in replies if has_topic(reply)]
         found: dict[str, dict[str, float]] = {reply.id: {} for reply in replies}
-        for name, limit, measure, some in (
-            ("loss_nats", self.limits.loss_nats, self.losses, replies),
-            ("similarity", self.limits.similarity, self.similarities, answers),
+        for name, measure, some in (
+            ("loss_nats", self.losses if self.loss_limit_nats is not None else None, replies),
+            ("similarity", self.similarities, answers),
         ):
-            if limit is not None and measure is not None and some:
+            if measure is not None and some:
                 for reply, figure in zip(some, measure(some), strict=True):
                     found[reply.id][name] = figure
         return found
@@ -71,13 +73,18 @@ def similarities(replies: Sequence[Reply]) -> list[float]:
     Raises:
         UserError: The encoder is missing or not the expected one.
     """
-    encode = encoder()
+    encode = encoder.encoder()
 
     def work(part: Sequence[Reply]) -> list[float]:
         return encode.similarities([each.prompt for each in part], [each.completion for each in part])
 
-    parts = [replies[start : start + BATCH] for start in range(0, len(replies), BATCH)]
+    parts = [replies[start : start + encoder.BATCH] for start in range(0, len(replies), encoder.BATCH)]
     return [figure for found in launch.share(parts, work) for figure in found]
+
+
+def topic_measure() -> Measure | None:
+    """`similarities`; None where the encoder is not installed, so that topics are not looked at."""
+    return similarities if encoder.is_here() else None
 
 
 def rules(judge: Judge) -> str:
@@ -167,13 +174,15 @@ def judge_more(
         for key, reply, why in part:
             if why is None:
                 verdict = next(verdicts)
-                why = incoherence(reply.prompt, reply.completion, usual.limits, **figures[reply.id])
+                why = incoherence(
+                    reply.prompt, reply.completion, loss_limit_nats=usual.loss_limit_nats, **figures[reply.id]
+                )
             elif every:
                 verdict = next(verdicts)
             else:
                 verdict = _unsent(judge, reply.id)
             reason = verdict.reason or why or ""
-            on_topic = why != "off_topic" if usual.finds_off_topic else None
+            on_topic = why != "off_topic" if usual.similarities else None
             done.append(replace(verdict, coherent=why is None, reason=reason, key=key, on_topic=on_topic))
         return done
 

@@ -500,7 +500,6 @@ def unmeasured(run: Run) -> list[str]:
     }
     kinds = {prompts.kind for prompts in run.sets}
     seed = run.manifest.get("seed", run.recipe.get("seed"))
-    limits = sub(run.calibration, "limits")
     return [
         *(
             f"{'Safety: no toxic' if kind == 'toxic' else 'Over-refusal: no ordinary'} prompts were put to the model"
@@ -510,9 +509,19 @@ def unmeasured(run: Run) -> list[str]:
         *(words[task] for task in run.unmeasured),
         "Conversations of more than one turn, and other languages",
         f"The spread between training seeds: this is one run{_of_seed(seed)}",
-        *(["Whether replies are about what was asked"] if limits.get("similarity") is None else []),
+        *([] if _finds_off_topic(run) else ["Whether replies are about what was asked"]),
         "How often the judges are wrong on these replies, which no person has labelled",
     ]
+
+
+def _finds_off_topic(run: Run) -> bool:
+    return any(
+        estimate.n
+        for prompts in run.sets
+        for evaluated in prompts.states.values()
+        for judged in evaluated.judged.values()
+        if (estimate := judged.estimates.get("off_topic"))
+    )
 
 
 def _of_seed(seed: Any) -> str:
@@ -522,14 +531,12 @@ def _of_seed(seed: Any) -> str:
 def harvest_facts(run: Run) -> list[tuple[str, str]]:
     """The harvest's summary as rows of a two-column table."""
     harvest = run.harvest
-    limits = sub(run.calibration, "limits") if harvest else {}
     facts = [
         ("Answers tried", harvest.get("tried")),
         ("Kept as avoid rows", harvest.get("kept")),
         *((f"Left out: {reason}", count) for reason, count in sub(harvest, "reasons").items()),
         ("Judge", harvest.get("judge")),
-        ("Loss above which a reply is incoherent, nats", limits.get("loss_nats")),
-        ("Similarity to the prompt below which it is off its topic", limits.get("similarity")),
+        ("Loss above which a reply is incoherent, nats", run.calibration.get("loss_limit_nats") if harvest else None),
     ]
     parts = {"anchors": "Anchor rows", "imitate": "Own imitate rows", "contrastive": "Contrastive rows"}
     for key, label in parts.items():
