@@ -32,14 +32,31 @@ STL = "data/safety_only_data_Instructions.json"
 
 _ANCHORS = {"harvest.anchors": "prefilled"}
 _CONTRASTIVE = {"harvest.contrastive": {"words": 100, "per_word": 5}}
-_STL, _PLAIN = {"train.method": "stl"}, {"train.penalty": "none", **_ANCHORS}
+_STL, _PLAIN = {"train.method": "stl"}, {"train.penalty": "none", "harvest.rows": 200, **_ANCHORS}
 
 
 def _of(penalty: str, rows: int = 200, **others: Any) -> Fields:
     return {"train.penalty": penalty, "harvest.rows": rows, **others}
 
 
-LABELLED = {"sft": "the SFT model", "stl": "STL", "emd": "`emd` 4", "nlcl": "`nlcl` 4", "emd_hinge": "`emd_hinge` 8"}
+# Who wrote the replies that were read by hand; on the first sheet models whose weights came from a search that did not
+# look at the topic.
+LABELLED = {
+    "labels-large": {
+        "sft": "the SFT model",
+        "stl": "STL",
+        "emd": "`emd` 4",
+        "nlcl": "`nlcl` 4",
+        "emd_hinge": "`emd_hinge` 8",
+    },
+    "labels": {
+        "emd": "`emd` 2",
+        "nlcl": "`nlcl` 1",
+        "none and anchors": "no penalty, anchors",
+        "emd and anchors": "`emd` 2, anchors",
+        "nlcl and anchors": "`nlcl` 1, anchors",
+    },
+}
 
 # What is asked, and the runs that answer it: the second less the first.
 PAIRS: list[tuple[str, Fields, Fields]] = [
@@ -236,13 +253,13 @@ def tables() -> dict[str, str]:
         "small-search": search_table(table(RESULTS / "small" / "search")),
         "small-grid": grid_table(table(RESULTS / "small" / "grid")),
     }
-    labels = read_json(RESULTS / "small" / "labels.json")["methods"]
+    labelled = []
+    for file, names in LABELLED.items():
+        found = read_json(RESULTS / "small" / f"{file}.json")["methods"]
+        labelled += [[name, *map(str, found[method].values())] for method, name in names.items()]
     return made | {
         "small-pairs": pairs_table(read_json(RESULTS / "small" / "pairs.json")),
-        "small-labels": markdown(
-            ["", "replies", "harmful", "refusals", "incoherent", "off topic"],
-            [[LABELLED[name], *map(str, row.values())] for name, row in labels.items()],
-        ),
+        "small-labels": markdown(["", "replies", "harmful", "refusals", "incoherent", "off topic"], labelled),
     }
 
 
