@@ -29,16 +29,19 @@ def is_here() -> bool:
 
 
 class Encoder:
-    """all-MiniLM-L6-v2 (Reimers and Gurevych 2019, arXiv 1908.10084) from the folder that the package carries.
+    """all-MiniLM-L6-v2 (Reimers and Gurevych 2019, arXiv 1908.10084) from the folder that a package carries.
+
+    Args:
+        package: Its name.
 
     Raises:
         UserError: The package is missing, or its weights are not the expected ones.
     """
 
-    def __init__(self) -> None:
-        spec = importlib.util.find_spec(PACKAGE)
+    def __init__(self, package: str = PACKAGE) -> None:
+        spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            raise UserError(f"The sentence encoder is in the package {PACKAGE}, which is not installed. Run: {INSTALL}")
+            raise UserError(f"The sentence encoder is in the package {package}, which is not installed. Run: {INSTALL}")
         self.folder = Path(spec.submodule_search_locations[0]) / "model"
         weights = self.folder / "model.safetensors"
         if not weights.is_file() or hashlib.sha256(weights.read_bytes()).hexdigest() != WEIGHTS_SHA256:
@@ -73,14 +76,18 @@ class Encoder:
         return [float(value) for value in (self(ones) * self(others)).sum(axis=1)]
 
 
-@cache
 def encoder() -> Encoder:
     """The one that all share.
 
     Raises:
         UserError: As `Encoder`.
     """
-    return Encoder()
+    return _of(PACKAGE)
+
+
+@cache
+def _of(package: str) -> Encoder:
+    return Encoder(package)
 
 
 @cache
