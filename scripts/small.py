@@ -236,8 +236,6 @@ def pairs(sweep: Path) -> dict[str, Any]:
 
 def pairs_table(found: dict[str, Any]) -> str:
     def points(answer: dict[str, Any], name: str) -> str:
-        if name not in answer:
-            return "—"
         change = answer[name]["difference"]
         return f"{100 * change['value']:+.1f} ({100 * change['low']:+.1f} to {100 * change['high']:+.1f})"
 
