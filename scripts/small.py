@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pages import placed
+from pages import put
 
 from tasft.evaluate.results import compare
 from tasft.provenance import commit, read_json, write_json
@@ -28,15 +28,21 @@ KEPT = ("sweep.json", "table.csv", "report/report.md", "report/index.html")
 Row = dict[str, str]
 Fields = dict[str, Any]
 
+PENALTIES = ("emd", "nlcl", "emd_exact", "emd_hinge", "unlikelihood", "npo")
 STL = "data/safety_only_data_Instructions.json"
 
 _ANCHORS = {"harvest.anchors": "prefilled"}
 _CONTRASTIVE = {"harvest.contrastive": {"words": 100, "per_word": 5}}
+_ANY = {"harvest.contrastive": ...}
 _STL, _PLAIN = {"train.method": "stl"}, {"train.penalty": "none", "harvest.rows": 200, **_ANCHORS}
 
 
 def _of(penalty: str, rows: int = 200, **others: Any) -> Fields:
     return {"train.penalty": penalty, "harvest.rows": rows, **others}
+
+
+def _heavy(penalty: str, weight: float) -> Fields:
+    return _of(penalty, **{"train.penalty_weight": weight})
 
 
 # Who wrote the replies that were read by hand; on the first sheet models whose weights came from a search that did not
@@ -62,13 +68,19 @@ LABELLED = {
 PAIRS: list[tuple[str, Fields, Fields]] = [
     *((f"EMD instead of NLCL, {rows} rows", _of("nlcl", rows), _of("emd", rows)) for rows in (25, 50, 100, 200)),
     *((f"`{name}` 200 rows instead of 25", _of(name, 25), _of(name)) for name in ("emd", "nlcl")),
-    *((f"EMD instead of STL, {rows} rows", {**_STL, "harvest.rows": rows}, _of("emd", rows)) for rows in (25, 200)),
-    ("NLCL instead of STL, 200 rows", {**_STL, "harvest.rows": 200}, _of("nlcl")),
-    *((f"anchors beside `{name}`", _of(name), {**_of(name), **_ANCHORS}) for name in ("emd", "nlcl")),
-    *((f"`{name}` beside anchors", _PLAIN, {**_of(name), **_ANCHORS}) for name in ("emd", "nlcl")),
+    ("STL 200 rows instead of 25", {**_STL, "harvest.rows": 25}, {**_STL, "harvest.rows": 200}),
     *(
-        (f"contrastive rows beside `{name}`", _of(name), _of(name, **{"harvest.contrastive": ...}))
-        for name in ("emd", "nlcl")
+        (f"EMD instead of STL, {rows} rows", {**_STL, "harvest.rows": rows}, _of("emd", rows))
+        for rows in (25, 50, 100, 200)
+    ),
+    ("NLCL instead of STL, 200 rows", {**_STL, "harvest.rows": 200}, _of("nlcl")),
+    ("NLCL instead of KTO, 200 rows", {"train.method": "kto", "harvest.rows": 200}, _of("nlcl")),
+    *((f"anchors beside `{name}`", _of(name), {**_of(name), **_ANCHORS}) for name in PENALTIES),
+    *((f"`{name}` beside anchors", _PLAIN, {**_of(name), **_ANCHORS}) for name in PENALTIES),
+    ("STL instead of `nlcl` and anchors", {**_of("nlcl"), **_ANCHORS}, {**_STL, "harvest.rows": 200}),
+    *(
+        (f"contrastive rows beside `{name}` {weight:g}", _heavy(name, weight), {**_heavy(name, weight), **_ANY})
+        for name, weight in (("emd", 2.0), ("emd", 4.0), ("nlcl", 1.0), ("nlcl", 2.0))
     ),
 ]
 
@@ -193,8 +205,8 @@ def keep(sweep: Path, name: str) -> None:
 
 
 def cell(sweep: Path, wanted: Fields) -> Path | None:
-    """The finished run that differs from the recipe in these fields and in no other that decides about training."""
-    about = ("train.method", "train.penalty", "harvest.rows", "harvest.anchors", "harvest.contrastive")
+    """The first finished run that differs from the recipe in these fields; of any weight if none is asked for."""
+    about = {"train.method", "train.penalty", "harvest.rows", "harvest.anchors", "harvest.contrastive", *wanted}
     for row in (read_json(sweep / "sweep.json") or {})["cells"]:
         fields = row["fields"]
         same = all(
@@ -261,12 +273,6 @@ def tables() -> dict[str, str]:
     }
 
 
-def written(page: str) -> str:
-    for name, text in tables().items():
-        page = placed(page, name, text)
-    return page
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -288,8 +294,8 @@ def main() -> None:
     elif asked.command == "keep":
         keep(asked.sweep, asked.name)
     else:
-        page = RESULTS / "README.md"
-        page.write_text(written(page.read_text()))
+        for name, text in tables().items():
+            put(RESULTS / "README.md", name, text)
 
 
 if __name__ == "__main__":

@@ -199,7 +199,14 @@ def test_the_front_is_that_of_all_pairs():
 def ended(tmp_path_factory, tiny):
     """A sweep of two cells that can be done and one that cannot: its folder, and what the command said."""
     folder = tmp_path_factory.mktemp("sweep")
-    write_base(folder, tiny)
+    base = write_base(folder, tiny)
+    values = yaml.safe_load(base.read_text())
+    (folder / "answers.jsonl").write_text('{"instruction": "Name a fruit.", "output": "An apple."}\n')
+    values["evaluate"] |= {
+        "quality": {"prompts": str(folder / "answers.jsonl")},
+        "jailbreak": {"set": "toxic", "limit": 2, "prefix": "Sure"},
+    }
+    base.write_text(yaml.safe_dump(values))
     pairs = [
         {"train.penalty": "emd", "harvest.rows": 2},
         {"train.penalty": "nlcl", "harvest.rows": 2, "train.max_length": 8, "train.overlong": "error"},
@@ -271,6 +278,11 @@ def test_the_table_has_a_row_for_each_cell_with_the_figures_of_its_summaries(end
                 for part, value in summary[measure].items():
                     column = f"{place}.toxic.phrases.{measure}" + ("" if part == "value" else f".{part}")
                     assert float(row[column]) == value, column
+        for name, measure in (("quality.reference", "reference_nll"), ("jailbreak.prefix", "success")):
+            found_there = json.loads(
+                (out / cell / "evaluate/final" / name.replace(".", "/") / "summary.json").read_text()
+            )
+            assert float(row[f"final.{name}.{measure}"]) == found_there[measure]["value"]
         assert row["harmful"] == row["final.toxic.phrases.harmful"]
         assert row["over_refusal"] == row["final.ordinary.phrases.refusal"]
     points = [[float(row[name]) for name in ("harmful", "incoherent", "over_refusal")] for row in (found[0], found[2])]

@@ -14,7 +14,7 @@ from tasft.provenance import atomic_write_text, read_json
 from tasft.report import facts
 from tasft.report.page import render
 from tasft.report.plots import trade_off_plot
-from tasft.report.read import STATES, PromptSet, Run, read_run
+from tasft.report.read import STATES, Attacked, Measured, PromptSet, Run, read_run
 from tasft.report.text import csv_cell, inline_markdown
 from tasft.stats import Estimate
 
@@ -35,7 +35,6 @@ _MEASURED = {
     "incoherent": ("toxic", "incoherent"),
     "over_refusal": ("ordinary", "refusal"),
 }
-_KINDS = ("capability", "quality", "jailbreak")  # Of evaluations besides the prompt sets.
 
 _NOTES = (
     "Replies and refusals by the first judge of the recipe that tells them, over all prompts of the sets of their kind "
@@ -99,7 +98,7 @@ def write_sweep_report(folder: Path) -> Path:
 
 def _read_cell(folder: Path, number: int, row: Mapping[str, Any]) -> Cell:
     run = read_run(folder / row["folder"]) if row["state"] == "done" else None
-    figures = _figures(run, folder / row["folder"]) if run else {}
+    figures = _figures(run) if run else {}
     found = {state: _shown(run, figures, state) if run else {} for state in STATES}
     return Cell(
         number,
@@ -113,7 +112,7 @@ def _read_cell(folder: Path, number: int, row: Mapping[str, Any]) -> Cell:
     )
 
 
-def _figures(run: Run, folder: Path) -> dict[str, Estimate]:
+def _figures(run: Run) -> dict[str, Estimate]:
     figures = {
         f"{state}.{prompts.name}.{judge}.{measure}": estimate
         for state in STATES
@@ -122,23 +121,16 @@ def _figures(run: Run, folder: Path) -> dict[str, Estimate]:
         for judge, judged in prompts.states[state].judged.items()
         for measure, estimate in judged.estimates.items()
     }
-    for kind in _KINDS:
-        wanted = run.field(f"evaluate.{kind}")
-        if not isinstance(wanted, Mapping):
-            continue
-        names = wanted.get("tasks") or [name for name, value in wanted.items() if value is not None]
-        for state in STATES:
-            place = folder / "evaluate" / ("sft" if state == "base" and run.field("sft") else state)
-            for path in sorted(place.glob(f"{kind}/**/summary.json")):
-                if path.parent.name not in (kind, *names):
-                    continue  # Left behind by an earlier form of the recipe.
-                name = ".".join([state, *path.parent.relative_to(place).parts])
-                figures |= {
-                    f"{name}.{measure}": Estimate(value["value"], value.get("low"), value.get("high"), value["n"])
-                    for measure, value in (read_json(path) or {}).items()
-                    if isinstance(value, Mapping) and {"value", "n"} <= value.keys()
-                }
-    return figures
+    besides: dict[str, Mapping[str, Measured | Attacked]] = {
+        name.replace("/", "."): states for name, states in run.measured.items()
+    }
+    besides |= {f"jailbreak.{name}": states for name, states in run.attacks.items()}
+    return figures | {
+        f"{state}.{name}.{measure}": estimate
+        for name, states in besides.items()
+        for state, found in states.items()
+        for measure, estimate in found.estimates.items()
+    }
 
 
 def _shown(run: Run, figures: Mapping[str, Estimate], state: str) -> dict[str, Estimate]:
