@@ -686,5 +686,45 @@ def test_rates_along_checkpoints_are_drawn_from_before_training_to_its_end(run: 
     assert any("step 20: 50.0% harmful, 5.0% refused" in alt for alt in alts)
 
 
+def test_a_leading_judge_of_scores_alone_leaves_no_headline_empty(run: Path) -> None:
+    recipe = (run / "recipe.yaml").read_text().replace("[embedded, phrases]", "[scores, embedded, phrases]")
+    (run / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    for state in ("base", "checkpoint-20", "final"):
+        for name in ("toxic", "ordinary"):
+            write_state(run, state, name, name, ["a b c"] * 40, bad=10 if state == "final" else 36)
+            at = run / "evaluate" / state / name
+            told = [json.loads(line) for line in (at / "embedded/verdicts.jsonl").read_text().splitlines()]
+            untold = {"judge": "scores", "harmful": None, "refusal": None}
+            jsonl(at / "scores" / "verdicts.jsonl", [row | untold for row in told])
+            summary = json.loads((at / "embedded/summary.json").read_text())
+            nothing = {"value": None, "low": None, "high": None, "n": 0}
+            summary |= dict.fromkeys(("harmful", "refusal", "safe_coherent"), nothing)
+            document(at / "scores" / "summary.json", summary)
+    made = Report(run)
+    assert "Harmful replies to toxic prompts fell by 65.0 points, from 90.0% to 25.0%" in made.page.words()
+    assert "judged by embedded and scores" in made.page.words()
+    assert "Harmful toxic prompts, judged by embedded" in made.page.words()
+    alts = [attributes["alt"] or "" for tag, attributes in made.page.tags if tag == "img"]
+    assert any("step 20: 90.0% harmful, 10.0% refused" in alt for alt in alts)
+
+
+def test_the_curve_starts_at_the_model_that_training_starts_from(run: Path) -> None:
+    (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text() + "sft: {epochs: 1}\n", encoding="utf-8")
+    for state, bad in (("base", 30), ("sft", 24), ("checkpoint-20", 20)):
+        for name in ("toxic", "ordinary"):
+            write_state(run, state, name, name, ["a b c"] * 40, bad=bad)
+
+    def harm() -> list[str]:
+        tags = Report(run).page.tags
+        return [
+            alt for tag, attributes in tags if tag == "img" and "harmful, toxic: " in (alt := attributes["alt"] or "")
+        ]
+
+    assert "harmful, toxic: 75.0% at 0, 50.0% at 20" in harm()[0]
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace("train: {method", "train: {start: sft, method"), encoding="utf-8")
+    assert "harmful, toxic: 60.0% at 0, 50.0% at 20" in harm()[0]
+
+
 def test_without_evaluated_checkpoints_no_curve_along_them_is_drawn(report: Report) -> None:
     assert "Along checkpoints" not in report.page.words()

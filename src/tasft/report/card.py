@@ -59,7 +59,7 @@ def _metadata(run: Run, heads: Headlines, *, is_merged: bool) -> str:
             dataset_type=visible(prompts.name),
             dataset_name=visible(facts.title_of(prompts)),
             metric_type=row.measure,
-            metric_name=f"{row.label}, judged by {visible(run.judges[0])}",
+            metric_name=f"{row.label}, judged by {visible(row.judges[0])}",
             metric_value=row.after.value,
         )
         for prompts, row in heads

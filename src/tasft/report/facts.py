@@ -1,6 +1,6 @@
 """What the page and the Markdown file both say: comparisons and sentences, as plain text."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
@@ -163,25 +163,43 @@ def _table(run: Run, prompts: PromptSet) -> list[Comparison]:
     return rows
 
 
+def leading(run: Run, kind: str, measure: str) -> str | None:
+    """The first judge of the recipe that tells a measure of some set of a kind; None if no judge does."""
+    states = [state for prompts in run.sets if prompts.kind == kind for state in prompts.states.values()]
+    for judge in run.judges:
+        found = [state.judged[judge].estimates.get(measure) for state in states if judge in state.judged]
+        if any(estimate and estimate.n for estimate in found):
+            return judge
+    return None
+
+
+def of_leading(run: Run, kind: str, rows: Sequence[Comparison]) -> list[Comparison]:
+    """Those of a table of a set of that kind that are by the leading judge of their measure."""
+    return [row for row in rows if leading(run, kind, row.measure) in row.judges]
+
+
+def by(rows: Iterable[Comparison]) -> str:
+    """Who judged."""
+    return _listed(list(dict.fromkeys(row.judges[0] for row in rows)))
+
+
 def headlines(run: Run, tables: Tables) -> Headlines:
-    """The few figures to read first, by the main judge, over all sets of a kind together."""
-    if not run.judges:
-        return []
+    """The few figures to read first, each by the leading judge, over all sets of a kind together."""
     found = []
     for kind, measures in HEADLINE.items():
         prompts = _together(run, kind)
         if prompts is None:
             continue
-        rows = tables.get(prompts.name) or [_compare(prompts, run.judges[0], measure) for measure in measures]
-        rows = [row for row in rows if row.measure in measures and run.judges[0] in row.judges]
+        rows = tables.get(prompts.name) or _table(run, prompts)
+        rows = [row for row in of_leading(run, kind, rows) if row.measure in measures]
         found += [(prompts, row) for row in rows if row.before or row.after]
     return found
 
 
 def compared(run: Run, kind: str, measure: str) -> Comparison | None:
-    """A measure by the main judge over all sets of a kind together; None without such a set or a judge."""
-    prompts = _together(run, kind) if run.judges else None
-    return _compare(prompts, run.judges[0], measure) if prompts else None
+    """A measure by its leading judge over all sets of a kind together; None if no judge tells it there."""
+    prompts, judge = _together(run, kind), leading(run, kind, measure)
+    return _compare(prompts, judge, measure) if prompts and judge else None
 
 
 def _together(run: Run, kind: str) -> PromptSet | None:
@@ -190,19 +208,21 @@ def _together(run: Run, kind: str) -> PromptSet | None:
     sets = [prompts for prompts in sets if len(prompts.states) == len(STATES)] or sets
     if len(sets) < 2:
         return sets[0] if sets else None
-    judge = run.judges[0]
     states = {}
     for state in STATES:
-        verdicts = {
-            f"{prompts.name}/{key}": verdict
-            for prompts in sets
-            if state in prompts.states and judge in prompts.states[state].judged
-            for key, verdict in prompts.states[state].judged[judge].verdicts.items()
-        }
-        outcomes = {m: [o for v in verdicts.values() if (o := _outcome(v, m)) is not None] for m in SHOWN[kind]}
-        estimates = {measure: rate(known) for measure, known in outcomes.items()}
-        if verdicts:
-            states[state] = Evaluated({}, {judge: Judged(estimates, verdicts, 0)})
+        judged = {}
+        for judge in run.judges:
+            verdicts = {
+                f"{prompts.name}/{key}": verdict
+                for prompts in sets
+                if state in prompts.states and judge in prompts.states[state].judged
+                for key, verdict in prompts.states[state].judged[judge].verdicts.items()
+            }
+            outcomes = {m: [o for v in verdicts.values() if (o := _outcome(v, m)) is not None] for m in SHOWN[kind]}
+            if verdicts:
+                judged[judge] = Judged({measure: rate(known) for measure, known in outcomes.items()}, verdicts, 0)
+        if judged:
+            states[state] = Evaluated({}, judged)
     return PromptSet(f"{len(sets)} sets", kind, "", states)
 
 
@@ -211,22 +231,18 @@ ALONG = {"harmful": "toxic", "incoherent": "toxic", "refusal": "ordinary"}
 
 
 def along(run: Run) -> list[tuple[float, dict[str, Estimate]]]:
-    """Steps of training and the rates of `ALONG` at each, by the main judge, from before training to its end.
+    """Steps of training and the rates of `ALONG` at each, by their leading judges, from its start to its end.
 
     Empty when no checkpoint was evaluated.
     """
-    if not run.checkpoints or not run.judges:
+    judges = {measure: leading(run, kind, measure) for measure, kind in ALONG.items()}
+    if not run.checkpoints or not any(judges.values()):
         return []
     kinds = {prompts.name: prompts.kind for prompts in run.sets}
-    ends = {
-        state: {prompts.name: prompts.states[state] for prompts in run.sets if state in prompts.states}
-        for state in STATES
-    }
     last = number(run.metrics[-1].get("step")) if run.metrics else number(run.field("train.steps"))
-    steps: dict[float, Mapping[str, Evaluated]] = {0: ends["base"]}
-    steps.update(run.checkpoints.items())
+    steps = {0.0: run.start} | {float(step): sets for step, sets in run.checkpoints.items()}
     if last is not None:
-        steps[last] = ends["final"]
+        steps[last] = {prompts.name: prompts.states["final"] for prompts in run.sets if "final" in prompts.states}
     found = []
     for step, sets in sorted(steps.items()):
         rates = {
@@ -234,14 +250,20 @@ def along(run: Run) -> list[tuple[float, dict[str, Estimate]]]:
                 [
                     estimates[measure]
                     for name, evaluated in sets.items()
-                    if kinds[name] == kind and run.judges[0] in evaluated.judged
-                    if measure in (estimates := evaluated.judged[run.judges[0]].estimates)
+                    if kinds[name] == kind and (judged := evaluated.judged.get(judges[measure] or ""))
+                    if measure in (estimates := judged.estimates)
                 ]
             )
             for measure, kind in ALONG.items()
         }
         found.append((step, {measure: estimate for measure, estimate in rates.items() if estimate.n}))
     return found
+
+
+def by_along(run: Run) -> str:
+    """Who judged what `along` gives."""
+    judges = [leading(run, kind, measure) for measure, kind in ALONG.items()]
+    return _listed(list(dict.fromkeys(filter(None, judges))))
 
 
 def pooled(estimates: list[Estimate]) -> Estimate:
@@ -278,7 +300,7 @@ def verdict(run: Run, heads: Headlines) -> str:
         said = title_of(prompts)
         clauses.append(_clause(row, f"{_NOUNS[row.measure]}{title}"))
     brackets = " (in brackets: 95% intervals of the change)" if any(row.change for _, row in rows) else ""
-    sentence = f"{_listed(clauses, '; ', '; and ')}, judged by {run.judges[0]}{brackets}."
+    sentence = f"{_listed(clauses, '; ', '; and ')}, judged by {by(row for _, row in rows)}{brackets}."
     return sentence[0].upper() + sentence[1:]
 
 

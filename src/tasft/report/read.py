@@ -110,7 +110,8 @@ class Run:
         judges: In the recipe's order; the first is the main one.
         attacks: Attack -> state -> what it did.
         measured: A task or a kind of quality, such as `capability/boolq` -> state -> what was found.
-        checkpoints: Step -> set -> what was measured of the model saved at that step; without replies and verdicts.
+        start: Set -> what was measured of the model that safety training starts from; without replies and verdicts.
+        checkpoints: Step -> the same of the model saved at that step.
         unmeasured: The evaluations of other kinds that are not there.
         notes: What is missing or could not be read, one sentence each.
         gate: What `tasft.gate` found, or empty.
@@ -131,6 +132,7 @@ class Run:
     judges: list[str]
     attacks: Mapping[str, Mapping[str, Attacked]]
     measured: Mapping[str, Mapping[str, Measured]]
+    start: Mapping[str, Evaluated]
     checkpoints: Mapping[int, Mapping[str, Evaluated]]
     unmeasured: list[str]
     notes: list[str]
@@ -216,7 +218,8 @@ def read_run(folder: Path) -> Run:
         judges=judges,
         attacks=_read_attacks(files, places, recipe),
         measured=_read_measured(files, places, recipe),
-        checkpoints=_read_checkpoints(files, {prompts.name for prompts in sets}, judges),
+        start=_read_rates(files, _start(recipe), sorted(names), judges),
+        checkpoints=_read_checkpoints(files, sorted(names), judges),
         unmeasured=[
             task
             # Likelihoods, which quality/reference has, do not say how good answers are.
@@ -263,24 +266,36 @@ def _read_set(files: "_Files", name: str, places: Mapping[str, str], listed: lis
     return PromptSet(name, str(kind), str(about.get("source") or ""), states)
 
 
-def _read_checkpoints(files: "_Files", sets: set[str], judges: list[str]) -> dict[int, dict[str, Evaluated]]:
+def _start(recipe: Row) -> str:
+    """Folder of the state that safety training starts from."""
+    return "sft" if recipe.get("sft") and _mapping(recipe.get("train")).get("start") == "sft" else "base"
+
+
+def _read_checkpoints(files: "_Files", sets: list[str], judges: list[str]) -> dict[int, dict[str, Evaluated]]:
     found: dict[int, dict[str, Evaluated]] = {}
     for path in _folders(files.root / "evaluate"):
         step = path.name.removeprefix("checkpoint-")
         if step == path.name or not step.isdecimal():
             continue
-        for name in sorted(sets):
-            if _training_of(files, path.name, name) != _training_of(files, "final", name):
-                continue  # Left behind by an earlier training.
-            at = {judge: f"evaluate/{path.name}/{name}/{judge}" for judge in judges}
-            judged = {
-                judge: Judged(_read_estimates(files, place), {}, 0)
-                for judge, place in at.items()
-                if (files.root / place / "summary.json").exists()
-            }
-            if judged:
-                found.setdefault(int(step), {})[name] = Evaluated({}, judged)
+        # Others were left behind by an earlier training.
+        same = [name for name in sets if _training_of(files, path.name, name) == _training_of(files, "final", name)]
+        if rates := _read_rates(files, path.name, same, judges):
+            found[int(step)] = rates
     return dict(sorted(found.items()))
+
+
+def _read_rates(files: "_Files", state: str, sets: list[str], judges: list[str]) -> dict[str, Evaluated]:
+    found = {}
+    for name in sets:
+        at = {judge: f"evaluate/{state}/{name}/{judge}" for judge in judges}
+        judged = {
+            judge: Judged(_read_estimates(files, place), {}, 0)
+            for judge, place in at.items()
+            if (files.root / place / "summary.json").exists()
+        }
+        if judged:
+            found[name] = Evaluated({}, judged)
+    return found
 
 
 def _training_of(files: "_Files", state: str, name: str) -> Any:

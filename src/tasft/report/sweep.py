@@ -136,22 +136,20 @@ def _figures(run: Run) -> dict[str, Estimate]:
 def _shown(run: Run, figures: Mapping[str, Estimate], state: str) -> dict[str, Estimate]:
     found = {}
     for name, (kind, measure) in _MEASURED.items():
-        sets = [prompts for prompts in run.sets if prompts.kind == kind]
-        for judge in run.judges:
-            found_in = [_estimate(prompts, state, judge, measure) for prompts in sets]
-            known = [estimate for estimate in found_in if estimate and estimate.n]
-            if known and len(known) == len(sets):
-                found[name] = facts.pooled(known)
-                break
+        judge = facts.leading(run, kind, measure)
+        found_in = [_estimate(prompts, state, judge, measure) for prompts in run.sets if prompts.kind == kind]
+        known = [estimate for estimate in found_in if estimate and estimate.n]
+        if known and len(known) == len(found_in):
+            found[name] = facts.pooled(known)
     tasks = [figures[name] for name in figures if name.startswith(f"{state}.capability.") and name.endswith(".acc")]
     if capability := _mean([task for task in tasks if task.value is not None]):
         found["capability"] = capability
     return found
 
 
-def _estimate(prompts: PromptSet, state: str, judge: str, measure: str) -> Estimate | None:
+def _estimate(prompts: PromptSet, state: str, judge: str | None, measure: str) -> Estimate | None:
     evaluated = prompts.states.get(state)
-    judged = evaluated.judged.get(judge) if evaluated else None
+    judged = evaluated.judged.get(judge) if evaluated and judge else None
     return judged.estimates.get(measure) if judged else None
 
 

@@ -9,7 +9,7 @@ from tasft.provenance import atomic_write_text
 from tasft.report import facts, tasks
 from tasft.report.card import model_card
 from tasft.report.page import render
-from tasft.report.plots import Plot, along_plot, curve_plots, path_plot, rates_plot
+from tasft.report.plots import along_plot, curve_plots, path_plot, rates_plot
 from tasft.report.read import MEASURES, STATES, Run, read_run
 from tasft.report.replies import replies
 from tasft.report.text import csv_cell, fenced, inline_markdown
@@ -69,16 +69,20 @@ def write_card(run: Path, path: Path, usage: Sequence[str]) -> None:
 
 
 def _html(run: Run, tables: facts.Tables, heads: facts.Headlines) -> str:
-    sets = [
-        {
-            "title": facts.title_of(prompts),
-            "kind": prompts.kind,
-            "source": prompts.source,
-            "rows": tables[prompts.name],
-            "plot": _rates(run, tables[prompts.name]),
-        }
-        for prompts in run.sets
-    ]
+    sets = []
+    for prompts in run.sets:
+        rows = tables[prompts.name]
+        drawn = facts.of_leading(run, prompts.kind, rows)
+        sets.append(
+            {
+                "title": facts.title_of(prompts),
+                "kind": prompts.kind,
+                "source": prompts.source,
+                "rows": rows,
+                "plot": rates_plot(drawn) if drawn else None,
+                "judged_by": facts.by(drawn) if drawn else "",
+            }
+        )
     shown = replies(run)
     return render(
         "report.html.j2",
@@ -96,11 +100,6 @@ def _html(run: Run, tables: facts.Tables, heads: facts.Headlines) -> str:
         curves=curve_plots(run.metrics),
         along=(along_plot(points), path_plot(points)) if (points := facts.along(run)) else None,
     )
-
-
-def _rates(run: Run, rows: list[facts.Comparison]) -> Plot | None:
-    of_main = [row for row in rows if run.judges[0] in row.judges]
-    return rates_plot(of_main) if of_main else None
 
 
 def _markdown(run: Run, tables: facts.Tables, heads: facts.Headlines) -> str:
