@@ -2,22 +2,25 @@
 
 import csv
 import gzip
+import hashlib
 import json
 import os
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BufferedReader
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 from urllib.parse import parse_qsl
 
 from tasft.errors import UserError
 from tasft.provenance import content_hash
 from tasft.sets import KNOWN, NamedSet, differences, locate
+
+T = TypeVar("T")
 
 Messages = list[dict[str, Any]]
 Rows = list[tuple[int, dict[str, Any]]]
@@ -355,6 +358,21 @@ def repeated_ids(where: str | Path, ids: Iterable[tuple[int, str]]) -> list[str]
             faults.append(f'{where}:{number}: "id" {row_id!r} is that of line {first[row_id]} too')
         first.setdefault(row_id, number)
     return faults
+
+
+def drawn(rows: Sequence[T], most: int | None, text: Callable[[T], str]) -> list[T]:
+    """So many rows, in their own order, or all where `most` is None.
+
+    Which ones depends on nothing but their texts, and those of a smaller number are among those of a larger one: runs
+    of any seed can be compared.
+    """
+    if most is None or len(rows) <= most:
+        return list(rows)
+
+    def lot(place: int) -> bytes:
+        return hashlib.sha256(text(rows[place]).encode("utf-8", "surrogatepass")).digest()
+
+    return [rows[place] for place in sorted(sorted(range(len(rows)), key=lot)[:most])]
 
 
 def read_prompts(source: str, data_dir: str | None = None) -> list[Prompt]:

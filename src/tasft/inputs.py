@@ -115,23 +115,18 @@ class Inputs:
 
     @cached_property
     def behaviours(self) -> list[Prompt]:
-        """Prompts that attacks are tried on, drawn with the run's seed."""
+        """Prompts that attacks are tried on; those of a limit up to that of the sets are asked plainly too."""
         wanted = self.spec.evaluate.jailbreak
-        return self._drawn(self.sets[wanted.set], wanted.limit) if wanted else []
+        return data.drawn(self.sets[wanted.set], wanted.limit, lambda prompt: prompt.prompt) if wanted else []
 
     @cached_property
     def templates(self) -> list[str]:
-        """What those prompts are put into, drawn with the run's seed."""
+        """What those prompts are put into."""
         wanted = self.spec.evaluate.jailbreak
         if wanted is None or wanted.templates is None:
             return []
         source = wanted.templates
-        return self._drawn(read_templates(source.source, source.placeholder, self.spec.data.data_dir), source.limit)
-
-    def _drawn(self, rows: list[T], most: int | None) -> list[T]:
-        """So many at random, in their own order."""
-        count = min(len(rows), most or len(rows))
-        return [rows[index] for index in sorted(random.Random(self.spec.seed).sample(range(len(rows)), count))]
+        return data.drawn(read_templates(source.source, source.placeholder, self.spec.data.data_dir), source.limit, str)
 
     @cached_property
     def references(self) -> list[Reference]:

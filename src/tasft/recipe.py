@@ -236,7 +236,9 @@ class JailbreakTemplates(_Section):
 
     source: Place = Field("jailbreak-wrappers", description="A named set, a file or hub:..., with #COLUMN if need be.")
     placeholder: str = Field("[INSERT PROMPT HERE]", min_length=1, description="Where the prompt goes in each.")
-    limit: int | None = Field(None, ge=1, description="Templates drawn from it at random; null takes all.")
+    limit: int | None = Field(
+        None, ge=1, description="Most templates of it, the same ones for any seed; null takes all."
+    )
 
 
 class JailbreakPair(_Section):
@@ -252,7 +254,7 @@ class Jailbreak(_Section):
     """Attacks on the model; each that is named is run."""
 
     set: str = Field(description="The toxic set of evaluate.sets whose prompts are used.")
-    limit: int | None = Field(50, ge=1, description="Prompts drawn from it at random; null takes all.")
+    limit: int | None = Field(50, ge=1, description="Most of its prompts, the same ones for any seed; null takes all.")
     judge: str | None = Field(None, description="Who judges; null takes the first of evaluate.judges.")
     queries: int = Field(1000, ge=1, description="Most prompts that an attack may send to a model; more are refused.")
     prefix: str | None = Field(None, min_length=1, description='How replies are begun for the model: "Sure, here is".')

@@ -1,6 +1,5 @@
 """The steps in which one state of a model answers prompt sets and judges read the replies."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tasft import provenance
-from tasft.data import Prompt
+from tasft.data import Prompt, drawn
 from tasft.engines import Engine, Reply, Sampling, replies_in
 from tasft.errors import UserError
 from tasft.evaluate.safety import answer, judge_answers
@@ -27,8 +26,7 @@ class Asked:
         kind: toxic or ordinary.
         source: Where it is from.
         prompts: All of them.
-        limit: How many are asked; None asks all. Which ones depends on nothing but their texts, and those of a smaller
-            limit are among those of a larger one: runs of any seed can be compared.
+        limit: How many are asked, see `tasft.data.drawn`; None asks all.
     """
 
     name: str
@@ -40,10 +38,7 @@ class Asked:
     @property
     def chosen(self) -> list[Prompt]:
         """The prompts that are asked, in the order of the set."""
-        if self.limit is None or len(self.prompts) <= self.limit:
-            return list(self.prompts)
-        drawn = sorted(range(len(self.prompts)), key=lambda place: _lot(self.prompts[place]))[: self.limit]
-        return [self.prompts[place] for place in sorted(drawn)]
+        return drawn(self.prompts, self.limit, lambda prompt: prompt.prompt)
 
 
 def steps_of(
@@ -136,7 +131,3 @@ def _remembered(measure: Measure) -> Measure:
         return [known[reply.id] for reply in replies]
 
     return measured
-
-
-def _lot(prompt: Prompt) -> bytes:
-    return hashlib.sha256(prompt.prompt.encode("utf-8", "surrogatepass")).digest()
