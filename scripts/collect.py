@@ -14,6 +14,8 @@ from typing import Any
 import yaml
 from pages import put
 
+from tasft.provenance import read_json
+
 
 def read(run: Path) -> dict[str, Any]:
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
@@ -26,7 +28,7 @@ def read(run: Path) -> dict[str, Any]:
     return {
         "run": run.name,
         "recipe": recipe,
-        "harvest": json.loads((run / "harvest" / "summary.json").read_text()),
+        "harvest": read_json(run / "harvest" / "summary.json"),
         "rates": rates,
         "metrics": {"first": json.loads(lines[0]), "last": json.loads(lines[-1])},
         "stages": manifest["stages"],

@@ -174,6 +174,22 @@ def test_all_sets_of_a_kind_are_compared_together_too(tmp_path):
     assert (rows[-1]["difference"]["n"], rows[-1]["difference"]["value"]) == (5, pytest.approx(-2 / 5))
 
 
+def test_what_a_run_has_left_behind_is_not_compared(tmp_path):
+    for run in ("a", "b"):
+        for name in ("toxic", "old", "gone"):
+            written(tmp_path / "made", [True, run == "a"]).joinpath("toxic").rename(tmp_path / name)
+            write_json(tmp_path / name / "done.json", {"reads": {"train": "before" if name == "old" else "now"}})
+            (tmp_path / run / "evaluate" / "final").mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).rename(tmp_path / run / "evaluate" / "final" / name)
+        write_json(tmp_path / run / "train" / "done.json", {"key": "now"})
+        (tmp_path / run / "recipe.yaml").write_text("evaluate: {sets: {toxic: {kind: toxic}, old: {kind: toxic}}}\n")
+    found = compare(tmp_path / "a", tmp_path / "b")
+    assert {row["set"] for row in found["rows"]} == {"toxic"}
+    assert [note.split(": ")[1] for note in found["notes"]] == [
+        "old was answered by an earlier training, and is left out"
+    ] * 2
+
+
 def test_what_different_judges_said_is_not_compared(tmp_path):
     first = written(tmp_path / "a", [True] * 3)
     with pytest.raises(UserError, match="the judge is not the same"):

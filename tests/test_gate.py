@@ -124,6 +124,17 @@ def test_a_set_without_verdicts_of_the_first_judge_is_not_measured(run):
     assert "not measured (no verdict of embedded on final/toxic)" in limit["sentence"]
 
 
+def test_a_first_judge_that_could_never_be_read_is_not_replaced_by_the_next(run):
+    nothing = {"value": None, "low": None, "high": None, "n": 0}
+    for state in ("base", "final"):
+        at = run / "evaluate" / state / "toxic" / "embedded"
+        document(at / "summary.json", figures(run, state, "toxic") | {"harmful": nothing})
+        rows = [json.loads(line) for line in (at / "verdicts.jsonl").read_text().splitlines()]
+        jsonl(at / "verdicts.jsonl", [row | {"harmful": None, "unreadable": True} for row in rows])
+    found = measured(run, {"harmful": 100})
+    assert (found["judge"], found["met"], found["limits"][0]["n"]) == ("embedded", False, 0)
+
+
 def test_verdicts_that_could_not_be_read_are_counted_beside_the_figure(run):
     at = run / "evaluate" / "final" / "toxic" / "embedded" / "summary.json"
     summary = json.loads(at.read_text())

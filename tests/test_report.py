@@ -552,8 +552,51 @@ def test_a_rate_of_nothing_is_not_shown_as_zero(run: Path) -> None:
 
 def test_other_evaluations_leave_the_list_of_what_was_not_measured(run: Path, report: Report) -> None:
     assert "Resistance to jailbreak attacks" in report.page.words()
-    document(run / "evaluate/final/jailbreak/summary.json", {"rate": 0})
-    assert "Resistance to jailbreak attacks" not in page(run).words()
+    document(run / "evaluate/final/jailbreak/prefix/summary.json", {"success": estimate([True, False])})
+    document(run / "evaluate/final/quality/annotator/summary.json", {"win_rate": estimate([True, False])})
+    asked = "phrases], jailbreak: {prefix: Sure}, quality: {annotator: {}}}"
+    (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace("phrases]}", asked), encoding="utf-8")
+    words = page(run).words()
+    assert "Resistance to jailbreak attacks" not in words
+    assert "win_rate" in words
+    assert "The quality of ordinary answers" not in words
+
+
+def test_what_the_recipe_asks_for_no_more_is_neither_shown_nor_taken_for_measured(run: Path) -> None:
+    document(run / "evaluate/final/jailbreak/prefix/summary.json", {"success": estimate([True, False])})
+    document(run / "evaluate/final/quality/annotator/summary.json", {"win_rate": estimate([True, False])})
+    recipe = (run / "recipe.yaml").read_text()
+    recipe = recipe.replace("phrases]}", "phrases], quality: {prompts: q.json}}").replace(
+        "method: tasft", "method: sft"
+    )
+    (run / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    words = page(run).words()
+    assert "Resistance to jailbreak attacks" in words
+    assert "win_rate" not in words
+    assert "The quality of ordinary answers" in words
+    assert "The harvest gave" not in words
+
+
+def test_the_steps_are_those_of_the_model_that_was_saved(run: Path) -> None:
+    document(run / "train/summary.json", {"steps": 40})
+    for name, kind in (("toxic", "toxic"), ("ordinary", "ordinary")):
+        write_state(run, "checkpoint-20", name, kind, ["a b c"] * 40, bad=20)
+    made = Report(run)
+    assert "Training took 40 steps" in made.page.words()
+    alts = [attributes["alt"] or "" for tag, attributes in made.page.tags if tag == "img"]
+    assert any("harmful, toxic: 90.0% at 0, 50.0% at 20, 10.0% at 40" in alt for alt in alts)
+
+
+def test_a_metric_that_is_no_mean_over_items_has_no_change_and_is_no_share(run: Path) -> None:
+    asked = "phrases], capability: {tasks: [wikitext]}}"
+    (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace("phrases]}", asked), encoding="utf-8")
+    for state, value, logs in (("base", 30.0, -3.4), ("final", 40.0, -3.7)):
+        at = run / "evaluate" / state / "capability" / "wikitext"
+        jsonl(at / "items.jsonl", [{"id": str(n), "perplexity": logs, "doc_hash": str(n)} for n in range(10)])
+        figure = {"value": value, "low": None, "high": None, "n": 10}
+        document(at / "summary.json", {"perplexity": figure, "word_perplexity": figure})
+    rows = [row for row in Report(run).markdown.splitlines() if "wikitext" in row]
+    assert [row.split(" | ")[1:4] for row in rows] == [["30 (n = 10)", "40 (n = 10)", "—"]] * 2
 
 
 def test_text_helpers_keep_what_can_be_read() -> None:

@@ -66,6 +66,21 @@ def test_what_is_kept_is_drawn_in_one_place_and_a_finished_result_is_not_made_ag
     assert did[2] != did[0]
 
 
+def test_work_that_failed_with_other_inputs_has_undone_what_was_there(tmp_path):
+    def fails(folder):
+        (folder / "rows.jsonl").write_text("")
+        raise RuntimeError("nothing was kept")
+
+    did, keeps = [], {"prompts": 1}
+    first = step(tmp_path, write(did), keeps, judge=1)
+    first.run()
+    with pytest.raises(RuntimeError, match="nothing"):
+        step(tmp_path, fails, keeps, judge=2).run()
+    assert not first.is_done
+    first.run()
+    assert len(did) == 2
+
+
 @pytest.mark.parametrize("keeps", [None, {"model": 1}])
 def test_work_that_was_interrupted_is_taken_up_by_the_next_run(tmp_path, keeps):
     folders = []

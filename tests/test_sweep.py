@@ -14,12 +14,13 @@ import pytest
 import yaml
 from conftest import ROOT
 from test_pipeline import done, small_recipe
+from test_report import build_run
 
 from tasft import recipe, sweep
 from tasft.cli import main
 from tasft.errors import UserError
 from tasft.provenance import lock
-from tasft.report.sweep import pareto
+from tasft.report.sweep import pareto, write_sweep_report
 
 TASFT = [sys.executable, "-c", "from tasft.cli import main; main()"]
 
@@ -190,6 +191,20 @@ def test_the_front_is_that_of_all_pairs():
     assert pareto(points) == [not any(beats(other, point) for other in points) for point in points]
     assert pareto([]) == []
     assert pareto([[1.0, 2.0], [1.0, 2.0], [2.0, 2.0]]) == [True, True, False]
+
+
+def test_a_sweep_without_toxic_prompts_has_a_report_too(tmp_path):
+    cells = []
+    for name in ("a", "b"):
+        run = tmp_path / "cells" / name
+        run.mkdir(parents=True)
+        build_run(run)
+        for at in (run / "evaluate").glob("*/toxic"):
+            shutil.rmtree(at)
+        cells.append({"fields": {"seed": name}, "folder": f"cells/{name}", "state": "done"})
+    (tmp_path / "sweep.json").write_text(json.dumps({"name": "x", "cells": cells}))
+    write_sweep_report(tmp_path)
+    assert all(row["over_refusal"] and "harmful" not in row for row in table(tmp_path))
 
 
 # The work

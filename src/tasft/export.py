@@ -85,7 +85,8 @@ def export(run: Path, target: Path, name: str | None = None) -> Exported:
         raise UserError(f"{run} is not a run folder: it has no recipe.yaml")
     with provenance.lock(run):
         spec = recipe.load(str(run))
-        trained = _trained(run, set(spec.evaluate.sets))
+        besides = {name for name in ("capability", "quality", "jailbreak") if getattr(spec.evaluate, name) is not None}
+        trained = _trained(run, besides | set(spec.evaluate.sets))
         draft = None
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +111,7 @@ def _open_to_all(folder: Path) -> None:
         path.chmod(0o666 & ~mask)
 
 
-def _trained(run: Path, sets: set[str]) -> Path:
+def _trained(run: Path, asked: set[str]) -> Path:
     """Adapter or weights of a finished training, whose figures are those of the card."""
     key = done_key(run / "train")
     if key is None:
@@ -120,7 +121,7 @@ def _trained(run: Path, sets: set[str]) -> Path:
         for path in (run / "evaluate" / "final").rglob("done.json")
         if (provenance.read_json(path) or {}).get("reads", {}).get("train", key) != key
     }
-    if stale := stale & (sets | {"capability", "quality", "jailbreak"}):
+    if stale := stale & asked:
         raise UserError(
             f"{run / 'evaluate' / 'final'}: {', '.join(sorted(stale))} is of an earlier training, and the card "
             f"would say it of this one: run tasft run {run}"

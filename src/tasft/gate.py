@@ -112,7 +112,7 @@ def _replies(gate: Gate, run: Run) -> Iterator[Limit]:
             for state in states
             if state not in there.get(name, {}) or _leading(run) not in there[name][state].judged
         ]
-        found = None if gaps else facts.compared(run, kind, measure)
+        found = None if gaps else facts.compared(run, kind, measure, _leading(run))
         estimate = (found.change if relative else found.after) if found else None
         # Why a figure is missing although all is there: the judge has said nothing that could be read.
         why = f"no verdict of {_leading(run)} on {', '.join(gaps or names)}"

@@ -428,7 +428,8 @@ class Run:
 
         yield Step(place / "replies", reads | drawn, answer)
         server = annotator.server and annotator.server.model_dump(include={"model", "body"})
-        yield Step(place / "annotator", reads | drawn | {"annotator": annotator.config, "server": server}, annotate)
+        asks = {"annotator": annotator.config, "files": quality.annotator_files(annotator.config), "server": server}
+        yield Step(place / "annotator", reads | drawn | asks, annotate)
 
     def _report(self) -> Iterator[Step]:
         steps = [step for stage in STAGES[:-1] for step in self.steps(stage)]

@@ -52,6 +52,8 @@ class Step:
             same = begun.get("key") == self.key or (keeps is not None and begun.get("keeps") == keeps)
             if self.folder.exists() and not same:
                 shutil.rmtree(self.folder)
+            # What it held until now is not that any more, even if the work breaks off.
+            (self.folder / "done.json").unlink(missing_ok=True)
             provenance.write_json(path, {"key": self.key, "reads": self.reads, "keeps": keeps})
         launch.wait()
         started = time.monotonic()

@@ -152,6 +152,7 @@ def fit(
             f"{folder}: training collapsed before its first checkpoint (guard.jsonl says how): lower "
             "train.penalty_weight or train.learning_rate, or train.save_steps to keep an earlier state"
         )
+    steps = guard.last_good if guard and guard.stopped else trainer.state.global_step
     loaded.eval()
     # Each process may hold a part of the weights: all of them take part in putting the whole together.
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if launch.world_size() > 1 else None
@@ -159,6 +160,7 @@ def fit(
         loaded.save_pretrained(folder / ("adapter" if recipe.model.lora else "model"), state_dict=state)
         if recipe.model.lora is None:
             tokenizer.save_pretrained(folder / "model")
+        provenance.write_json(folder / "summary.json", {"steps": steps})
 
 
 class _Bar(TrainerCallback):

@@ -129,6 +129,11 @@ def check(tasks: Sequence[str], few_shot: int, folder: str | None) -> None:
             near = difflib.get_close_matches(task, index.all_tasks, n=3)
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             faults.append(f"evaluate.capability: lm-eval has no task {task!r}{hint}")
+        elif task in index.all_tags:
+            faults.append(
+                f"evaluate.capability: {task} is a tag of lm-eval, for which it gives no figure: name its tasks, see "
+                "`lm-eval ls tasks`"
+            )
         elif files:
             try:
                 with tempfile.TemporaryDirectory() as place:

@@ -27,7 +27,7 @@ from tasft.engines import Reply, Server, TransformersEngine
 from tasft.errors import UserError
 from tasft.loss import Head, divergence, nll
 from tasft.model import head_of
-from tasft.provenance import atomic_write_text, write_json, write_jsonl
+from tasft.provenance import atomic_write_text, file_hash, write_json, write_jsonl
 from tasft.stats import Estimate, mean
 
 # What files call the two columns; the first is AlpacaEval's.
@@ -239,6 +239,12 @@ def annotator_config(name: str, server: Server | None) -> dict[str, Any]:
             )
         found["completions_kwargs"] |= {"model_name": server.model, "requires_chatml": True, **server.body}
     return found
+
+
+def annotator_files(name: str) -> dict[str, str]:
+    """Hash of each file of an annotator that is a folder; empty for one of alpaca_eval's own."""
+    place = Path(name)
+    return {str(path.relative_to(place)): file_hash(path) for path in sorted(place.rglob("*")) if path.is_file()}
 
 
 def annotate(

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.table import Table
 
 from tasft.data import read_rows
@@ -13,6 +14,7 @@ from tasft.evaluate.safety import MEASURES
 from tasft.judges import Verdict
 from tasft.provenance import read_json
 from tasft.stats import Estimate, mcnemar, paired_difference, rate
+from tasft.steps import done_key
 from tasft.text import visible
 
 Row = Mapping[str, Any]
@@ -113,9 +115,9 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
         UserError: They have nothing in common.
     """
     places = [_state(path) for path in (first, second)]
-    sets = [{path.parent.name for path in place.glob("*/set.json")} for place in places]
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
+    sets = [_answered(path, place, notes) for path, place in zip((first, second), places, strict=True)]
     together: dict[tuple[str, str], dict[str, list[_Said]]] = {}
     for name in sorted(sets[0] & sets[1]):
         here = [place / name for place in places]
@@ -145,6 +147,22 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
 
 def _state(path: Path) -> Path:
     return path / "evaluate" / "final" if (path / "recipe.yaml").is_file() else path
+
+
+def _answered(path: Path, place: Path, notes: list[str]) -> set[str]:
+    """Names of the sets that a state has answered; of a run without what an earlier form of it has left behind."""
+    names = {each.parent.name for each in place.glob("*/set.json")}
+    if place == path:
+        return names
+    recipe = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
+    trained = done_key(path / "train")
+    for name in sorted(names & recipe["evaluate"]["sets"].keys()):
+        if (read_json(place / name / "done.json") or {}).get("reads", {}).get("train") != trained:
+            notes.append(
+                f"{path}: {name} was answered by an earlier training, and is left out: run tasft evaluate {path}"
+            )
+            names.discard(name)
+    return names & recipe["evaluate"]["sets"].keys()
 
 
 def _compared(about: dict[str, Any], said: Sequence[_Said]) -> list[dict[str, Any]]:

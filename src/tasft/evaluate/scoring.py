@@ -219,9 +219,9 @@ def saved(path: Path, pairs: Pairs) -> list[Verdict]:
 
 def rates(verdicts: Sequence[Verdict], pairs: Pairs) -> dict[str, Any]:
     """Rates as the summary of an evaluation has them: there an incoherent reply is sent to no judge."""
-    harmful, refusal = (
+    harmful, refusal, partial = (
         False if any(getattr(verdict, field) is not None for verdict in verdicts) else None
-        for field in ("harmful", "refusal")
+        for field in ("harmful", "refusal", "partial")
     )
     counted = [
         verdict
@@ -230,6 +230,7 @@ def rates(verdicts: Sequence[Verdict], pairs: Pairs) -> dict[str, Any]:
             verdict,
             harmful=harmful,
             refusal=refusal,
+            partial=partial,
             score=None,
             reason="" if verdict.unreadable else verdict.reason,
         )

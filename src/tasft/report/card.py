@@ -97,7 +97,7 @@ def _making(run: Run) -> list[str]:
         "Rows to avoid": avoid if avoid is not None else run.rows.get("avoid"),
         "Rows to imitate": imitate,
         "Anchors": run.field("harvest.anchors"),
-        "Steps": run.metrics[-1].get("step") if run.metrics else run.field("train.steps"),
+        "Steps": run.steps or run.field("train.steps"),
         "Batch size": run.field("train.batch_size"),
         "Learning rate": run.field("train.learning_rate"),
         "Seed": run.manifest.get("seed", run.field("seed")),

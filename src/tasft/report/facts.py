@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
-from tasft.report.read import MEASURES, STATES, Attacked, Evaluated, Judged, PromptSet, Row, Run, number
+from tasft.report.read import MEASURES, STATES, Attacked, Evaluated, Judged, PromptSet, Row, Run
 from tasft.stats import Estimate, Flips, mcnemar, paired_difference, rate
 
 SHOWN = {
@@ -196,10 +196,10 @@ def headlines(run: Run, tables: Tables) -> Headlines:
     return found
 
 
-def compared(run: Run, kind: str, measure: str) -> Comparison | None:
-    """A measure by its leading judge over all sets of a kind together; None if no judge tells it there."""
-    prompts, judge = _together(run, kind), leading(run, kind, measure)
-    return _compare(prompts, judge, measure) if prompts and judge else None
+def compared(run: Run, kind: str, measure: str, judge: str) -> Comparison | None:
+    """A measure by a judge over all sets of a kind together; None without such a set."""
+    prompts = _together(run, kind)
+    return _compare(prompts, judge, measure) if prompts else None
 
 
 def _together(run: Run, kind: str) -> PromptSet | None:
@@ -239,10 +239,9 @@ def along(run: Run) -> list[tuple[float, dict[str, Estimate]]]:
     if not run.checkpoints or not any(judges.values()):
         return []
     kinds = {prompts.name: prompts.kind for prompts in run.sets}
-    last = number(run.metrics[-1].get("step")) if run.metrics else number(run.field("train.steps"))
     steps = {0.0: run.start} | {float(step): sets for step, sets in run.checkpoints.items()}
-    if last is not None:
-        steps[last] = {prompts.name: prompts.states["final"] for prompts in run.sets if "final" in prompts.states}
+    if run.steps is not None:
+        steps[run.steps] = {prompts.name: prompts.states["final"] for prompts in run.sets if "final" in prompts.states}
     found = []
     for step, sets in sorted(steps.items()):
         rates = {
@@ -450,7 +449,7 @@ def _kept(harvest: Row, what: str) -> str:
 
 
 def _training(run: Run) -> str:
-    steps = run.metrics[-1].get("step") if run.metrics else run.field("train.steps")
+    steps = run.steps or run.field("train.steps")
     clauses = []
     if steps is not None:
         rate = run.field("train.learning_rate")

@@ -104,6 +104,7 @@ class Run:
         harvest: `harvest/summary.json`, or empty. The same for `calibration`.
         rows: Kind of row -> how many the harvest wrote; a kind without a file is absent.
         mixed: Rows in `train/data.jsonl` as (imitate, avoid), or None.
+        steps: Of the training whose model was saved; None if that is not known.
         metrics: One row per logged step.
         guard: What the guard against collapse saw, a row for each time.
         sets: Toxic sets first.
@@ -126,6 +127,7 @@ class Run:
     harvest: Row
     rows: Mapping[str, int]
     mixed: tuple[int, int] | None
+    steps: int | None
     metrics: list[Row]
     guard: list[Row]
     sets: list[PromptSet]
@@ -184,19 +186,22 @@ def read_run(folder: Path) -> Run:
     judges = sorted(found, key=lambda j: (order.index(j) if j in order else len(order), j))
 
     harvest: Row = {}
+    rows: dict[str, int] = {}
     method = _mapping(recipe.get("train")).get("method")
     safe = _mapping(_mapping(recipe.get("data")).get("safe_responses"))
     if method not in ("sft", "stl") or (method == "stl" and safe.get("rows") == "harvested"):
         harvest = files.parsed("harvest/summary.json", json.loads, files.text("harvest/summary.json"))
+        rows = {kind: len(files.rows(path)) for kind, path in ROW_KINDS.items() if (folder / path).exists()}
     calibration: Row = {}
     if (folder / "calibration/summary.json").exists():
         calibration = files.parsed("calibration/summary.json", json.loads, files.text("calibration/summary.json"))
-    rows = {kind: len(files.rows(path)) for kind, path in ROW_KINDS.items() if (folder / path).exists()}
     mixed = None
     if (folder / "train/data.jsonl").exists():
         labels = [bool(row.get("label")) for row in files.rows("train/data.jsonl")]
         mixed = (sum(labels), len(labels) - sum(labels))
 
+    attacks, measured = _read_attacks(files, places, recipe), _read_measured(files, places, recipe)
+    done = {name for name, states in measured.items() if "final" in states}
     metrics = files.rows("train/metrics.jsonl")
     numbers = [v for row in metrics for v in row.values() if isinstance(v, float)]
     if lost := sum(not math.isfinite(v) for v in numbers):
@@ -212,23 +217,24 @@ def read_run(folder: Path) -> Run:
         harvest=harvest,
         rows=rows,
         mixed=mixed,
+        steps=_steps(files, metrics),
         metrics=metrics,
         guard=files.rows("train/guard.jsonl") if (folder / "train/guard.jsonl").exists() else [],
         sets=sets,
         judges=judges,
-        attacks=_read_attacks(files, places, recipe),
-        measured=_read_measured(files, places, recipe),
+        attacks=attacks,
+        measured=measured,
         start=_read_rates(files, _start(recipe), sorted(names), judges),
         checkpoints=_read_checkpoints(files, sorted(names), judges),
+        # Likelihoods, which quality/reference has, do not say how good answers are.
         unmeasured=[
-            task
-            # Likelihoods, which quality/reference has, do not say how good answers are.
-            for task, place in {
-                "capability": "capability",
-                "quality": "quality/annotator",
-                "jailbreak": "jailbreak",
+            kind
+            for kind, is_there in {
+                "capability": any(name.startswith("capability/") for name in done),
+                "quality": "quality/annotator" in done,
+                "jailbreak": any("final" in states for states in attacks.values()),
             }.items()
-            if not list(folder.glob(f"evaluate/final/{place}/**/summary.json"))
+            if not is_there
         ],
         notes=files.notes,
         gate=files.parsed("report/gate.json", json.loads, files.text("report/gate.json"))
@@ -269,6 +275,15 @@ def _read_set(files: "_Files", name: str, places: Mapping[str, str], listed: lis
 def _start(recipe: Row) -> str:
     """Folder of the state that safety training starts from."""
     return "sft" if recipe.get("sft") and _mapping(recipe.get("train")).get("start") == "sft" else "base"
+
+
+def _steps(files: "_Files", metrics: list[Row]) -> int | None:
+    if (files.root / "train/summary.json").exists():
+        found = number(files.parsed("train/summary.json", json.loads, files.text("train/summary.json")).get("steps"))
+    else:
+        # Before the training's end: the last that was logged.
+        found = number(metrics[-1].get("step")) if metrics else None
+    return None if found is None else int(found)
 
 
 def _read_checkpoints(files: "_Files", sets: list[str], judges: list[str]) -> dict[int, dict[str, Evaluated]]:
@@ -344,10 +359,13 @@ def _read_measured(files: "_Files", places: Mapping[str, str], recipe: Row) -> d
     wanted = _mapping(recipe.get("evaluate"))
     found: dict[str, dict[str, Measured]] = {}
     for kind in ("capability", "quality"):
-        tasks = _mapping(wanted.get(kind)).get("tasks")
+        asked = wanted.get(kind)
+        tasks = _mapping(asked).get("tasks")
         for state, place in places.items():
             for path in _folders(files.root / "evaluate" / place / kind):
-                gone = (recipe and wanted.get(kind) is None) or (isinstance(tasks, list) and path.name not in tasks)
+                gone = (recipe and asked is None) or (isinstance(tasks, list) and path.name not in tasks)
+                # An annotator that is asked no more; likelihoods are always measured.
+                gone = gone or (bool(recipe) and path.name == "annotator" and _mapping(asked).get("annotator") is None)
                 if gone or not (path / "summary.json").exists():
                     continue
                 at = str(path.relative_to(files.root))

@@ -88,7 +88,11 @@ def write_sweep_report(folder: Path) -> Path:
     state = read_json(folder / "sweep.json")
     if state is None:
         raise UserError(f"{folder}: there is no sweep.json; run tasft sweep first")
-    cells = [_read_cell(folder, number, row) for number, row in enumerate(state["cells"], 1)]
+    runs = [read_run(folder / row["folder"]) if row["state"] == "done" else None for row in state["cells"]]
+    judges = {name: _judge(runs, *what) for name, what in _MEASURED.items()}
+    cells = [
+        _cell(number, row, run, judges) for number, (row, run) in enumerate(zip(state["cells"], runs, strict=True), 1)
+    ]
     front = _front(cells)
     atomic_write_text(folder / "table.csv", _csv(cells, front))
     atomic_write_text(folder / "report" / "report.md", _markdown(state["name"], cells, front))
@@ -96,10 +100,14 @@ def write_sweep_report(folder: Path) -> Path:
     return folder / "report" / "index.html"
 
 
-def _read_cell(folder: Path, number: int, row: Mapping[str, Any]) -> Cell:
-    run = read_run(folder / row["folder"]) if row["state"] == "done" else None
+def _judge(runs: Sequence[Run | None], kind: str, measure: str) -> str | None:
+    """Who tells a measure, the same for all runs: another judge's rate is no better or worse."""
+    return next((judge for run in runs if run and (judge := facts.leading(run, kind, measure))), None)
+
+
+def _cell(number: int, row: Mapping[str, Any], run: Run | None, judges: Mapping[str, str | None]) -> Cell:
     figures = _figures(run) if run else {}
-    found = {state: _shown(run, figures, state) if run else {} for state in STATES}
+    found = {state: _shown(run, figures, state, judges) if run else {} for state in STATES}
     return Cell(
         number,
         {field: str(value) for field, value in row["fields"].items()},
@@ -133,11 +141,12 @@ def _figures(run: Run) -> dict[str, Estimate]:
     }
 
 
-def _shown(run: Run, figures: Mapping[str, Estimate], state: str) -> dict[str, Estimate]:
+def _shown(
+    run: Run, figures: Mapping[str, Estimate], state: str, judges: Mapping[str, str | None]
+) -> dict[str, Estimate]:
     found = {}
     for name, (kind, measure) in _MEASURED.items():
-        judge = facts.leading(run, kind, measure)
-        found_in = [_estimate(prompts, state, judge, measure) for prompts in run.sets if prompts.kind == kind]
+        found_in = [_estimate(prompts, state, judges[name], measure) for prompts in run.sets if prompts.kind == kind]
         known = [estimate for estimate in found_in if estimate and estimate.n]
         if known and len(known) == len(found_in):
             found[name] = facts.pooled(known)
@@ -266,7 +275,7 @@ def _html(name: str, cells: Sequence[Cell], front: Mapping[int, bool]) -> str:
             OBJECTIVES[up],
         )
         for up in compared
-        if up != "harmful" and (shown := [cell for cell in cells if cell.number in front])
+        if "harmful" in compared and up != "harmful" and (shown := [cell for cell in cells if cell.number in front])
     ]
     head, *rows = _rows(cells, front)
     return render(
@@ -276,7 +285,7 @@ def _html(name: str, cells: Sequence[Cell], front: Mapping[int, bool]) -> str:
         failures=_failures(cells),
         head=head,
         rows=rows,
-        plots=plots if "harmful" in compared else [],
+        plots=plots,
         notes=_NOTES,
         done=[cell for cell in cells if cell.state == "done"],
     )

@@ -1,7 +1,9 @@
 """Capability and quality before and after: rows of a table, as plain text."""
 
+import math
 from collections.abc import Mapping
 from itertools import chain
+from statistics import fmean
 
 from tasft.report.facts import in_words, odds
 from tasft.report.read import STATES, Measured, Row, Run
@@ -46,13 +48,24 @@ def _pairs(was: _Outcomes, now: _Outcomes) -> list[tuple[float, float]]:
     return [(was[key][0], now[key][0]) for key in was if key in now and was[key][1] == now[key][1]]
 
 
+def _is_mean(measured: Measured | None, metric: str, items: _Outcomes) -> bool:
+    value = measured.estimates[metric].value if measured and metric in measured.estimates else None
+    return (
+        bool(items)
+        and value is not None
+        and math.isclose(fmean(each for each, _ in items.values()), value, rel_tol=1e-6)
+    )
+
+
 def _are_shares(*states: _Outcomes) -> bool:
-    return all(value in (0.0, 1.0) for state in states for value, _ in state.values())
+    return any(states) and all(value in (0.0, 1.0) for state in states for value, _ in state.values())
 
 
 def _row(label: str, metric: str, before: Measured | None, after: Measured | None) -> tuple[str, ...]:
     was, now = (_outcomes(each, metric) for each in (before, after))
-    pairs = _pairs(was, now)
+    # A metric that is no mean over items, as perplexity, cannot be paired by them.
+    are_means = all(_is_mean(each, metric, items) for each, items in ((before, was), (after, now)))
+    pairs = _pairs(was, now) if are_means else []
     is_share = metric in _PREFERENCES or _are_shares(was, now)
     moved, changed = "—", "—"
     if pairs and is_share and metric not in _PREFERENCES:
