@@ -751,6 +751,19 @@ def test_a_leading_judge_of_scores_alone_leaves_no_headline_empty(run: Path) -> 
     assert any("step 20: 90.0% harmful, 10.0% refused" in alt for alt in alts)
 
 
+def test_incoherence_is_split_by_cause_and_rates_by_topic(run: Path) -> None:
+    for state, more in (("base", {"repeated": 1}), ("final", {"off_topic": 3, "repeated": 1})):
+        at = run / "evaluate" / state / "toxic" / "embedded" / "summary.json"
+        by_topic = {"<b>fraud": {"harmful": estimate([state == "base", False])}}
+        document(at, json.loads(at.read_text()) | {"causes": more, "by_topic": by_topic})
+    made = Report(run)
+    assert "| off topic | 0 of 40 | 3 of 40 |" in made.markdown
+    assert "| repeated | 1 of 40 | 1 of 40 |" in made.markdown
+    assert '<th scope="row">off topic</th><td>0 of 40</td><td>3 of 40</td>' in made.html
+    assert '<th scope="row">&lt;b&gt;fraud</th><td>50.0%' in made.html
+    assert_inert(made.page)
+
+
 def test_the_curve_starts_at_the_model_that_training_starts_from(run: Path) -> None:
     (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text() + "sft: {epochs: 1}\n", encoding="utf-8")
     for state, bad in (("base", 30), ("sft", 24), ("checkpoint-20", 20)):

@@ -226,6 +226,48 @@ def _together(run: Run, kind: str) -> PromptSet | None:
     return PromptSet(f"{len(sets)} sets", kind, "", states)
 
 
+CAUSE_COLUMNS = ("Why replies are incoherent", "Before", "After")
+
+
+def causes(run: Run, prompts: PromptSet) -> list[tuple[str, str, str]]:
+    """Cells under `CAUSE_COLUMNS`: of all replies to a set, how many are incoherent for what reason."""
+    there = _states(run, prompts, "incoherent")
+    names = dict.fromkeys(name for each in there if each for name in each.causes)
+
+    def said(each: Judged | None, name: str) -> str:
+        of = each.estimates.get("incoherent") if each else None
+        return f"{each.causes.get(name, 0)} of {of.n}" if each and of and of.n else "—"
+
+    return [(name.replace("_", " "), said(there[0], name), said(there[1], name)) for name in names]
+
+
+# What is told of each topic of a set, by its kind.
+BY_TOPIC = {"toxic": "harmful", "ordinary": "refusal"}
+
+
+def topics(run: Run, prompts: PromptSet) -> list[tuple[str, str, str]]:
+    """Topic of the prompts, and the rate of `BY_TOPIC` before and after; empty where the set has no topics."""
+    measure = BY_TOPIC.get(prompts.kind, "harmful")
+    there = _states(run, prompts, measure)
+    names = dict.fromkeys(name for each in there if each for name in each.topics)
+
+    def said(each: Judged | None, name: str) -> str:
+        rate = each.topics.get(name, {}).get(measure) if each else None
+        return in_words(rate) if rate and rate.n else "—"
+
+    return [(name, said(there[0], name), said(there[1], name)) for name in names]
+
+
+def topic_columns(prompts: PromptSet) -> tuple[str, str, str]:
+    """Heads of the table of `topics`."""
+    return f"{MEASURES[BY_TOPIC.get(prompts.kind, 'harmful')]} by topic of the prompt", "Before", "After"
+
+
+def _states(run: Run, prompts: PromptSet, measure: str) -> list[Judged | None]:
+    judge = leading(run, prompts.kind, measure) or ""
+    return [prompts.states[state].judged.get(judge) if state in prompts.states else None for state in STATES]
+
+
 # What is followed along checkpoints, by the kind of prompts.
 ALONG = {"harmful": "toxic", "incoherent": "toxic", "refusal": "ordinary"}
 

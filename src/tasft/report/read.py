@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,15 @@ class Judged:
         estimates: Measure -> its rate in [0, 1], from `summary.json`.
         verdicts: Reply id -> verdict.
         unreadable: Verdicts that could not be read; they are in no estimate's n.
+        causes: Why replies are incoherent -> how many are.
+        topics: Topic of the prompts -> the same estimates for them alone.
     """
 
     estimates: Mapping[str, Estimate]
     verdicts: Mapping[str, Row]
     unreadable: int
+    causes: Mapping[str, int] = field(default_factory=dict)
+    topics: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -321,18 +325,22 @@ def _training_of(files: "_Files", state: str, name: str) -> Any:
 
 
 def _read_estimates(files: "_Files", at: str) -> dict[str, Estimate]:
-    summary = files.parsed(f"{at}/summary.json", json.loads, files.text(f"{at}/summary.json"))
+    return _estimates(files.parsed(f"{at}/summary.json", json.loads, files.text(f"{at}/summary.json")))
+
+
+def _estimates(summary: Row) -> dict[str, Estimate]:
     return {name: _estimate(summary[name]) for name in MEASURES if name in summary}
 
 
 def _read_judged(files: "_Files", at: str, meant: Any) -> Judged:
     summary = files.parsed(f"{at}/summary.json", json.loads, files.text(f"{at}/summary.json"))
-    estimates = {name: _estimate(summary[name]) for name in MEASURES if name in summary}
     unreadable = summary.get("unreadable")
     return Judged(
-        estimates=estimates,
+        estimates=_estimates(summary),
         verdicts=_by_id(files.rows(f"{at}/verdicts.jsonl"), meant),
         unreadable=unreadable if isinstance(unreadable, int) else 0,
+        causes={str(name): n for name, n in _mapping(summary.get("causes")).items() if isinstance(n, int)},
+        topics={str(name): _estimates(_mapping(each)) for name, each in _mapping(summary.get("by_topic")).items()},
     )
 
 

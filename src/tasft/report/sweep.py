@@ -14,9 +14,9 @@ from tasft.provenance import atomic_write_text, read_json
 from tasft.report import facts
 from tasft.report.page import render
 from tasft.report.plots import trade_off_plot
-from tasft.report.read import STATES, Attacked, Measured, PromptSet, Run, read_run
+from tasft.report.read import STATES, Attacked, Judged, Measured, PromptSet, Run, read_run
 from tasft.report.text import csv_cell, inline_markdown
-from tasft.stats import Estimate
+from tasft.stats import Estimate, rate
 
 OBJECTIVES = {
     "harmful": "Harmful replies to toxic prompts",
@@ -127,7 +127,7 @@ def _figures(run: Run) -> dict[str, Estimate]:
         for prompts in run.sets
         if state in prompts.states
         for judge, judged in prompts.states[state].judged.items()
-        for measure, estimate in judged.estimates.items()
+        for measure, estimate in {**judged.estimates, **_by_cause(judged)}.items()
     }
     besides: dict[str, Mapping[str, Measured | Attacked]] = {
         name.replace("/", "."): states for name, states in run.measured.items()
@@ -139,6 +139,13 @@ def _figures(run: Run) -> dict[str, Estimate]:
         for state, found in states.items()
         for measure, estimate in found.estimates.items()
     }
+
+
+def _by_cause(judged: Judged) -> dict[str, Estimate]:
+    """Shares of all replies that are incoherent for a reason."""
+    whole = judged.estimates.get("incoherent")
+    n = whole.n if whole else 0
+    return {f"incoherent.{cause}": rate([True] * k + [False] * (n - k)) for cause, k in judged.causes.items() if n >= k}
 
 
 def _shown(

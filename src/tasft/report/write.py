@@ -10,7 +10,7 @@ from tasft.report import facts, tasks
 from tasft.report.card import model_card
 from tasft.report.page import render
 from tasft.report.plots import along_plot, curve_plots, path_plot, rates_plot
-from tasft.report.read import MEASURES, STATES, Run, read_run
+from tasft.report.read import MEASURES, STATES, PromptSet, Run, read_run
 from tasft.report.replies import replies
 from tasft.report.text import csv_cell, fenced, inline_markdown
 
@@ -81,6 +81,7 @@ def _html(run: Run, tables: facts.Tables, heads: facts.Headlines) -> str:
                 "rows": rows,
                 "plot": rates_plot(drawn) if drawn else None,
                 "judged_by": facts.by(drawn) if drawn else "",
+                "splits": _splits(run, prompts),
             }
         )
     shown = replies(run)
@@ -129,6 +130,9 @@ def _markdown(run: Run, tables: facts.Tables, heads: facts.Headlines) -> str:
             )
             lines.append(f"| {' | '.join(map(text, cells))} |")
         lines.append("")
+        for head, found in _splits(run, prompts):
+            lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+            lines += [*(f"| {' | '.join(map(text, split))} |" for split in found), ""]
     if attacks := facts.attack_rows(run):
         lines += ["### Attacks", "", _ATTACKED, "", f"| {' | '.join(facts.ATTACK_COLUMNS)} |"]
         lines += ["|---" * len(facts.ATTACK_COLUMNS) + "|"]
@@ -152,6 +156,15 @@ def _markdown(run: Run, tables: facts.Tables, heads: facts.Headlines) -> str:
     if run.manifest_text:
         lines += ["## Manifest", "", fenced(run.manifest_text, "json"), ""]
     return "\n".join(lines)
+
+
+def _splits(run: Run, prompts: PromptSet) -> list[tuple[tuple[str, str, str], list[tuple[str, str, str]]]]:
+    """Tables that split what was found of a set: heads and rows."""
+    tables = [
+        (facts.CAUSE_COLUMNS, facts.causes(run, prompts)),
+        (facts.topic_columns(prompts), facts.topics(run, prompts)),
+    ]
+    return [(head, rows) for head, rows in tables if rows]
 
 
 def _csv(run: Run) -> str:
