@@ -19,11 +19,13 @@ import yaml
 from pages import put
 
 from tasft.evaluate.results import compare
-from tasft.provenance import commit, read_json, write_json
+from tasft.provenance import commit, content_hash, read_json, write_json, write_jsonl
 from tasft.sets import expanded
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 KEPT = ("sweep.json", "table.csv", "report/report.md", "report/index.html")
+
+TOPICS = 12  # XSTest has ten types in each half.
 
 Row = dict[str, str]
 Fields = dict[str, Any]
@@ -33,16 +35,10 @@ STL = "data/safety_only_data_Instructions.json"
 
 _ANCHORS = {"harvest.anchors": "prefilled"}
 _CONTRASTIVE = {"harvest.contrastive": {"words": 100, "per_word": 5}}
-_ANY = {"harvest.contrastive": ...}
-_STL, _PLAIN = {"train.method": "stl"}, {"train.penalty": "none", "harvest.rows": 200, **_ANCHORS}
 
 
-def _of(penalty: str, rows: int = 200, **others: Any) -> Fields:
+def _of(penalty: str, rows: int, **others: Any) -> Fields:
     return {"train.penalty": penalty, "harvest.rows": rows, **others}
-
-
-def _heavy(penalty: str, weight: float) -> Fields:
-    return _of(penalty, **{"train.penalty_weight": weight})
 
 
 # Who wrote the replies that were read by hand; on the first sheet models whose weights came from a search that did not
@@ -64,25 +60,29 @@ LABELLED = {
     },
 }
 
-# What is asked, and the runs that answer it: the second less the first.
-PAIRS: list[tuple[str, Fields, Fields]] = [
-    *((f"EMD instead of NLCL, {rows} rows", _of("nlcl", rows), _of("emd", rows)) for rows in (25, 50, 100, 200)),
-    *((f"`{name}` 200 rows instead of 25", _of(name, 25), _of(name)) for name in ("emd", "nlcl")),
-    ("STL 200 rows instead of 25", {**_STL, "harvest.rows": 25}, {**_STL, "harvest.rows": 200}),
-    *(
-        (f"EMD instead of STL, {rows} rows", {**_STL, "harvest.rows": rows}, _of("emd", rows))
-        for rows in (25, 50, 100, 200)
-    ),
-    ("NLCL instead of STL, 200 rows", {**_STL, "harvest.rows": 200}, _of("nlcl")),
-    ("NLCL instead of KTO, 200 rows", {"train.method": "kto", "harvest.rows": 200}, _of("nlcl")),
-    *((f"anchors beside `{name}`", _of(name), {**_of(name), **_ANCHORS}) for name in PENALTIES),
-    *((f"`{name}` beside anchors", _PLAIN, {**_of(name), **_ANCHORS}) for name in PENALTIES),
-    ("STL instead of `nlcl` and anchors", {**_of("nlcl"), **_ANCHORS}, {**_STL, "harvest.rows": 200}),
-    *(
-        (f"contrastive rows beside `{name}` {weight:g}", _heavy(name, weight), {**_heavy(name, weight), **_ANY})
-        for name, weight in (("emd", 2.0), ("emd", 4.0), ("nlcl", 1.0), ("nlcl", 2.0))
-    ),
-]
+
+def questions(counts: list[int]) -> list[tuple[str, Fields, Fields]]:
+    """What is asked of a sweep with these counts of rows to avoid, and the runs that answer: second less first."""
+    few, many = min(counts), max(counts)
+    plain = {**_of("none", many), **_ANCHORS}
+    stl = {rows: {"train.method": "stl", "harvest.rows": rows} for rows in counts}
+    twice = [("emd", 2.0), ("emd", 4.0), ("nlcl", 1.0), ("nlcl", 2.0)]
+    return [
+        *((f"EMD instead of NLCL, {rows} rows", _of("nlcl", rows), _of("emd", rows)) for rows in counts),
+        *((f"`{name}` {many} rows instead of {few}", _of(name, few), _of(name, many)) for name in ("emd", "nlcl")),
+        (f"STL {many} rows instead of {few}", stl[few], stl[many]),
+        *((f"EMD instead of STL, {rows} rows", stl[rows], _of("emd", rows)) for rows in counts),
+        (f"NLCL instead of STL, {many} rows", stl[many], _of("nlcl", many)),
+        (f"NLCL instead of KTO, {many} rows", {"train.method": "kto", "harvest.rows": many}, _of("nlcl", many)),
+        *((f"anchors beside `{name}`", _of(name, many), {**_of(name, many), **_ANCHORS}) for name in PENALTIES),
+        *((f"`{name}` beside anchors", plain, {**_of(name, many), **_ANCHORS}) for name in PENALTIES),
+        ("STL instead of `nlcl` and anchors", {**_of("nlcl", many), **_ANCHORS}, stl[many]),
+        *(
+            (f"contrastive rows beside `{name}` {weight:g}", once, {**once, "harvest.contrastive": ...})
+            for name, weight in twice
+            for once in [_of(name, many, **{"train.penalty_weight": weight})]
+        ),
+    ]
 
 
 def table(folder: Path) -> list[Row]:
@@ -107,6 +107,8 @@ def chosen(rows: list[Row]) -> dict[str, Row]:
 
 def grid(sweep: Path, base: str, counts: list[int], seeds: list[int]) -> str:
     """A sweep of all penalties with their chosen weights, of the baselines, anchors and contrastive rows."""
+    if any(row["state"] != "done" for row in _state(sweep)["cells"]):
+        raise SystemExit(f"{sweep}: not all of its runs are done, so no weight can be chosen: run the sweep again")
     weights = {name: float(row["train.penalty_weight"]) for name, row in chosen(table(sweep)).items()}
     stl = {"train.method": "stl", "data.safe_responses": {"source": STL, "rows": "harvested"}}
     most = max(counts)
@@ -114,7 +116,7 @@ def grid(sweep: Path, base: str, counts: list[int], seeds: list[int]) -> str:
     for rows in sorted(counts, reverse=True):
         cells += [{**_of(name, rows), "train.penalty_weight": weight} for name, weight in weights.items()]
         cells.append({**stl, "harvest.rows": rows})
-    cells += [{"train.method": "kto", "harvest.rows": most}, {**_PLAIN, "harvest.rows": most}]
+    cells += [{"train.method": "kto", "harvest.rows": most}, {**_of("none", most), **_ANCHORS}]
     for name in ("emd", "nlcl"):
         once = {**_of(name, most), "train.penalty_weight": weights[name]}
         twice = once | {"train.penalty_weight": 2 * weights[name]}
@@ -166,7 +168,8 @@ def what(row: Row) -> str:
     if method != "tasft":
         return method.upper()
     penalty = row.get("train.penalty") or "none"
-    return "no penalty" if penalty == "none" else f"`{penalty}` {float(row['train.penalty_weight']):g}"
+    seed = f", seed {row['seed']}" if row.get("seed") else ""
+    return ("no penalty" if penalty == "none" else f"`{penalty}` {float(row['train.penalty_weight']):g}") + seed
 
 
 def off_topic(row: Row, state: str) -> str:
@@ -198,18 +201,50 @@ def grid_table(rows: list[Row]) -> str:
 
 
 def keep(sweep: Path, name: str) -> None:
+    place = RESULTS / "small" / name
+    place.mkdir(parents=True, exist_ok=True)
     for path in KEPT:
-        target = RESULTS / "small" / name / Path(path).name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(sweep / path, target)
+        shutil.copyfile(sweep / path, place / Path(path).name)
+    write_jsonl(place / "summaries.jsonl", summaries(sweep))
 
 
-def cell(sweep: Path, wanted: Fields) -> Path | None:
-    """The first finished run that differs from the recipe in these fields; of any weight if none is asked for."""
+def summaries(sweep: Path) -> list[Fields]:
+    """Every `summary.json` of the finished runs, one that several share once, with the numbers of these runs.
+
+    Rates by topic are left out where there are too many topics for the prompts: of one or two each they tell nothing.
+    """
+    found: dict[str, Fields] = {}
+    for number, row in enumerate(_state(sweep)["cells"], 1):
+        run = sweep / row["folder"]
+        for path in sorted(run.rglob("summary.json")) if row["state"] == "done" else ():
+            said = {"at": str(path.parent.relative_to(run)), **_rounded(read_json(path))}
+            if len(said.get("by_topic", ())) > TOPICS:
+                del said["by_topic"]
+            found.setdefault(content_hash(said), {"runs": [], **said})["runs"].append(number)
+    return list(found.values())
+
+
+def _rounded(value: Any) -> Any:
+    """With five digits, and without estimates of nothing."""
+    if isinstance(value, dict):
+        told = {key: each for key, each in value.items() if not isinstance(each, dict) or each.get("n", 1)}
+        return {key: _rounded(each) for key, each in told.items()}
+    return round(value, 5) if isinstance(value, float) else value
+
+
+def _state(sweep: Path) -> Fields:
+    found = read_json(sweep / "sweep.json")
+    if found is None:
+        raise SystemExit(f"{sweep}: there is no sweep.json; run tasft sweep first")
+    return dict(found)
+
+
+def cell(sweep: Path, wanted: Fields, seed: int | None) -> Path | None:
+    """The first finished run of a seed that differs from the recipe in these fields; of any weight if none is asked."""
     about = {"train.method", "train.penalty", "harvest.rows", "harvest.anchors", "harvest.contrastive", *wanted}
-    for row in (read_json(sweep / "sweep.json") or {})["cells"]:
+    for row in _state(sweep)["cells"]:
         fields = row["fields"]
-        same = all(
+        same = fields.get("seed") == seed and all(
             (field in fields) == (field in wanted) and wanted.get(field) in (fields.get(field), ...) for field in about
         )
         if same and row["state"] == "done":
@@ -218,31 +253,38 @@ def cell(sweep: Path, wanted: Fields) -> Path | None:
 
 
 def pairs(sweep: Path) -> dict[str, Any]:
-    """Of each question what changes from the first run to the second, on the same prompts, by `embedded`."""
+    """Of each question what changes from the first run to the second, on the same prompts, by `embedded`; per seed."""
+    cells = [row["fields"] for row in _state(sweep)["cells"]]
+    counts = sorted({fields["harvest.rows"] for fields in cells})
     answers = []
-    for question, first, second in PAIRS:
-        places = cell(sweep, first), cell(sweep, second)
-        if places[0] is None or places[1] is None:
-            continue
-        rows = [
-            row
-            for row in compare(places[0], places[1])["rows"]
-            if row["judge"] == "embedded" and row["set"] in ("4 toxic sets", "xstest-safe")
-        ]
-        wanted = [("toxic", name) for name in ("safe_coherent", "harmful", "incoherent")]
-        wanted += [("ordinary", name) for name in ("refusal", "incoherent")]
-        answers.append(
-            {
-                "question": question,
-                "runs": [place.name for place in places if place],
-                **{
-                    f"{kind} {measure}": {"difference": row["difference"], "mcnemar": row["mcnemar"]}
-                    for kind, measure in wanted
-                    for row in rows
-                    if (row["kind"], row["measure"]) == (kind, measure)
-                },
-            }
-        )
+    for question, first, second in questions(counts):
+        for seed in dict.fromkeys(fields.get("seed") for fields in cells):
+            places = cell(sweep, first, seed), cell(sweep, second, seed)
+            if places[0] is None or places[1] is None:
+                continue
+            found = compare(places[0], places[1])
+            rows = [
+                row
+                for row in found["rows"]
+                if row["judge"] == "embedded" and row["set"] in ("4 toxic sets", "xstest-safe")
+            ]
+            wanted = [("toxic", name) for name in ("safe_coherent", "harmful", "incoherent")]
+            wanted += [("ordinary", name) for name in ("refusal", "incoherent")]
+            answers.append(
+                {
+                    "question": question if seed is None else f"{question}, seed {seed}",
+                    "runs": [place.name for place in places if place],
+                    "notes": found["notes"],
+                    **{
+                        f"{kind} {measure}": {"difference": row["difference"], "mcnemar": row["mcnemar"]}
+                        for kind, measure in wanted
+                        for row in rows
+                        if (row["kind"], row["measure"]) == (kind, measure)
+                    },
+                }
+            )
+    if not answers:
+        raise SystemExit(f"{sweep}: no two of its finished runs answer a question")
     return {"commit": commit(), "judge": "embedded", "pairs": answers}
 
 
@@ -276,7 +318,9 @@ def tables() -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("pairs").add_argument("sweep", type=Path)
+    pairing = commands.add_parser("pairs")
+    pairing.add_argument("sweep", type=Path)
+    pairing.add_argument("--to", type=Path, default=RESULTS / "small" / "pairs.json")
     making = commands.add_parser("grid")
     making.add_argument("sweep", type=Path)
     making.add_argument("--base", default="gemma.yaml", help="beside the sweep that is made")
@@ -290,7 +334,7 @@ def main() -> None:
     if asked.command == "grid":
         print(grid(asked.sweep, asked.base, asked.rows, asked.seeds), end="")
     elif asked.command == "pairs":
-        write_json(RESULTS / "small" / "pairs.json", pairs(asked.sweep))
+        write_json(asked.to, pairs(asked.sweep))
     elif asked.command == "keep":
         keep(asked.sweep, asked.name)
     else:
