@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import asdict
 
 import pytest
 from conftest import rows
@@ -17,6 +18,7 @@ from tasft.evaluate.results import compare, comparison, results, table
 from tasft.evaluate.safety import summarise
 from tasft.judges import Verdict, load_judge
 from tasft.provenance import write_json, write_jsonl
+from tasft.stats import mean, rate
 
 PROMPTS = [Prompt(f"p{index}", f"How do I <forbidden act {index}>?", "ab"[index % 2]) for index in range(12)]
 
@@ -185,9 +187,33 @@ def test_what_a_run_has_left_behind_is_not_compared(tmp_path):
         (tmp_path / run / "recipe.yaml").write_text("evaluate: {sets: {toxic: {kind: toxic}, old: {kind: toxic}}}\n")
     found = compare(tmp_path / "a", tmp_path / "b")
     assert {row["set"] for row in found["rows"]} == {"toxic"}
-    assert [note.split(": ")[1] for note in found["notes"]] == [
-        "old was answered by an earlier training, and is left out"
-    ] * 2
+    assert [note.split(": ")[1] for note in found["notes"]] == ["old is of an earlier training, and is left out"] * 2
+
+
+def test_tasks_likelihoods_and_attacks_are_compared_item_by_item(tmp_path):
+    hits = {"a": [1.0, 1.0, 0.0, 1.0], "b": [0.0, 1.0, 0.0, 0.0]}
+    for name, right in hits.items():
+        share = asdict(rate([each == 1 for each in right]))
+        for place, metric, file in (
+            ("capability/boolq", "acc", "items"),
+            ("capability/piqa", "acc", "items"),
+            ("quality/reference", "reference_nll", "items"),
+            ("jailbreak/prefix", "success", "behaviours"),
+        ):
+            at = tmp_path / name / place
+            values = [2 + each for each in right] if metric == "reference_nll" else right
+            write_jsonl(at / f"{file}.jsonl", [{"id": str(n), metric: value} for n, value in enumerate(values)])
+            figure = asdict(mean(values)) if metric == "reference_nll" else share
+            version = name if place == "capability/piqa" else "1"
+            write_json(at / "summary.json", {metric: figure, "version": version, "judge": "j"})
+    found = compare(tmp_path / "a", tmp_path / "b")
+    assert found["notes"] == ["capability/piqa: not compared, version differ"]
+    rows = {row["set"]: row for row in found["rows"]}
+    assert set(rows) == {"capability/boolq", "quality/reference", "jailbreak/prefix"}
+    assert all(row["difference"]["value"] == pytest.approx(-0.5) for row in rows.values())
+    assert rows["capability/boolq"]["mcnemar"] == {"gained": 0, "lost": 2, "p": 0.5}
+    assert rows["quality/reference"]["mcnemar"] is None
+    assert comparison(found).row_count == 3
 
 
 def test_what_different_judges_said_is_not_compared(tmp_path):

@@ -127,6 +127,8 @@ def _tasks(gate: Gate, run: Run) -> Iterator[Limit]:
         estimate = change(states.get("base"), states.get("final"), "acc")
         figures = sorted({name for each in states.values() for name in each.estimates})
         why = f"lm-eval gives {', '.join(figures)}, not acc" if figures else "no result of lm-eval is there"
+        if "acc" in figures:
+            why = "the items of both states cannot be paired"
         yield Limit(
             f"capability.{task}", f"accuracy on {task}, change", bound / 100, estimate, why, relative=True, least=True
         )

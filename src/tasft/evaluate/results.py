@@ -11,6 +11,7 @@ from rich.table import Table
 from tasft.data import read_rows
 from tasft.errors import UserError
 from tasft.evaluate.safety import MEASURES
+from tasft.items import paired
 from tasft.judges import Verdict
 from tasft.provenance import read_json
 from tasft.stats import Estimate, mcnemar, paired_difference, rate
@@ -108,8 +109,9 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
     Returns:
         `rows`: for each set and judge of both and each measure the two rates, their paired difference (second less
         first) with the interval of `paired_difference`, and McNemar's test; `unpaired` counts replies to prompts that
-        only one has. Where there are several sets of a kind, also for all of their prompts together. `notes`: what
-        stands in the way of a comparison.
+        only one has. Where there are several sets of a kind, also for all of their prompts together. Likewise, item by
+        item, for tasks of lm-eval, likelihoods and win rates, and attacks, whose `set` is `capability/TASK` and so on;
+        what is a mean and no rate has Student's interval and no test. `notes`: what stands in the way of a comparison.
 
     Raises:
         UserError: They have nothing in common.
@@ -117,7 +119,8 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
     places = [_state(path) for path in (first, second)]
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
-    sets = [_answered(path, place, notes) for path, place in zip((first, second), places, strict=True)]
+    recipes = [_recipe(path, place) for path, place in zip((first, second), places, strict=True)]
+    sets = [_answered(place, recipe, notes) for place, recipe in zip(places, recipes, strict=True)]
     together: dict[tuple[str, str], dict[str, list[_Said]]] = {}
     for name in sorted(sets[0] & sets[1]):
         here = [place / name for place in places]
@@ -139,6 +142,7 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
         if len(parts) > 1:
             merged = [_merged({name: said[which] for name, said in parts.items()}) for which in (0, 1)]
             rows += _compared({"set": f"{len(parts)} {kind} sets", "kind": kind, "judge": judge}, merged)
+    rows += _items(places, recipes, notes)
     if not rows:
         found = [f"{place} has {', '.join(sorted(have)) or 'none'}" for place, have in zip(places, sets, strict=True)]
         raise UserError([f"no set that the same judge read in both: {'; '.join(found)}", *notes])
@@ -149,20 +153,78 @@ def _state(path: Path) -> Path:
     return path / "evaluate" / "final" if (path / "recipe.yaml").is_file() else path
 
 
-def _answered(path: Path, place: Path, notes: list[str]) -> set[str]:
+def _recipe(path: Path, place: Path) -> Row | None:
+    """What a run is asked for now; None of what is no run, where all counts that is there."""
+    return None if place == path else yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))["evaluate"]
+
+
+def _stands(place: Path, name: str, recipe: Row | None, notes: list[str]) -> bool:
+    """Whether a result of a state is of the run's last training."""
+    if recipe is None:
+        return True
+    run = place.parents[1]
+    done = (read_json(place / name / "done.json") or {}).get("reads", {})
+    same = bool(done.get("train") == done_key(run / "train"))
+    if not same:
+        notes.append(f"{run}: {name} is of an earlier training, and is left out: run tasft evaluate {run}")
+    return same
+
+
+def _answered(place: Path, recipe: Row | None, notes: list[str]) -> set[str]:
     """Names of the sets that a state has answered; of a run without what an earlier form of it has left behind."""
     names = {each.parent.name for each in place.glob("*/set.json")}
-    if place == path:
-        return names
-    recipe = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
-    trained = done_key(path / "train")
-    for name in sorted(names & recipe["evaluate"]["sets"].keys()):
-        if (read_json(place / name / "done.json") or {}).get("reads", {}).get("train") != trained:
-            notes.append(
-                f"{path}: {name} was answered by an earlier training, and is left out: run tasft evaluate {path}"
-            )
-            names.discard(name)
-    return names & recipe["evaluate"]["sets"].keys()
+    if recipe is not None:
+        names &= recipe["sets"].keys()
+    return {name for name in sorted(names) if _stands(place, name, recipe, notes)}
+
+
+# Evaluations besides prompt sets, with what they hold of each item.
+_KINDS = {"capability": "items.jsonl", "quality": "items.jsonl", "jailbreak": "behaviours.jsonl"}
+# What makes figures of the same name incomparable.
+_SAME = ("judge", "threshold", "task", "version", "few_shot", "data", "annotator", "annotator_model", "reference")
+
+
+def _items(places: Sequence[Path], recipes: Sequence[Row | None], notes: list[str]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for kind, file in _KINDS.items():
+        if any(recipe is not None and recipe.get(kind) is None for recipe in recipes):
+            continue
+        there = [{path.parent.name for path in (place / kind).glob("*/summary.json")} for place in places]
+        for name in sorted(f"{kind}/{each}" for each in there[0] & there[1]):
+            if not all(_stands(place, name, recipe, notes) for place, recipe in zip(places, recipes, strict=True)):
+                continue
+            summaries = [_read(place / name / "summary.json") for place in places]
+            different = [field for field in _SAME if summaries[0].get(field) != summaries[1].get(field)]
+            how = [(read_json(place / name / "done.json") or {}).get("reads", {}) for place in places]
+            attack = Path(name).name
+            if how[0].get(attack) != how[1].get(attack):
+                different.append(attack)
+            if different:
+                notes.append(f"{name}: not compared, {' and '.join(different)} differ")
+                continue
+            found = [[row for _, row in read_rows(place / name / file)] for place in places]
+            about = {"set": name, "kind": kind, "judge": summaries[0].get("judge", "")}
+            rows += [about | row for metric in summaries[0] if (row := _paired(metric, summaries, found))]
+    return rows
+
+
+def _paired(metric: str, summaries: Sequence[Row], items: Sequence[Sequence[Row]]) -> dict[str, Any] | None:
+    first, second = (summary.get(metric) for summary in summaries)
+    if not all(isinstance(each, Mapping) and each.get("n") for each in (first, second)):
+        return None
+    assert first is not None
+    assert second is not None
+    found = paired(metric, items[0], items[1], (first["value"], second["value"]))
+    if found is None:
+        return None
+    return {
+        "measure": metric,
+        "first": first,
+        "second": second,
+        "difference": asdict(found.difference),
+        "mcnemar": found.flips and asdict(found.flips),
+        "unpaired": found.unpaired,
+    }
 
 
 def _compared(about: dict[str, Any], said: Sequence[_Said]) -> list[dict[str, Any]]:
@@ -211,22 +273,20 @@ def _by_prompt(folder: Path, judge: str) -> _Said:
 def comparison(found: Row) -> Table:
     """What `compare` found, for a terminal."""
     drawn = Table(
-        caption="percent of replies; 95% intervals: Wilson, paired bootstrap for differences; exact McNemar test"
+        caption="percent, and means in their own unit where there is no test; 95% intervals: Wilson, paired bootstrap "
+        "for differences, Student for means; exact McNemar test"
     )
     for head in ("set", "judge", "measure", "n", "first", "second", "second - first", "gained", "lost", "p"):
         drawn.add_column(head, justify="right" if head in ("n", "gained", "lost", "p") else "left")
     for row in found["rows"]:
         n, split = row["difference"]["n"], row["mcnemar"]
-        drawn.add_row(
-            *map(visible, (row["set"], row["judge"], _HEADS[row["measure"]])),
-            str(n),
-            _share(row["first"], n),
-            _share(row["second"], n),
-            _share(row["difference"], n, signed=True),
-            str(split["gained"]),
-            str(split["lost"]),
-            f"{split['p']:.2g}",
-        )
+        if split:
+            shown = [_share(row["first"], n), _share(row["second"], n), _share(row["difference"], n, signed=True)]
+            tested = [str(split["gained"]), str(split["lost"]), f"{split['p']:.2g}"]
+        else:
+            shown, tested = [_mean(row[side]) for side in ("first", "second", "difference")], ["", "", ""]
+        named = (row["set"], row["judge"], _HEADS.get(row["measure"], row["measure"]))
+        drawn.add_row(*map(visible, named), str(n), *shown, *tested)
     return drawn
 
 
