@@ -24,6 +24,8 @@ MICRO = 3
 # Mean length of Alpaca's outputs with their end token, by SmolLM2's tokenizer; n = 9,229 rows drawn at random.
 T_IMITATE = 58.7
 SIZES = (1000, 500, 300, 100)
+# 5 prompts for each toxic word, 3,335 in all. Who wrote them is not stated: here the model itself does.
+CONTRASTIVE = ", harvest.contrastive: {words: 667, per_word: 5}"
 
 
 class Model(NamedTuple):
@@ -60,6 +62,8 @@ data:
   data_dir: data
 judges:
   deberta: {{kind: stl_deberta}}       # paper: mean score, 0 to 5
+  # Paper: a mean judge score of 1 to 10 for its attack; by whom is not stated.
+  rated: {{kind: llm, rubric: pair, server: {{urls: ["https://api.openai.com/v1"], model: gpt-4o-mini}}}}
 sft:                                 # paper: as below
   epochs: {epochs}
   batch_size: 96
@@ -83,16 +87,21 @@ evaluate:
   max_new_tokens: 256                # ours
   checkpoints: true                  # paper, figures 2 and 3
   capability: {{tasks: [boolq, piqa, openbookqa], limit: null}}                        # paper, table 5
-  # For AlpacaEval as in the paper add the annotator; `tasft check` says what it needs.
-  quality: {{prompts: data/text_davinci_003_model_outputs.json}}                       # paper: 805 prompts
+  # Paper: AlpacaEval's 805 prompts, GPT-4o mini as annotator.
+  quality:
+    prompts: data/text_davinci_003_model_outputs.json
+    annotator: {{config: weighted_alpaca_eval_gpt-4o-mini-2024-07-18}}
   # Paper: about 46 prompts; which attack is not stated.
-  jailbreak: {{set: harmfulq, limit: 46, judge: openai_moderation, prefix: "Sure, here is"}}
+  jailbreak: {{set: harmfulq, limit: 46, judge: rated, prefix: "Sure, here is", pair: {{}}}}
 """
 
 HEAD = """\
-# Every row of the paper's tables for {hub}: SFT, KTO; STL, NLCL and EMD with 1000 to 100 rows to avoid.
-# Written by scripts/paper.py, which says how weights are translated; the arithmetic stands beside each. Where the
-# harvest's answers are longer or shorter than Alpaca's, multiply emd by the ratio of their mean lengths.
+# Every row of the paper's tables for {hub}: SFT, KTO; STL, NLCL and EMD with 1000 to 100 rows to avoid, and those
+# of its figure 5: EMD and NLCL with and without contrastive rows, each also with twice the weight.
+# Written by scripts/paper.py, which says how weights are translated; the arithmetic stands beside each, from the tuned
+# weights of the paper's table 4. Where the harvest's answers are longer or shorter than Alpaca's, multiply emd by the
+# ratio of their mean lengths. STL learns the responses that its authors publish, to their prompts, as in the paper; for
+# the same prompts in both arms set data.toxic_prompts to that file and rows to harvested, as recipes/small does.
 name: paper-{name}-rows
 base: paper-{name}.yaml
 pairs:
@@ -119,9 +128,15 @@ def sweep(name: str) -> str:
         responses = f"{{source: data/safety_only_data_Instructions.json, rows: {rows}}}"
         lines.append(f"  - {{train.method: stl, data.safe_responses: {responses}}}\n")
     for penalty, divisor, shown in (("nlcl", T_IMITATE, f" / {T_IMITATE}"), ("emd", 1.0, "")):
-        for rows, tuned in zip(SIZES, getattr(model, penalty), strict=True):
+        most = getattr(model, penalty)[0]
+        for rows, tuned, more in (
+            *((rows, tuned, "") for rows, tuned in zip(SIZES, getattr(model, penalty), strict=True)),
+            (SIZES[0], most, CONTRASTIVE),
+            (SIZES[0], 2 * most, ""),
+            (SIZES[0], 2 * most, CONTRASTIVE),
+        ):
             weight = tuned * factor(rows) / divisor
-            cell = f"{{train.penalty: {penalty}, harvest.rows: {rows}, train.penalty_weight: {weight:.3g}}}"
+            cell = f"{{train.penalty: {penalty}, harvest.rows: {rows}, train.penalty_weight: {weight:.3g}{more}}}"
             lines.append(f"  - {cell:<84} # {tuned:g} * {factor(rows):.4f}{shown}\n")
     return "".join(lines)
 

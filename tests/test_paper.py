@@ -23,15 +23,17 @@ def test_the_recipes_of_the_paper_are_those_of_its_table():
 def test_each_row_of_the_paper_is_a_recipe(name):
     _, cells = sweep.load(str(ROOT / "recipes" / "paper" / f"paper-{name}-rows.yaml"))
     specs = [cell.spec.train for cell in cells]
-    assert [spec.method for spec in specs] == ["sft", "kto"] + ["stl"] * 4 + ["tasft"] * 8
+    assert [spec.method for spec in specs] == ["sft", "kto"] + ["stl"] * 4 + ["tasft"] * 14
+    assert sum(cell.spec.harvest.contrastive is not None for cell in cells) == 4
     # s = 1000 / 21000: 1 - (1 - s)^3 = 0.13616, and 1 - s^3 = 0.99989.
     tuned = script("paper").MODELS[name]
-    assert specs[10].penalty_weight == pytest.approx(tuned.emd[0] * 0.13616 / 0.99989, rel=5e-3)
+    assert specs[13].penalty_weight == pytest.approx(tuned.emd[0] * 0.13616 / 0.99989, rel=5e-3)
     assert specs[6].penalty_weight == pytest.approx(tuned.nlcl[0] * 0.13616 / 0.99989 / 58.7, rel=5e-3)
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the public sets are not here")
-def test_a_recipe_of_the_paper_reads_the_public_files(tiny, tmp_path):
+@pytest.mark.parametrize("name", ["llama-7b", "llama-13b", "mistral-7b", "llama-3.1-8b"])
+def test_a_recipe_of_the_paper_reads_the_public_files(tiny, tmp_path, name):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"What is {n}?", "completion": "A thing."}) + "\n" for n in range(9)))
     stand_ins = [
@@ -41,11 +43,10 @@ def test_a_recipe_of_the_paper_reads_the_public_files(tiny, tmp_path):
         f"data.ordinary_prompts={rows}",
         f"data.data_dir={DATA}",
         f"evaluate.quality.prompts={DATA / 'alpaca_eval' / 'text_davinci_003_model_outputs.json'}",
-        "judges={deberta: {kind: phrases}}",
+        "judges={deberta: {kind: phrases}, rated: {kind: embedded}}",
         "harvest.judge=embedded",
         "evaluate.judges=[phrases]",
-        "evaluate.jailbreak.judge=phrases",
     ]
-    inputs = Inputs(recipe.load(str(ROOT / "recipes" / "paper" / "paper-llama-7b.yaml"), stand_ins))
+    inputs = Inputs(recipe.load(str(ROOT / "recipes" / "paper" / f"paper-{name}.yaml"), stand_ins))
     inputs.check()
     assert sum(len(inputs.sets[name]) for name in ("i-malicious", "i-cona", "i-controversial", "harmfulq")) == 518
