@@ -755,8 +755,16 @@ def test_incoherence_is_split_by_cause_and_rates_by_topic(run: Path) -> None:
     for state, more in (("base", {"repeated": 1}), ("final", {"off_topic": 3, "repeated": 1})):
         at = run / "evaluate" / state / "toxic" / "embedded" / "summary.json"
         by_topic = {"<b>fraud": {"harmful": estimate([state == "base", False])}}
-        document(at, json.loads(at.read_text()) | {"causes": more, "by_topic": by_topic})
+        score = {"value": 2.5 if state == "base" else 1.25, "low": 1.0, "high": 3.0, "n": 40}
+        document(at, json.loads(at.read_text()) | {"causes": more, "by_topic": by_topic, "score": score})
+    rows = [json.loads(line) for line in (at.parent / "verdicts.jsonl").read_text().splitlines()]
+    jsonl(at.parent / "verdicts.jsonl", [row | {"score": 0.25 if n else 0.5} for n, row in enumerate(rows)])
     made = Report(run)
+    assert (
+        "| embedded | 2.5 (1 to 3; n = 40) | 1.25 (1 to 3; n = 40) | −0.244 (−0.256 to −0.231; n = 40) |"
+        in made.markdown
+    )
+    assert "final,toxic,embedded,score,1.25,1.0,3.0,40" in made.csv
     assert "| off topic | 0 of 40 | 3 of 40 |" in made.markdown
     assert "| repeated | 1 of 40 | 1 of 40 |" in made.markdown
     assert '<th scope="row">off topic</th><td>0 of 40</td><td>3 of 40</td>' in made.html

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
-from tasft.report.read import MEASURES, STATES, Attacked, Evaluated, Judged, PromptSet, Row, Run
-from tasft.stats import Estimate, Flips, mcnemar, paired_difference, rate
+from tasft.report.read import MEASURES, STATES, Attacked, Evaluated, Judged, PromptSet, Row, Run, number
+from tasft.stats import Estimate, Flips, mcnemar, mean, paired_difference, rate
 
 SHOWN = {
     "toxic": ("safe_coherent", "harmful", "refusal", "incoherent", "off_topic", "distinct"),
@@ -91,6 +91,15 @@ def in_words(estimate: Estimate, signed: bool = False) -> str:
     shown = points(estimate.value) if signed else percent(estimate.value)
     within = "; ".join(filter(None, (interval(estimate, signed), f"n\u00a0=\u00a0{estimate.n}")))
     return f"{shown} ({within})"
+
+
+def plain_number(estimate: Estimate, sign: str = "") -> str:
+    """A mean in its own unit, as in `2.51 (2.4 to 2.63; n = 40)`."""
+    if estimate.value is None:
+        return "—"
+    low, high = estimate.low, estimate.high
+    within = f"{low:{sign}.3g} to {high:{sign}.3g}; " if low is not None and high is not None else ""
+    return f"{estimate.value:{sign}.3g} ({within}n = {estimate.n})".replace("-", "−")
 
 
 def _compare(prompts: PromptSet, judge: str, measure: str) -> Comparison:
@@ -239,6 +248,24 @@ def causes(run: Run, prompts: PromptSet) -> list[tuple[str, str, str]]:
         return f"{each.causes.get(name, 0)} of {of.n}" if each and of and of.n else "—"
 
     return [(name.replace("_", " "), said(there[0], name), said(there[1], name)) for name in names]
+
+
+SCORE_COLUMNS = ("Mean score, in the judge's own unit", "Before", "After", "Change")
+
+
+def scores(run: Run, prompts: PromptSet) -> list[tuple[str, ...]]:
+    """Cells under `SCORE_COLUMNS`, a row for each judge that gives scores; changes are of the same prompts."""
+    rows = []
+    for judge in run.judges:
+        there = [prompts.states[state].judged.get(judge) if state in prompts.states else None for state in STATES]
+        found = [each.score if each else None for each in there]
+        if not any(found):
+            continue
+        was, now = ({key: number(v.get("score")) for key, v in each.verdicts.items()} if each else {} for each in there)
+        pairs = [(a, b) for key, a in was.items() if a is not None and (b := now.get(key)) is not None]
+        moved = plain_number(mean([b - a for a, b in pairs]), "+") if pairs else "—"
+        rows.append((judge, *(plain_number(each) if each else "—" for each in found), moved))
+    return rows
 
 
 # What is told of each topic of a set, by its kind.

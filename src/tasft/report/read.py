@@ -42,6 +42,7 @@ class Judged:
         unreadable: Verdicts that could not be read; they are in no estimate's n.
         causes: Why replies are incoherent -> how many are.
         topics: Topic of the prompts -> the same estimates for them alone.
+        score: Mean of the judge's scores, in its own unit; None where it gives none.
     """
 
     estimates: Mapping[str, Estimate]
@@ -49,6 +50,7 @@ class Judged:
     unreadable: int
     causes: Mapping[str, int] = field(default_factory=dict)
     topics: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
+    score: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -340,6 +342,7 @@ def _read_judged(files: "_Files", at: str, meant: Any) -> Judged:
         verdicts=_by_id(files.rows(f"{at}/verdicts.jsonl"), meant),
         unreadable=unreadable if isinstance(unreadable, int) else 0,
         causes={str(name): n for name, n in _mapping(summary.get("causes")).items() if isinstance(n, int)},
+        score=score if (score := _estimate(summary.get("score"))).n else None,
         topics={str(name): _estimates(_mapping(each)) for name, each in _mapping(summary.get("by_topic")).items()},
     )
 

@@ -127,7 +127,7 @@ def _figures(run: Run) -> dict[str, Estimate]:
         for prompts in run.sets
         if state in prompts.states
         for judge, judged in prompts.states[state].judged.items()
-        for measure, estimate in {**judged.estimates, **_by_cause(judged)}.items()
+        for measure, estimate in _told(judged).items()
     }
     besides: dict[str, Mapping[str, Measured | Attacked]] = {
         name.replace("/", "."): states for name, states in run.measured.items()
@@ -141,11 +141,12 @@ def _figures(run: Run) -> dict[str, Estimate]:
     }
 
 
-def _by_cause(judged: Judged) -> dict[str, Estimate]:
-    """Shares of all replies that are incoherent for a reason."""
+def _told(judged: Judged) -> dict[str, Estimate]:
+    """All rates, the shares of replies that are incoherent for each reason, and the mean score."""
     whole = judged.estimates.get("incoherent")
     n = whole.n if whole else 0
-    return {f"incoherent.{cause}": rate([True] * k + [False] * (n - k)) for cause, k in judged.causes.items() if n >= k}
+    causes = {f"incoherent.{why}": rate([True] * k + [False] * (n - k)) for why, k in judged.causes.items() if n >= k}
+    return {**judged.estimates, **causes, **({"score": judged.score} if judged.score else {})}
 
 
 def _shown(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from itertools import chain
 
 from tasft.items import Paired, is_share, paired
-from tasft.report.facts import in_words, odds
+from tasft.report.facts import in_words, odds, plain_number
 from tasft.report.read import STATES, Measured, Run
 from tasft.stats import Estimate
 
@@ -48,19 +48,11 @@ def _paired(before: Measured | None, after: Measured | None, metric: str) -> Pai
 
 
 def _row(label: str, metric: str, before: Measured | None, after: Measured | None) -> tuple[str, ...]:
-    shown = in_words if is_share(metric, *(each.items for each in (before, after) if each)) else _number
+    shown = in_words if is_share(metric, *(each.items for each in (before, after) if each)) else plain_number
     moved, changed = "—", "—"
     if found := _paired(before, after, metric):
-        moved = in_words(found.difference, signed=True) if shown is in_words else _number(found.difference, "+")
+        moved = in_words(found.difference, signed=True) if shown is in_words else plain_number(found.difference, "+")
         if flips := found.flips:
             changed = f"{flips.gained} right now, {flips.lost} no longer; {odds(flips.p)}"
     cells = [each.estimates.get(metric) if each else None for each in (before, after)]
     return (label, *(shown(cell) if cell and cell.n else "—" for cell in cells), moved, changed)
-
-
-def _number(estimate: Estimate, sign: str = "") -> str:
-    if estimate.value is None:
-        return "—"
-    low, high = estimate.low, estimate.high
-    within = f"{low:{sign}.3g} to {high:{sign}.3g}; " if low is not None and high is not None else ""
-    return f"{estimate.value:{sign}.3g} ({within}n = {estimate.n})".replace("-", "−")

@@ -158,9 +158,10 @@ def _markdown(run: Run, tables: facts.Tables, heads: facts.Headlines) -> str:
     return "\n".join(lines)
 
 
-def _splits(run: Run, prompts: PromptSet) -> list[tuple[tuple[str, str, str], list[tuple[str, str, str]]]]:
-    """Tables that split what was found of a set: heads and rows."""
-    tables = [
+def _splits(run: Run, prompts: PromptSet) -> list[tuple[tuple[str, ...], Sequence[tuple[str, ...]]]]:
+    """Tables of what else was found of a set: heads and rows."""
+    tables: list[tuple[tuple[str, ...], Sequence[tuple[str, ...]]]] = [
+        (facts.SCORE_COLUMNS, facts.scores(run, prompts)),
         (facts.CAUSE_COLUMNS, facts.causes(run, prompts)),
         (facts.topic_columns(prompts), facts.topics(run, prompts)),
     ]
@@ -179,6 +180,9 @@ def _csv(run: Run) -> str:
                     e = judged[judge].estimates[measure]
                     names = map(csv_cell, (state, prompts.name, judge, measure))
                     writer.writerow([*names, e.value, e.low, e.high, e.n])
+                if score := judged[judge].score:
+                    names = map(csv_cell, (state, prompts.name, judge, "score"))
+                    writer.writerow([*names, score.value, score.low, score.high, score.n])
         for attack, states in run.attacks.items():
             for measure, e in (states[state].estimates if state in states else {}).items():
                 names = map(csv_cell, (state, f"jailbreak/{attack}", states[state].judge, measure))
