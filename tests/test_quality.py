@@ -60,6 +60,11 @@ def test_likelihood_and_divergence_are_what_their_names_say(tmp_path):
         assert found[name]["n"] == len(REFERENCES)
         assert found[name]["value"] == pytest.approx(sum(item[name] for item in items) / len(items))
         assert found[name]["low"] < found[name]["value"] < found[name]["high"]
+    likely, perplexity = found["reference_nll"], found["reference_perplexity"]
+    assert [math.log(perplexity[key]) for key in ("value", "low", "high")] == pytest.approx(
+        [likely[key] for key in ("value", "low", "high")]
+    )
+    assert perplexity["n"] == likely["n"]
     assert json.loads((tmp_path / "summary.json").read_text()) == found
 
 

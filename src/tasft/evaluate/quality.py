@@ -7,6 +7,7 @@ its predictions on them have moved. Both are named as what they are.
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -150,8 +151,9 @@ def measure(
 ) -> dict[str, Any]:
     """Likelihood of reference answers and movement on them, in `items.jsonl` and `summary.json`.
 
-    - `reference_nll`: mean loss of the answer's tokens given its prompt, in nats per token; exp of it is a perplexity.
-      Less is not better writing: a model that was tuned on such answers has less.
+    - `reference_nll`: mean loss of the answer's tokens given its prompt, in nats per token. Less is not better
+      writing: a model that was tuned on such answers has less.
+    - `reference_perplexity`: exp of it and of its interval, in [1, inf).
     - `kl_to_before`: mean of KL(before || now) over the same tokens, in nats per token, in [0, inf). n = 0 without
       `before`.
 
@@ -183,7 +185,9 @@ def measure(
         name: asdict(mean([item[name] for item in items if item[name] is not None]))
         for name in ("reference_nll", "kl_to_before")
     }
-    summary = {**estimates, "unit": "nats per token", **about}
+    likely = estimates["reference_nll"]
+    perplexity = {key: value if key == "n" or value is None else math.exp(value) for key, value in likely.items()}
+    summary = {**estimates, "reference_perplexity": perplexity, "unit": "nats per token", **about}
     if launch.is_first():
         write_jsonl(folder / "items.jsonl", items)
         write_json(folder / "summary.json", summary)

@@ -11,9 +11,10 @@ from tasft.stats import Estimate
 TASK_COLUMNS = ("Measured", "Before", "After", "Change", "Items that changed")
 NOTE = (
     "Capability: tasks of lm-eval with its own prompts, without a chat template. "
-    "Quality: reference_nll is the mean loss of somebody else's answers, kl_to_before how far the predictions on them "
-    "have moved, both in nats per token; neither says how good an answer is. A win rate is an annotator's preference "
-    "for the model's answers. Changes are of the same items: paired bootstrap for shares, Student's interval otherwise."
+    "Quality: reference_nll is the mean loss of somebody else's answers, reference_perplexity exp of it, kl_to_before "
+    "how far the predictions on them have moved, in nats per token; none says how good an answer is. A win rate is an "
+    "annotator's preference for the model's answers. Changes are of the same items: paired bootstrap for shares, "
+    "Student's interval otherwise."
 )
 
 
