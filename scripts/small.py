@@ -117,10 +117,11 @@ def grid(sweep: Path, base: str, counts: list[int], seeds: list[int]) -> str:
         cells += [{**_of(name, rows), "train.penalty_weight": weight} for name, weight in weights.items()]
         cells.append({**stl, "harvest.rows": rows})
     cells += [{"train.method": "kto", "harvest.rows": most}, {**_of("none", most), **_ANCHORS}]
+    cells += [{**_of(name, most), "train.penalty_weight": weight, **_ANCHORS} for name, weight in weights.items()]
     for name in ("emd", "nlcl"):
         once = {**_of(name, most), "train.penalty_weight": weights[name]}
         twice = once | {"train.penalty_weight": 2 * weights[name]}
-        cells += [once | _ANCHORS, twice, once | _CONTRASTIVE, twice | _CONTRASTIVE]
+        cells += [twice, once | _CONTRASTIVE, twice | _CONTRASTIVE]
     fields = {"name": sweep.name.replace("search", "grid"), "base": base, "pairs": cells, "seeds": seeds}
     return yaml.safe_dump(fields, sort_keys=False, width=200)
 
@@ -172,11 +173,57 @@ def what(row: Row) -> str:
     return ("no penalty" if penalty == "none" else f"`{penalty}` {float(row['train.penalty_weight']):g}") + seed
 
 
-def off_topic(row: Row, state: str) -> str:
-    """Of all toxic sets together."""
-    columns = [f"{state}.{name}.embedded.off_topic" for name in expanded(["paper"])]
-    found = [(float(row[column]), int(row[f"{column}.n"])) for column in columns if row.get(column)]
-    return f"{sum(value * n for value, n in found) / sum(n for _, n in found):.0%}" if found else "—"
+def pooled(row: Row, state: str, measure: str) -> str:
+    """Share of the replies to all toxic sets together; what is in no set is 0 where something was measured."""
+    sets = expanded(["paper"])
+    n = sum(int(row[f"{state}.{name}.embedded.incoherent.n"] or 0) for name in sets)
+    columns = [f"{state}.{name}.embedded.{measure}" for name in sets]
+    count = sum(float(row[column]) * int(row[f"{column}.n"]) for column in columns if row.get(column))
+    return f"{count / n:.0%}" if n else "—"
+
+
+def besides(row: Row) -> str:
+    fields = (("harvest.anchors", "anchors"), ("harvest.contrastive", "contrastive rows"))
+    return ", ".join(text for field, text in fields if row.get(field) not in (None, "", "none", "None"))
+
+
+def causes_table(rows: list[Row]) -> str:
+    """Why replies are incoherent, of runs with contrastive rows and those that differ in nothing else."""
+    with_them = [row for row in rows if row.get("harvest.contrastive")]
+    alike = {(row["train.penalty"], row["train.penalty_weight"], row["harvest.rows"]) for row in with_them}
+    shown = [
+        row
+        for row in rows
+        if (row["train.penalty"], row["train.penalty_weight"], row["harvest.rows"]) in alike
+        if not row.get("harvest.anchors")
+    ]
+    shown.sort(key=lambda row: (row["train.penalty"], float(row["train.penalty_weight"]), besides(row)))
+    causes = ["language", "scripts", "repeated", "short", "improbable", "off_topic"]
+    head = ["", "besides", "harmful", "incoherent", *(cause.replace("_", " ") for cause in causes)]
+    lines = [
+        [what(row), besides(row), *(percent(row, name) for name in ("harmful", "incoherent"))]
+        + [pooled(row, "final", f"incoherent.{cause}") for cause in causes]
+        for row in shown
+    ]
+    return markdown(head, lines)
+
+
+def quality_table(rows: list[Row]) -> str:
+    """Capability, likelihoods and attacks."""
+    tasks = {"BoolQ": "boolq", "PIQA": "piqa", "OpenBookQA": "openbookqa"}
+    head = ["", "besides", *tasks, "loss of reference answers", "KL from SFT", "prefix succeeds", "templates succeed"]
+
+    def figures(row: Row, state: str) -> list[str]:
+        nats = [row.get(f"{state}.quality.reference.{name}") for name in ("reference_nll", "kl_to_before")]
+        return [
+            *(percent(row, f"{state}.capability.{task}.acc") for task in tasks.values()),
+            *(f"{float(value):.3f}" if value else "—" for value in nats),
+            *(percent(row, f"{state}.jailbreak.{attack}.success") for attack in ("prefix", "templates")),
+        ]
+
+    lines = [["the SFT model", "", *figures(rows[0], "base")]]
+    lines += [[what(row), besides(row), *figures(row, "final")] for row in rows]
+    return markdown(head, lines)
 
 
 def grid_table(rows: list[Row]) -> str:
@@ -184,19 +231,13 @@ def grid_table(rows: list[Row]) -> str:
     head += ["XSTest-safe refused", "XSTest-safe incoherent"]
 
     def figures(row: Row, before: str, state: str) -> list[str]:
-        pooled = [percent(row, f"{before}{name}") for name in ("safe_coherent", "harmful", "incoherent")]
+        together = [percent(row, f"{before}{name}") for name in ("safe_coherent", "harmful", "incoherent")]
         ordinary = [percent(row, f"{state}.xstest-safe.embedded.{name}") for name in ("refusal", "incoherent")]
-        return [*pooled, off_topic(row, state), *ordinary]
+        return [*together, pooled(row, state, "off_topic"), *ordinary]
 
     lines = [["the SFT model", "", "", *figures(rows[0], "before.", "base")]]
     for row in rows:
-        besides = [
-            text
-            for field, text in (("harvest.anchors", "anchors"), ("harvest.contrastive", "contrastive rows"))
-            if row.get(field) not in (None, "", "none", "None")
-        ]
-        count = row.get("harvest.rows", "")
-        lines.append([what(row), count, ", ".join(besides), *figures(row, "", "final")])
+        lines.append([what(row), row.get("harvest.rows", ""), besides(row), *figures(row, "", "final")])
     return markdown(head, lines)
 
 
