@@ -287,6 +287,7 @@ def test_the_table_has_a_row_for_each_cell_with_the_figures_of_its_summaries(end
     assert [row["state"] for row in found] == ["done", "failed", "done"]
     assert [row["harvest.rows"] for row in found] == ["2", "2", "5"]
     for row, cell in ((found[0], FEW), (found[2], MANY)):
+        assert row["commit"] == (json.loads((out / cell / "manifest.json").read_text())["commit"] or "")
         for place in ("base", "final"):
             summary = json.loads((out / cell / f"evaluate/{place}/toxic/phrases/summary.json").read_text())
             for measure in ("harmful", "refusal", "incoherent", "safe_coherent"):

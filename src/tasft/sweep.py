@@ -260,7 +260,7 @@ def _state(sweep: Sweep, cells: Sequence[Cell], ended: Mapping[str, Outcome]) ->
 
     # As JSON knows it: a date of YAML is text there.
     rows = json.loads(json.dumps([row(cell) for cell in cells], default=str))
-    return {"name": sweep.name, "base": sweep.base, "commit": provenance.commit(), "cells": rows}
+    return {"name": sweep.name, "base": sweep.base, "cells": rows}
 
 
 def _is_done(cell: Cell, folder: Path) -> bool:

@@ -55,6 +55,7 @@ class Cell:
         folder: The run folder, within that of the sweep.
         state: `done`, `failed` or `waiting`.
         reason: Why it failed.
+        commit: Of tasft, by which it was done.
         figures: Column of the table -> its estimate, of all that was measured.
         shown: What the table shows -> its estimate after training; what was not measured is absent.
         before: The same, before training.
@@ -65,6 +66,7 @@ class Cell:
     folder: str
     state: str
     reason: str
+    commit: str
     figures: Mapping[str, Estimate]
     shown: Mapping[str, Estimate]
     before: Mapping[str, Estimate]
@@ -114,6 +116,7 @@ def _cell(number: int, row: Mapping[str, Any], run: Run | None, judges: Mapping[
         row["folder"],
         row["state"],
         row.get("reason", ""),
+        str((run.manifest.get("commit") if run else None) or ""),
         figures,
         found["final"],
         found["base"],
@@ -219,10 +222,15 @@ def _csv(cells: Sequence[Cell], front: Mapping[int, bool]) -> str:
     out = StringIO()
     writer = csv.writer(out, lineterminator="\n")
     heads = [column if part == "value" else f"{column}.{part}" for column in columns for part in parts]
-    writer.writerow(["run", *map(csv_cell, fields), "state", "reason", "pareto", *map(csv_cell, heads)])
+    writer.writerow(["run", *map(csv_cell, fields), "state", "reason", "commit", "pareto", *map(csv_cell, heads)])
     for cell, found in zip(cells, estimates, strict=True):
         row: list[Any] = [cell.number, *(csv_cell(cell.fields.get(field, "")) for field in fields)]
-        row += [cell.state, csv_cell(cell.reason), {True: 1, False: 0, None: None}[front.get(cell.number)]]
+        row += [
+            cell.state,
+            csv_cell(cell.reason),
+            csv_cell(cell.commit),
+            {True: 1, False: 0, None: None}[front.get(cell.number)],
+        ]
         row += [getattr(found[column], part) if column in found else None for column in columns for part in parts]
         writer.writerow(row)
     return out.getvalue()
