@@ -77,6 +77,8 @@ def tries(runs: list[dict[str, Any]]) -> str:
     ]
     for number, run in enumerate(runs):
         train, harvest = run["recipe"]["train"], run["harvest"]
+        if harvest is None:
+            raise SystemExit(f"{run['run']}: it has harvested nothing, and so has no place in this table")
         toxic, ordinary = (run["rates"]["final"][name]["embedded"] for name in ("toxic", "ordinary"))
         if number == 0:
             before = [run["rates"]["base"][name]["embedded"] for name in ("toxic", "ordinary")]

@@ -31,6 +31,8 @@ Row = dict[str, str]
 Fields = dict[str, Any]
 
 PENALTIES = ("emd", "nlcl", "emd_exact", "emd_hinge", "unlikelihood", "npo")
+_RARE = "harvest.contrastive"
+_CELL = ("train.penalty", "train.penalty_weight", "harvest.rows")  # What tells two cells with a penalty apart.
 STL = "data/safety_only_data_Instructions.json"
 
 _ANCHORS = {"harvest.anchors": "prefilled"}
@@ -61,12 +63,13 @@ LABELLED = {
 }
 
 
-def questions(counts: list[int]) -> list[tuple[str, Fields, Fields]]:
-    """What is asked of a sweep with these counts of rows to avoid, and the runs that answer: second less first."""
-    few, many = min(counts), max(counts)
+def questions(cells: list[Fields]) -> list[tuple[str, Fields, Fields]]:
+    """What is asked of a sweep with these fields, and the runs that answer: the second less the first."""
+    counts = sorted({fields["harvest.rows"] for fields in cells})
+    few, many = counts[0], counts[-1]
     plain = {**_of("none", many), **_ANCHORS}
     stl = {rows: {"train.method": "stl", "harvest.rows": rows} for rows in counts}
-    twice = [("emd", 2.0), ("emd", 4.0), ("nlcl", 1.0), ("nlcl", 2.0)]
+    once = [{key: value for key, value in fields.items() if key in _CELL} for fields in cells if _RARE in fields]
     return [
         *((f"EMD instead of NLCL, {rows} rows", _of("nlcl", rows), _of("emd", rows)) for rows in counts),
         *((f"`{name}` {many} rows instead of {few}", _of(name, few), _of(name, many)) for name in ("emd", "nlcl")),
@@ -78,9 +81,12 @@ def questions(counts: list[int]) -> list[tuple[str, Fields, Fields]]:
         *((f"`{name}` beside anchors", plain, {**_of(name, many), **_ANCHORS}) for name in PENALTIES),
         ("STL instead of `nlcl` and anchors", {**_of("nlcl", many), **_ANCHORS}, stl[many]),
         *(
-            (f"contrastive rows beside `{name}` {weight:g}", once, {**once, "harvest.contrastive": ...})
-            for name, weight in twice
-            for once in [_of(name, many, **{"train.penalty_weight": weight})]
+            (
+                f"contrastive rows beside `{cell['train.penalty']}` {cell['train.penalty_weight']:g}",
+                cell,
+                {**cell, _RARE: ...},
+            )
+            for cell in once
         ),
     ]
 
@@ -166,10 +172,10 @@ def search_table(rows: list[Row]) -> str:
 
 def what(row: Row) -> str:
     method = row.get("train.method") or "tasft"
-    if method != "tasft":
-        return method.upper()
-    penalty = row.get("train.penalty") or "none"
     seed = f", seed {row['seed']}" if row.get("seed") else ""
+    if method != "tasft":
+        return method.upper() + seed
+    penalty = row.get("train.penalty") or "none"
     return ("no penalty" if penalty == "none" else f"`{penalty}` {float(row['train.penalty_weight']):g}") + seed
 
 
@@ -179,7 +185,7 @@ def pooled(row: Row, state: str, measure: str) -> str:
     n = sum(int(row[f"{state}.{name}.embedded.incoherent.n"] or 0) for name in sets)
     columns = [f"{state}.{name}.embedded.{measure}" for name in sets]
     count = sum(float(row[column]) * int(row[f"{column}.n"]) for column in columns if row.get(column))
-    return f"{count / n:.0%}" if n else "—"
+    return f"{count / n:.0%}" if n and any(f".{measure}" in column for column in row) else "—"
 
 
 def besides(row: Row) -> str:
@@ -198,7 +204,7 @@ def causes_table(rows: list[Row]) -> str:
         if not row.get("harvest.anchors")
     ]
     shown.sort(key=lambda row: (row["train.penalty"], float(row["train.penalty_weight"]), besides(row)))
-    causes = ["language", "scripts", "repeated", "short", "improbable", "off_topic"]
+    causes = ["language", "scripts", "repeated", "empty", "short", "improbable", "off_topic"]
     head = ["", "besides", "harmful", "incoherent", *(cause.replace("_", " ") for cause in causes)]
     lines = [
         [what(row), besides(row), *(percent(row, name) for name in ("harmful", "incoherent"))]
@@ -296,12 +302,11 @@ def cell(sweep: Path, wanted: Fields, seed: int | None) -> Path | None:
 def pairs(sweep: Path) -> dict[str, Any]:
     """Of each question what changes from the first run to the second, on the same prompts, by `embedded`; per seed."""
     cells = [row["fields"] for row in _state(sweep)["cells"]]
-    counts = sorted({fields["harvest.rows"] for fields in cells})
     answers = []
-    for question, first, second in questions(counts):
+    for question, first, second in questions(cells):
         for seed in dict.fromkeys(fields.get("seed") for fields in cells):
             places = cell(sweep, first, seed), cell(sweep, second, seed)
-            if places[0] is None or places[1] is None:
+            if places[0] is None or places[1] is None or places[0] == places[1]:
                 continue
             found = compare(places[0], places[1])
             rows = [

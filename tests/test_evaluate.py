@@ -184,7 +184,9 @@ def test_what_a_run_has_left_behind_is_not_compared(tmp_path):
             (tmp_path / run / "evaluate" / "final").mkdir(parents=True, exist_ok=True)
             (tmp_path / name).rename(tmp_path / run / "evaluate" / "final" / name)
         write_json(tmp_path / run / "train" / "done.json", {"key": "now"})
-        (tmp_path / run / "recipe.yaml").write_text("evaluate: {sets: {toxic: {kind: toxic}, old: {kind: toxic}}}\n")
+        (tmp_path / run / "recipe.yaml").write_text(
+            "evaluate: {judges: [j], sets: {toxic: {kind: toxic}, old: {kind: toxic}}}\n"
+        )
     found = compare(tmp_path / "a", tmp_path / "b")
     assert {row["set"] for row in found["rows"]} == {"toxic"}
     assert [note.split(": ")[1] for note in found["notes"]] == ["old is of an earlier training, and is left out"] * 2
@@ -199,6 +201,7 @@ def test_tasks_likelihoods_and_attacks_are_compared_item_by_item(tmp_path):
             ("capability/piqa", "acc", "items"),
             ("quality/reference", "reference_nll", "items"),
             ("jailbreak/prefix", "success", "behaviours"),
+            ("jailbreak/templates", "success", "behaviours"),
         ):
             at = tmp_path / name / place
             values = [2 + each for each in right] if metric == "reference_nll" else right
@@ -206,8 +209,13 @@ def test_tasks_likelihoods_and_attacks_are_compared_item_by_item(tmp_path):
             figure = asdict(mean(values)) if metric == "reference_nll" else share
             version = name if place == "capability/piqa" else "1"
             write_json(at / "summary.json", {metric: figure, "version": version, "judge": "j"})
+            judge = f"j of {name}" if place == "jailbreak/templates" else "j"
+            write_json(at / "done.json", {"reads": {"judge": judge}})
     found = compare(tmp_path / "a", tmp_path / "b")
-    assert found["notes"] == ["capability/piqa: not compared, version differ"]
+    assert found["notes"] == [
+        "capability/piqa: not compared, version differ",
+        "jailbreak/templates: not compared, judge differ",
+    ]
     rows = {row["set"]: row for row in found["rows"]}
     assert set(rows) == {"capability/boolq", "quality/reference", "jailbreak/prefix"}
     assert all(row["difference"]["value"] == pytest.approx(-0.5) for row in rows.values())

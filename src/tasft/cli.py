@@ -286,7 +286,7 @@ def evaluate(
     sets: Annotated[
         list[str] | None, typer.Option("--sets", help="Named prompt sets, by commas, instead of the recipe's.")
     ] = None,
-    judge: Annotated[list[str] | None, typer.Option("--judge", help="Who judges, by commas; the first leads.")] = None,
+    judge: Annotated[list[str] | None, typer.Option("--judge", help="Who judges, by commas.")] = None,
     data_dir: Annotated[
         Path | None, typer.Option("--data-dir", help="Folder with the files of the sets; else they are downloaded.")
     ] = None,

@@ -69,7 +69,7 @@ class Limit:
 def judge(gate: Gate, run: Run) -> dict[str, Any]:
     """What `gate.json` holds: whether all limits are kept, and each with its figure, interval and n.
 
-    Figures are those of the report: by the first of `evaluate.judges`, all sets of a kind together; changes are paired
+    Figures are by the first of `evaluate.judges` and no other, of all sets of a kind together; changes are paired
     by item, with the SFT model as the model before if there is one, else the base model. What was not measured keeps
     no limit.
     """

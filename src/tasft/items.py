@@ -1,4 +1,7 @@
-"""The same items twice: rows of `items.jsonl` or `behaviours.jsonl` of two states, paired."""
+"""Evaluations besides prompt sets: which of them count, and the same items of two states, paired.
+
+Items are rows of `items.jsonl` or `behaviours.jsonl`.
+"""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -29,6 +32,24 @@ class Paired:
     difference: Estimate
     flips: Flips | None
     unpaired: int
+
+
+def is_asked(evaluate: Row, kind: str, name: str) -> bool:
+    """Whether a recipe asks for a result; others were left behind by an earlier form of it.
+
+    Args:
+        evaluate: The recipe's section of that name.
+        kind: capability, quality or jailbreak.
+        name: Of a task, `reference` or `annotator`, or of an attack.
+    """
+    wanted = evaluate.get(kind)
+    if not isinstance(wanted, Mapping):
+        return False
+    if kind == "capability":
+        tasks = wanted.get("tasks")
+        return not isinstance(tasks, list) or name in tasks
+    # Likelihoods are always measured.
+    return name == "reference" or wanted.get(name) is not None
 
 
 def is_share(metric: str, *states: Iterable[Row]) -> bool:

@@ -428,7 +428,9 @@ class Run:
 
         yield Step(place / "replies", reads | drawn, answer)
         server = annotator.server and annotator.server.model_dump(include={"model", "body"})
-        asks = {"annotator": annotator.config, "files": quality.annotator_files(annotator.config), "server": server}
+        asks: dict[str, Any] = {"annotator": annotator.config, "server": server}
+        if files := quality.annotator_files(annotator.config):
+            asks["files"] = files
         yield Step(place / "annotator", reads | drawn | asks, annotate)
 
     def _report(self) -> Iterator[Step]:

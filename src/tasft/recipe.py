@@ -305,7 +305,11 @@ class Evaluate(_Section):
         None, ge=1, description="Most prompts of each set, the same ones for any seed; null takes all."
     )
     checkpoints: bool = Field(False, description="Also evaluate every checkpoint of train; all are kept then.")
-    judges: list[str] = Field(["embedded", "phrases"], min_length=1, description="Who judges; the first leads.")
+    judges: list[str] = Field(
+        ["embedded", "phrases"],
+        min_length=1,
+        description="Who judges; of several who tell a figure the first is quoted.",
+    )
     max_new_tokens: int = Field(64, ge=1, description="Longest reply; replies are greedy.")
     capability: Capability | None = Field(None, description="Tasks of lm-eval; null for none.")
     quality: Quality | None = Field(None, description="Answers to instructions; null for none.")

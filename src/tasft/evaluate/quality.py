@@ -153,7 +153,7 @@ def measure(
 
     - `reference_nll`: mean loss of the answer's tokens given its prompt, in nats per token. Less is not better
       writing: a model that was tuned on such answers has less.
-    - `reference_perplexity`: exp of it and of its interval, in [1, inf).
+    - `reference_perplexity`: exp of it and of its interval, above 0; None where it is beyond a number.
     - `kl_to_before`: mean of KL(before || now) over the same tokens, in nats per token, in [0, inf). n = 0 without
       `before`.
 
@@ -186,12 +186,19 @@ def measure(
         for name in ("reference_nll", "kl_to_before")
     }
     likely = estimates["reference_nll"]
-    perplexity = {key: value if key == "n" or value is None else math.exp(value) for key, value in likely.items()}
+    perplexity = {key: value if key == "n" or value is None else _exp(value) for key, value in likely.items()}
     summary = {**estimates, "reference_perplexity": perplexity, "unit": "nats per token", **about}
     if launch.is_first():
         write_jsonl(folder / "items.jsonl", items)
         write_json(folder / "summary.json", summary)
     return summary
+
+
+def _exp(nats: float) -> float | None:
+    try:
+        return math.exp(nats)
+    except OverflowError:  # Beyond what a number can hold, as of a model that has collapsed.
+        return None
 
 
 def annotator_config(name: str, server: Server | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from rich.table import Table
 from tasft.data import read_rows
 from tasft.errors import UserError
 from tasft.evaluate.safety import MEASURES
-from tasft.items import paired
+from tasft.items import is_asked, paired
 from tasft.judges import Verdict
 from tasft.provenance import read_json
 from tasft.stats import Estimate, mcnemar, paired_difference, rate
@@ -125,9 +125,14 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
     for name in sorted(sets[0] & sets[1]):
         here = [place / name for place in places]
         judges = [{path.parent.name for path in at.glob("*/summary.json")} for at in here]
-        for judge in sorted(judges[0] & judges[1]):
-            reads = [_read(at / judge / "done.json")["reads"] for at in here]
+        listed = [set(recipe["judges"]) for recipe in recipes if recipe is not None]
+        for judge in sorted(set.intersection(*judges, *listed)):
+            done = [read_json(at / judge / "done.json") for at in here]
             where = f"{name}, {judge}"
+            if done[0] is None or done[1] is None:
+                notes.append(f"{where}: not compared, not all replies are judged: run tasft evaluate again")
+                continue
+            reads = [done[0]["reads"], done[1]["reads"]]
             if reads[0]["judge"] != reads[1]["judge"]:
                 notes.append(f"{where}: not compared, the judge is not the same: have one of them judged again")
                 continue
@@ -159,15 +164,17 @@ def _recipe(path: Path, place: Path) -> Row | None:
 
 
 def _stands(place: Path, name: str, recipe: Row | None, notes: list[str]) -> bool:
-    """Whether a result of a state is of the run's last training."""
+    """Whether a result of a state is finished and of the run's last training."""
     if recipe is None:
         return True
     run = place.parents[1]
-    done = (read_json(place / name / "done.json") or {}).get("reads", {})
-    same = bool(done.get("train") == done_key(run / "train"))
-    if not same:
-        notes.append(f"{run}: {name} is of an earlier training, and is left out: run tasft evaluate {run}")
-    return same
+    trained = done_key(run / "train")  # None where the weights were removed.
+    done = read_json(place / name / "done.json")
+    if done is not None and trained in (None, done["reads"].get("train")):
+        return True
+    why = "not finished" if done is None else "of an earlier training"
+    notes.append(f"{run}: {name} is {why}, and is left out: run tasft evaluate {run}")
+    return False
 
 
 def _answered(place: Path, recipe: Row | None, notes: list[str]) -> set[str]:
@@ -181,24 +188,24 @@ def _answered(place: Path, recipe: Row | None, notes: list[str]) -> set[str]:
 # Evaluations besides prompt sets, with what they hold of each item.
 _KINDS = {"capability": "items.jsonl", "quality": "items.jsonl", "jailbreak": "behaviours.jsonl"}
 # What makes figures of the same name incomparable.
-_SAME = ("judge", "threshold", "task", "version", "few_shot", "data", "annotator", "annotator_model", "reference")
+_SAME = ("threshold", "task", "version", "few_shot", "data", "annotator_model", "reference")
+_READ = ("rows", "prompts", "judge", "limits", "max_new_tokens", "annotator", "files", "server")
 
 
 def _items(places: Sequence[Path], recipes: Sequence[Row | None], notes: list[str]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for kind, file in _KINDS.items():
-        if any(recipe is not None and recipe.get(kind) is None for recipe in recipes):
-            continue
         there = [{path.parent.name for path in (place / kind).glob("*/summary.json")} for place in places]
-        for name in sorted(f"{kind}/{each}" for each in there[0] & there[1]):
+        for each in sorted(there[0] & there[1]):
+            if not all(recipe is None or is_asked(recipe, kind, each) for recipe in recipes):
+                continue
+            name = f"{kind}/{each}"
             if not all(_stands(place, name, recipe, notes) for place, recipe in zip(places, recipes, strict=True)):
                 continue
             summaries = [_read(place / name / "summary.json") for place in places]
             different = [field for field in _SAME if summaries[0].get(field) != summaries[1].get(field)]
             how = [(read_json(place / name / "done.json") or {}).get("reads", {}) for place in places]
-            attack = Path(name).name
-            if how[0].get(attack) != how[1].get(attack):
-                different.append(attack)
+            different += [field for field in (*_READ, each) if how[0].get(field) != how[1].get(field)]
             if different:
                 notes.append(f"{name}: not compared, {' and '.join(different)} differ")
                 continue

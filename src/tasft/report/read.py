@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from tasft.errors import UserError
+from tasft.items import is_asked
 from tasft.stats import Estimate
 
 Row = Mapping[str, Any]
@@ -114,7 +115,7 @@ class Run:
         metrics: One row per logged step.
         guard: What the guard against collapse saw, a row for each time.
         sets: Toxic sets first.
-        judges: In the recipe's order; the first is the main one.
+        judges: In the recipe's order.
         attacks: Attack -> state -> what it did.
         measured: A task or a kind of quality, such as `capability/boolq` -> state -> what was found.
         start: Set -> what was measured of the model that safety training starts from; without replies and verdicts.
@@ -348,11 +349,11 @@ def _read_judged(files: "_Files", at: str, meant: Any) -> Judged:
 
 
 def _read_attacks(files: "_Files", places: Mapping[str, str], recipe: Row) -> dict[str, dict[str, Attacked]]:
-    wanted = _mapping(_mapping(recipe.get("evaluate")).get("jailbreak"))
+    wanted = _mapping(recipe.get("evaluate"))
     attacks: dict[str, dict[str, Attacked]] = {}
     for state, place in places.items():
         for path in _folders(files.root / "evaluate" / place / "jailbreak"):
-            if not (path / "summary.json").exists() or (recipe and wanted.get(path.name) is None):
+            if not (path / "summary.json").exists() or (recipe and not is_asked(wanted, "jailbreak", path.name)):
                 continue
             at = str(path.relative_to(files.root))
             summary = files.parsed(f"{at}/summary.json", json.loads, files.text(f"{at}/summary.json"))
@@ -370,13 +371,9 @@ def _read_measured(files: "_Files", places: Mapping[str, str], recipe: Row) -> d
     wanted = _mapping(recipe.get("evaluate"))
     found: dict[str, dict[str, Measured]] = {}
     for kind in ("capability", "quality"):
-        asked = wanted.get(kind)
-        tasks = _mapping(asked).get("tasks")
         for state, place in places.items():
             for path in _folders(files.root / "evaluate" / place / kind):
-                gone = (recipe and asked is None) or (isinstance(tasks, list) and path.name not in tasks)
-                # An annotator that is asked no more; likelihoods are always measured.
-                gone = gone or (bool(recipe) and path.name == "annotator" and _mapping(asked).get("annotator") is None)
+                gone = recipe and not is_asked(wanted, kind, path.name)
                 if gone or not (path / "summary.json").exists():
                     continue
                 at = str(path.relative_to(files.root))

@@ -55,7 +55,7 @@ class Cell:
         folder: The run folder, within that of the sweep.
         state: `done`, `failed` or `waiting`.
         reason: Why it failed.
-        commit: Of tasft, by which it was done.
+        commit: Of tasft, by which it was last worked on.
         figures: Column of the table -> its estimate, of all that was measured.
         shown: What the table shows -> its estimate after training; what was not measured is absent.
         before: The same, before training.
