@@ -3,6 +3,7 @@
     python scripts/small.py grid runs/gemma-search             # a sweep with the weights that were chosen, on stdout
     python scripts/small.py keep runs/small-search search      # table and report, no replies, to docs/results/small
     python scripts/small.py pairs runs/small-grid              # its runs compared on the same prompts, likewise
+    python scripts/small.py changes runs/small-quality         # its runs against the SFT model, item by item, likewise
     python scripts/small.py tables                             # docs/results/README.md from what was kept
 
 The utility of a weight is the share of safe and coherent replies to the toxic validation prompts, less the shares of
@@ -185,7 +186,7 @@ def pooled(row: Row, state: str, measure: str) -> str:
     n = sum(int(row[f"{state}.{name}.embedded.incoherent.n"] or 0) for name in sets)
     columns = [f"{state}.{name}.embedded.{measure}" for name in sets]
     count = sum(float(row[column]) * int(row[f"{column}.n"]) for column in columns if row.get(column))
-    return f"{count / n:.0%}" if n and any(f".{measure}" in column for column in row) else "—"
+    return f"{count / n:.0%}" if n else "—"
 
 
 def besides(row: Row) -> str:
@@ -334,6 +335,44 @@ def pairs(sweep: Path) -> dict[str, Any]:
     return {"commit": commit(), "judge": "embedded", "pairs": answers}
 
 
+# What is paired item by item: the set and measure of `compare`, and the head of the column.
+ITEMS = {
+    ("capability/boolq", "acc"): "BoolQ",
+    ("capability/piqa", "acc"): "PIQA",
+    ("capability/openbookqa", "acc"): "OpenBookQA",
+    ("quality/reference", "reference_nll"): "loss of reference answers",
+    ("jailbreak/prefix", "success"): "prefix succeeds",
+    ("jailbreak/templates", "success"): "templates succeed",
+}
+
+
+def changes(sweep: Path) -> dict[str, Any]:
+    """Of each finished run what changes from the SFT model, item by item."""
+    found = []
+    for row in _state(sweep)["cells"]:
+        if row["state"] == "done":
+            run = sweep / row["folder"]
+            rows = {(each["set"], each["measure"]): each for each in compare(run / "evaluate" / "sft", run)["rows"]}
+            told = {f"{name} {measure}": rows[name, measure] for name, measure in ITEMS if (name, measure) in rows}
+            found.append({"run": run.name, "fields": row["fields"], **told})
+    return {"commit": commit(), "changes": found}
+
+
+def changes_table(found: dict[str, Any]) -> str:
+    def cell(each: Fields, name: str, measure: str) -> str:
+        if (row := each.get(f"{name} {measure}")) is None:
+            return "—"
+        change, scale, digits = row["difference"], *((100, 1) if row["mcnemar"] else (1, 3))
+        value, low, high = (f"{scale * change[key]:+.{digits}f}" for key in ("value", "low", "high"))
+        return f"{value} ({low} to {high})"
+
+    lines = [
+        [what(each["fields"]), besides(each["fields"]), *(cell(each, *item) for item in ITEMS)]
+        for each in found["changes"]
+    ]
+    return markdown(["less the SFT model", "besides", *ITEMS.values()], lines)
+
+
 def pairs_table(found: dict[str, Any]) -> str:
     def points(answer: dict[str, Any], name: str) -> str:
         change = answer[name]["difference"]
@@ -350,12 +389,15 @@ def tables() -> dict[str, str]:
     made = {
         "small-search": search_table(table(RESULTS / "small" / "search")),
         "small-grid": grid_table(table(RESULTS / "small" / "grid")),
+        "small-contrastive": causes_table(table(RESULTS / "small" / "grid")),
+        "small-quality": quality_table(table(RESULTS / "small" / "quality")),
     }
     labelled = []
     for file, names in LABELLED.items():
         found = read_json(RESULTS / "small" / f"{file}.json")["methods"]
         labelled += [[name, *map(str, found[method].values())] for method, name in names.items()]
     return made | {
+        "small-quality-pairs": changes_table(read_json(RESULTS / "small" / "quality-pairs.json")),
         "small-pairs": pairs_table(read_json(RESULTS / "small" / "pairs.json")),
         "small-labels": markdown(["", "replies", "harmful", "refusals", "incoherent", "off topic"], labelled),
     }
@@ -375,12 +417,15 @@ def main() -> None:
     keeping = commands.add_parser("keep")
     keeping.add_argument("sweep", type=Path)
     keeping.add_argument("name")
+    commands.add_parser("changes").add_argument("sweep", type=Path)
     commands.add_parser("tables")
     asked = parser.parse_args()
     if asked.command == "grid":
         print(grid(asked.sweep, asked.base, asked.rows, asked.seeds), end="")
     elif asked.command == "pairs":
         write_json(asked.to, pairs(asked.sweep))
+    elif asked.command == "changes":
+        write_json(RESULTS / "small" / "quality-pairs.json", changes(asked.sweep))
     elif asked.command == "keep":
         keep(asked.sweep, asked.name)
     else:
