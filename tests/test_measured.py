@@ -52,9 +52,9 @@ def test_they_are_steps_of_a_run_each_redone_for_its_own_settings_alone(wide, tm
     assert base["n"] == 0
 
     shown = {row[0]: row[1:] for row in task_rows(read_run(run))}
-    assert shown.keys() == {f"quality/reference: {name}" for name in ("reference_nll", "kl_to_before")} | {
-        "capability/boolq: acc"
-    }
+    measures = ("reference_nll", "reference_perplexity", "kl_to_before")
+    assert shown.keys() == {f"quality/reference: {name}" for name in measures} | {"capability/boolq: acc"}
+    assert shown["quality/reference: reference_perplexity"][2:] == ("—", "—")
     before, _, change, changed = shown["capability/boolq: acc"]
     assert "n\u00a0=\u00a06" in before
     assert "n\u00a0=\u00a06" in change
@@ -97,22 +97,25 @@ def test_faults_of_tasks_prompts_and_annotators_show_before_anything_is_written(
 def test_a_change_is_of_the_same_items_alone():
     def measured(outcomes, **more):
         items = [{"id": name, "filter": "none", "doc_hash": hashed, "acc": value} for name, hashed, value in outcomes]
-        return Measured({"acc": Estimate(0.5, 0.4, 0.6, len(items))}, items)
+        value = sum(row["acc"] for row in items) / len(items)
+        return Measured({"acc": Estimate(value, value - 0.1, value + 0.1, len(items))}, items)
 
     before = measured([("a", "1", 0.0), ("b", "2", 0.0), ("c", "3", 1.0), ("only before", "4", 1.0)])
     after = measured([("a", "1", 1.0), ("b", "2", 1.0), ("c", "another text", 0.0), ("only after", "5", 1.0)])
     _, was, now, change, changed = _row("x", "acc", before, after)
-    assert (was, now) == ("50.0% (40.0 to 60.0; n\u00a0=\u00a04)",) * 2
+    assert was == "50.0% (40.0 to 60.0; n\u00a0=\u00a04)"
+    assert now == "75.0% (65.0 to 85.0; n\u00a0=\u00a04)"
     assert change.startswith("+100.0 points")
     assert "n\u00a0=\u00a02" in change
     assert changed == "2 right now, 0 no longer; p\u00a0=\u00a00.5"
-    assert _row("x", "acc", None, after)[1:] == ("—", was, "—", "—")
+    assert _row("x", "acc", None, after)[1:] == ("—", now, "—", "—")
 
 
 def test_what_is_no_share_is_shown_as_a_number_with_its_paired_difference():
     items = [{"id": str(k), "reference_nll": 2.0 + k / 10} for k in range(5)]
     moved = [{"id": str(k), "reference_nll": 1.5 + k / 20} for k in range(5)]
-    before, after = (Measured({"reference_nll": Estimate(2.2, 2.0, 2.4, 5)}, rows) for rows in (items, moved))
+    before = Measured({"reference_nll": Estimate(2.2, 2.0, 2.4, 5)}, items)
+    after = Measured({"reference_nll": Estimate(1.6, 1.5, 1.7, 5)}, moved)
     row = _row("x", "reference_nll", before, after)
     assert row[1] == "2.2 (2 to 2.4; n = 5)"
     assert row[3] == "−0.6 (−0.698 to −0.502; n = 5)"
