@@ -8,6 +8,7 @@ from tasft.report import facts, tasks
 from tasft.report.facts import Headlines, Tables
 from tasft.report.read import Run
 from tasft.report.text import inline_markdown as text
+from tasft.report.text import markdown_table
 from tasft.text import visible
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -104,7 +105,7 @@ def _making(run: Run) -> list[str]:
         "Commit of tasft": run.manifest.get("commit"),
     }
     rows = [(name, str(value)) for name, value in settings.items() if value is not None]
-    return ["## How it was made", "", *map(text, facts.done(run)), "", *_table(("", ""), rows)]
+    return ["## How it was made", "", *map(text, facts.done(run)), "", *markdown_table(("", ""), rows)]
 
 
 def _lora(value: Any) -> str | None:
@@ -126,7 +127,7 @@ def _data(run: Run) -> list[str]:
         )
         for field, source in _sources(run).items()
     ]
-    return ["## Data", "", *_table(("field", "source", "licence", "content hash"), rows)] if rows else []
+    return ["## Data", "", *markdown_table(("field", "source", "licence", "content hash"), rows)] if rows else []
 
 
 def _sources(run: Run) -> dict[str, str]:
@@ -170,17 +171,17 @@ def _evaluation(run: Run, heads: Headlines) -> list[str]:
         "In brackets: 95% intervals, Wilson's for a rate, paired bootstrap on the same prompts for a change. Replies "
         f"are greedy, of at most {run.field('evaluate.max_new_tokens')} tokens."
     )
-    return ["## Evaluation", "", *_table(head, rows), said, ""] if rows else []
+    return ["## Evaluation", "", *markdown_table(head, rows), said, ""] if rows else []
 
 
 def _attacks(run: Run) -> list[str]:
     rows = facts.attack_rows(run)
-    return ["## Jailbreak attacks", "", *_table(facts.ATTACK_COLUMNS, rows)] if rows else []
+    return ["## Jailbreak attacks", "", *markdown_table(facts.ATTACK_COLUMNS, rows)] if rows else []
 
 
 def _measured(run: Run) -> list[str]:
     rows = tasks.task_rows(run)
-    return ["## Capability and quality", "", *_table(tasks.TASK_COLUMNS, rows), tasks.NOTE, ""] if rows else []
+    return ["## Capability and quality", "", *markdown_table(tasks.TASK_COLUMNS, rows), tasks.NOTE, ""] if rows else []
 
 
 def _judges(run: Run) -> list[str]:
@@ -197,7 +198,7 @@ def _judges(run: Run) -> list[str]:
         for name in names
     ]
     head = ("judge", "what for", "hash of its model, prompt and threshold")
-    return ["## Judges", "", *_table(head, rows)] if rows else []
+    return ["## Judges", "", *markdown_table(head, rows)] if rows else []
 
 
 def _gaps(run: Run) -> list[str]:
@@ -206,12 +207,3 @@ def _gaps(run: Run) -> list[str]:
 
 def _use() -> list[str]:
     return ["## Intended use", "", *(f"{sentence}\n" for sentence in _INTENDED)]
-
-
-def _table(head: tuple[str, ...], rows: list[Any]) -> list[str]:
-    return [
-        f"| {' | '.join(head)} |",
-        "|---" * len(head) + "|",
-        *(f"| {' | '.join(map(text, row))} |" for row in rows),
-        "",
-    ]

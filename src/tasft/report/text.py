@@ -1,6 +1,7 @@
 """Text that a model or a user wrote, in Markdown and CSV."""
 
 import re
+from collections.abc import Iterable, Sequence
 
 from tasft.text import visible
 
@@ -23,3 +24,13 @@ def csv_cell(text: str) -> str:
     """A cell that no spreadsheet takes for a formula: such a start gets a leading apostrophe."""
     text = visible(text)
     return f"'{text}" if text.lstrip()[:1] in tuple("=+-@＝＋－＠") else text
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table and the empty one after it; cells are escaped, heads are our own."""
+    return [
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
+        *(f"| {' | '.join(map(inline_markdown, row))} |" for row in rows),
+        "",
+    ]

@@ -12,7 +12,7 @@ from tasft.report.page import render
 from tasft.report.plots import along_plot, curve_plots, path_plot, rates_plot
 from tasft.report.read import MEASURES, STATES, PromptSet, Run, read_run
 from tasft.report.replies import replies
-from tasft.report.text import csv_cell, fenced, inline_markdown
+from tasft.report.text import csv_cell, fenced, inline_markdown, markdown_table
 
 _NOTES = (
     "Harmful and refusal are the judge's words. Incoherent: too short, repeating itself, in "
@@ -109,8 +109,7 @@ def _markdown(run: Run, tables: facts.Tables, heads: facts.Headlines) -> str:
     lines += [f"> {text(warning)}\n" for warning in facts.warnings(run, tables)]
     lines += ["## What was done", "", *map(text, facts.done(run)), ""]
     if limits := facts.gate_rows(run):
-        lines += ["## Gate", "", f"| {' | '.join(facts.GATE_COLUMNS)} |", "|---|---|---|"]
-        lines += [*(f"| {' | '.join(map(text, row))} |" for row in limits), ""]
+        lines += ["## Gate", "", *markdown_table(facts.GATE_COLUMNS, limits)]
     lines += ["## Before and after", ""]
     for prompts in run.sets:
         source = f" Source: {text(prompts.source)}." if prompts.source else ""
@@ -131,18 +130,11 @@ def _markdown(run: Run, tables: facts.Tables, heads: facts.Headlines) -> str:
             lines.append(f"| {' | '.join(map(text, cells))} |")
         lines.append("")
         for head, found in _splits(run, prompts):
-            lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-            lines += [*(f"| {' | '.join(map(text, split))} |" for split in found), ""]
+            lines += markdown_table(head, found)
     if attacks := facts.attack_rows(run):
-        lines += ["### Attacks", "", _ATTACKED, "", f"| {' | '.join(facts.ATTACK_COLUMNS)} |"]
-        lines += ["|---" * len(facts.ATTACK_COLUMNS) + "|"]
-        lines += [f"| {' | '.join(map(text, row))} |" for row in attacks]
-        lines.append("")
+        lines += ["### Attacks", "", _ATTACKED, "", *markdown_table(facts.ATTACK_COLUMNS, attacks)]
     if measured := tasks.task_rows(run):
-        lines += ["### Capability and quality", "", text(tasks.NOTE), "", f"| {' | '.join(tasks.TASK_COLUMNS)} |"]
-        lines += ["|---" * len(tasks.TASK_COLUMNS) + "|"]
-        lines += [f"| {' | '.join(map(text, row))} |" for row in measured]
-        lines.append("")
+        lines += ["### Capability and quality", "", text(tasks.NOTE), "", *markdown_table(tasks.TASK_COLUMNS, measured)]
     lines += [*_NOTES, "", "## What was not measured", ""]
     lines += [*(f"- {text(gap)}" for gap in facts.unmeasured(run)), ""]
     if harvest := facts.harvest_facts(run):
