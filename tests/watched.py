@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 
 @contextmanager
-def watched(chromium, address, is_fault=lambda message: True, **options):
+def watched(chromium, address, is_fault=lambda message: True, script="", **options):
     """Opens a page and notes its requests, dialogs, errors and new windows, and the messages that are a fault."""
     context = chromium.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
     page = context.new_page()
     page.set_default_timeout(60_000)
     seen = SimpleNamespace(page=page, address=address, requests=[], dialogs=[], faults=[])
-    context.add_init_script("window.pwned = () => { window.hit = true; }")
+    context.add_init_script(f"window.pwned = () => {{ window.hit = true; }}; {script}")
     context.on("request", lambda request: seen.requests.append(request.url))
     context.on("page", lambda other: seen.faults.append(f"opened {other.url}"))
     page.on("dialog", lambda dialog: (seen.dialogs.append(dialog.message), dialog.dismiss()))

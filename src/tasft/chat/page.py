@@ -89,7 +89,8 @@ def page_of(talk: Talk) -> gr.Blocks:
         past = gr.State([])
         last = gr.State(None)
 
-        @gr.render(inputs=past)  # type: ignore[untyped-decorator]
+        # Not when the page is loaded: the client closes its stream as that ends, and may miss what was asked meanwhile.
+        @gr.render(inputs=past, triggers=[past.change])  # type: ignore[untyped-decorator]
         def earlier(past: list[Turn]) -> None:
             for turn in past:
                 gr.Textbox(visible(turn.prompt), label="Prompt", interactive=False)
