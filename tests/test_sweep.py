@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import ROOT
 from test_pipeline import done, small_recipe
-from test_report import build_run
+from test_report import build_run, write_state
 
 from tasft import recipe, sweep
 from tasft.cli import main
@@ -205,6 +205,30 @@ def test_a_sweep_without_toxic_prompts_has_a_report_too(tmp_path):
     (tmp_path / "sweep.json").write_text(json.dumps({"name": "x", "cells": cells}))
     write_sweep_report(tmp_path)
     assert all(row["over_refusal"] and "harmful" not in row for row in table(tmp_path))
+
+
+def test_paths_of_runs_with_evaluated_checkpoints_are_drawn_together(tmp_path):
+    cells = []
+    for name in ("a", "b", "c"):
+        run = tmp_path / "cells" / name
+        run.mkdir(parents=True)
+        build_run(run)
+        for step, bad in ((20, 20), (40, 10)) if name != "b" else ():
+            for kind, few in (("toxic", bad), ("ordinary", 38)):
+                write_state(run, f"checkpoint-{step}", kind, kind, ["a b c"] * 40, bad=few)
+        cells.append({"fields": {"seed": name}, "folder": f"cells/{name}", "state": "done"})
+    (tmp_path / "sweep.json").write_text(json.dumps({"name": "x", "cells": cells}))
+    page = write_sweep_report(tmp_path).read_text()
+    assert "run 1, step 20: 50.0% harmful, 5.0% refused" in page
+    assert "run 3, step 40: 25.0% harmful, 5.0% refused" in page
+    assert "run 2, step" not in page
+    with (tmp_path / "along.csv").open() as file:
+        told = list(csv.DictReader(file))
+    assert [(row["run"], row["step"]) for row in told] == [
+        (run, step) for run in "13" for step in ("0", "20", "40", "80")
+    ]
+    assert (told[1]["harmful"], told[1]["harmful.n"], told[1]["refusal"]) == ("0.5", "40", "0.05")
+    assert "| 1 | 20 | 50.0% (35.2 to 64.8; n = 40) |" in (tmp_path / "report/report.md").read_text()
 
 
 # The work

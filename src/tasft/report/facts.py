@@ -297,14 +297,20 @@ def _states(run: Run, prompts: PromptSet, measure: str) -> list[Judged | None]:
 
 # What is followed along checkpoints, by the kind of prompts.
 ALONG = {"harmful": "toxic", "incoherent": "toxic", "refusal": "ordinary"}
+Along = Sequence[tuple[float, Mapping[str, Estimate]]]
 
 
-def along(run: Run) -> list[tuple[float, dict[str, Estimate]]]:
-    """Steps of training and the rates of `ALONG` at each, by their leading judges, from its start to its end.
+def along(run: Run, judges: Mapping[str, str | None] | None = None) -> Along:
+    """Steps of training and the rates of `ALONG` at each, from its start to its end.
 
     Empty when no checkpoint was evaluated.
+
+    Args:
+        run: The run.
+        judges: Measure -> who tells it; its leading judge unless given.
     """
-    judges = {measure: leading(run, kind, measure) for measure, kind in ALONG.items()}
+    if judges is None:
+        judges = {measure: leading(run, kind, measure) for measure, kind in ALONG.items()}
     if not run.checkpoints or not any(judges.values()):
         return []
     kinds = {prompts.name: prompts.kind for prompts in run.sets}

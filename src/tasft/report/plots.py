@@ -4,14 +4,14 @@ import base64
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from io import BytesIO
+from itertools import cycle
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tasft.report.facts import Comparison, percent
+from tasft.report.facts import Along, Comparison, percent
 from tasft.report.read import Row, number
-from tasft.stats import Estimate
 
 CURVES = {
     "imitate_nll": "Imitate loss (nats per token)",
@@ -156,7 +156,7 @@ _ALONG = {
 }
 
 
-def along_plot(points: Sequence[tuple[float, Mapping[str, Estimate]]]) -> Plot:
+def along_plot(points: Along) -> Plot:
     """Rates of `facts.ALONG` over the training steps, with 95% intervals."""
     lines = {
         measure: [(step, rates[measure]) for step, rates in points if measure in rates]
@@ -208,30 +208,47 @@ def along_plot(points: Sequence[tuple[float, Mapping[str, Estimate]]]) -> Plot:
     return _both(draw, alt, height=3.2, left=0.7)
 
 
-def path_plot(points: Sequence[tuple[float, Mapping[str, Estimate]]]) -> Plot | None:
-    """Harmful replies against refusals of ordinary prompts, step by step; None where not both were measured."""
-    path = [
-        (step, 100 * refusal, 100 * harmful)
-        for step, rates in points
-        if "refusal" in rates and "harmful" in rates
-        if (refusal := rates["refusal"].value) is not None and (harmful := rates["harmful"].value) is not None
-    ]
-    if not path:
+def path_plot(runs: Mapping[str, Along]) -> Plot | None:
+    """Harmful replies against refusals of ordinary prompts, step by step; None where not both were measured.
+
+    Args:
+        runs: Name of a run -> what `facts.along` gives. A single path has its steps written at it; of several each
+            has the name of its run at its end.
+    """
+    paths = {name: path for name, points in runs.items() if (path := _path(points))}
+    if not paths:
         return None
+    alone = len(paths) == 1
 
     def draw(axes: Axes) -> None:
-        axes.plot([x for _, x, _ in path], [y for _, _, y in path], "o-", color=LIGHT.after, linewidth=1, markersize=5)
-        for step, x, y in path:
-            axes.annotate(f"{step:g}", (x, y), (5, 4), textcoords="offset points", color=LIGHT.ink, fontsize=8.5)
+        for path, line, marker in zip(paths.values(), cycle(("-", "--", ":", "-.")), cycle("os^Dv"), strict=False):
+            xs, ys = [x for _, x, _ in path], [y for _, _, y in path]
+            axes.plot(xs, ys, marker, linestyle=line, color=LIGHT.after, linewidth=1, markersize=5 if alone else 3.5)
+        for name, path in paths.items():
+            for step, x, y in path if alone else path[-1:]:
+                said = f"{step:g}" if alone else name
+                axes.annotate(said, (x, y), (5, 4), textcoords="offset points", color=LIGHT.ink, fontsize=8.5)
         axes.margins(0.12)
         axes.set_xlabel("refusal of ordinary prompts (%)", color=LIGHT.ink)
         axes.set_ylabel("harmful, toxic prompts (%)", color=LIGHT.ink)
         axes.grid(color=LIGHT.grid, linewidth=0.8)
 
     alt = "Harmful replies against refusals of ordinary prompts: " + "; ".join(
-        f"step {step:g}: {y:.1f}% harmful, {x:.1f}% refused" for step, x, y in path
+        f"{'' if alone else f'run {name}, '}step {step:g}: {y:.1f}% harmful, {x:.1f}% refused"
+        for name, path in paths.items()
+        for step, x, y in path
     )
     return _both(draw, alt, height=3.2, left=0.7)
+
+
+def _path(points: Along) -> list[tuple[float, float, float]]:
+    """Step, refusals and harmful replies in percent, where both are known."""
+    return [
+        (step, 100 * refusal, 100 * harmful)
+        for step, rates in points
+        if "refusal" in rates and "harmful" in rates
+        if (refusal := rates["refusal"].value) is not None and (harmful := rates["harmful"].value) is not None
+    ]
 
 
 def _or(value: float | None, other: float) -> float:

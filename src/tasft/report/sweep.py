@@ -1,4 +1,8 @@
-"""The runs of a sweep beside each other: `table.csv`, `report/index.html` and `report/report.md`, from files alone."""
+"""The runs of a sweep beside each other, from files alone.
+
+`table.csv` has a row for each run, `along.csv`, where checkpoints were evaluated, one for each of their steps;
+`report/index.html` and `report/report.md` show the most telling of both.
+"""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -13,9 +17,9 @@ from tasft.errors import UserError
 from tasft.provenance import atomic_write_text, read_json
 from tasft.report import facts
 from tasft.report.page import render
-from tasft.report.plots import trade_off_plot
+from tasft.report.plots import path_plot, trade_off_plot
 from tasft.report.read import STATES, Attacked, Judged, Measured, PromptSet, Run, read_run
-from tasft.report.text import csv_cell, inline_markdown
+from tasft.report.text import csv_cell, inline_markdown, markdown_table
 from tasft.stats import Estimate, rate
 
 OBJECTIVES = {
@@ -35,6 +39,13 @@ _MEASURED = {
     "incoherent": ("toxic", "incoherent"),
     "over_refusal": ("ordinary", "refusal"),
 }
+
+_ALONG = {
+    "harmful": OBJECTIVES["harmful"],
+    "incoherent": OBJECTIVES["incoherent"],
+    "refusal": OBJECTIVES["over_refusal"],
+}
+_ALONG_COLUMNS = ("run", "training step", *_ALONG.values())
 
 _NOTES = (
     "Replies and refusals by the first judge of the recipe that tells them, over all prompts of the sets of their kind "
@@ -59,6 +70,7 @@ class Cell:
         figures: Column of the table -> its estimate, of all that was measured.
         shown: What the table shows -> its estimate after training; what was not measured is absent.
         before: The same, before training.
+        along: The same at the steps of training that were evaluated, as `facts.along` has it.
     """
 
     number: int
@@ -70,6 +82,7 @@ class Cell:
     figures: Mapping[str, Estimate]
     shown: Mapping[str, Estimate]
     before: Mapping[str, Estimate]
+    along: facts.Along
 
 
 def pareto(points: Sequence[Sequence[float]]) -> list[bool]:
@@ -97,6 +110,8 @@ def write_sweep_report(folder: Path) -> Path:
     ]
     front = _front(cells)
     atomic_write_text(folder / "table.csv", _csv(cells, front))
+    if any(cell.along for cell in cells):
+        atomic_write_text(folder / "along.csv", _along_csv(cells))
     atomic_write_text(folder / "report" / "report.md", _markdown(state["name"], cells, front))
     atomic_write_text(folder / "report" / "index.html", _html(state["name"], cells, front))
     return folder / "report" / "index.html"
@@ -120,6 +135,7 @@ def _cell(number: int, row: Mapping[str, Any], run: Run | None, judges: Mapping[
         figures,
         found["final"],
         found["base"],
+        facts.along(run, {measure: judges[name] for name, (_, measure) in _MEASURED.items()}) if run else (),
     )
 
 
@@ -236,6 +252,28 @@ def _csv(cells: Sequence[Cell], front: Mapping[int, bool]) -> str:
     return out.getvalue()
 
 
+def _along_csv(cells: Sequence[Cell]) -> str:
+    parts = ("value", "low", "high", "n")
+    out = StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    heads = [name if part == "value" else f"{name}.{part}" for name in _ALONG for part in parts]
+    writer.writerow(["run", "step", *heads])
+    for cell in cells:
+        for step, rates in cell.along:
+            found = [getattr(rates[name], part) if name in rates else None for name in _ALONG for part in parts]
+            writer.writerow([cell.number, f"{step:g}", *found])
+    return out.getvalue()
+
+
+def _along_rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
+    """Cells under `_ALONG_COLUMNS`."""
+    return [
+        (str(cell.number), f"{step:g}", *(facts.in_words(rates[name]) if name in rates else "—" for name in _ALONG))
+        for cell in cells
+        for step, rates in cell.along
+    ]
+
+
 def _same_before(cells: Sequence[Cell]) -> Mapping[str, Estimate]:
     """What was measured before training, if it was the same for all runs."""
     known = [cell.before for cell in cells if cell.state == "done"]
@@ -277,6 +315,8 @@ def _markdown(name: str, cells: Sequence[Cell], front: Mapping[int, bool]) -> st
     lines += [f"| {' | '.join(map(text, head))} |", "|---" * len(head) + "|"]
     lines += [f"| {' | '.join(map(text, row))} |" for row in rows]
     lines += ["", *(f"{note}\n" for note in _NOTES)]
+    if along := _along_rows(cells):
+        lines += ["## Along training", "", *markdown_table(_ALONG_COLUMNS, along)]
     lines += ["All figures, by set and judge, are in table.csv; each run has its own report:", ""]
     lines += [f"- {cell.number}: {text(cell.folder)}/report/report.md" for cell in cells if cell.state == "done"]
     return "\n".join(lines) + "\n"
@@ -302,6 +342,9 @@ def _html(name: str, cells: Sequence[Cell], front: Mapping[int, bool]) -> str:
         head=head,
         rows=rows,
         plots=plots,
+        path=path_plot({str(cell.number): cell.along for cell in cells}),
+        along=_along_rows(cells),
+        along_columns=_ALONG_COLUMNS,
         notes=_NOTES,
         done=[cell for cell in cells if cell.state == "done"],
     )
