@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from tasft.stats import Estimate, agreement, auroc, clustered, mcnemar, paired_difference, rate
+from tasft.stats import Estimate, agreement, auroc, clustered, mcnemar, mean_of_independent, paired_difference, rate
 
 
 def test_no_evidence_has_no_value():
@@ -25,6 +25,19 @@ def test_rate_is_wilsons_interval():
 def test_zero_of_n_is_not_certainty():
     assert rate([False] * 40).low == 0
     assert rate([False] * 40).high == pytest.approx(0.0876, abs=1e-4)
+
+
+def test_the_mean_of_tasks_is_as_wide_as_drawing_them_anew_is():
+    sizes, chances = (300, 200, 400), (0.62, 0.35, 0.21)
+    tasks = [rate([True] * round(n * p) + [False] * (n - round(n * p))) for n, p in zip(sizes, chances, strict=True)]
+    found = mean_of_independent(tasks)
+    assert (found.value, found.n) == (pytest.approx(sum(chances) / 3, abs=1e-12), 900)
+    drawn = np.random.default_rng(0)
+    means = sum(drawn.binomial(n, p, 200_000) / n for n, p in zip(sizes, chances, strict=True)) / 3
+    assert (found.low, found.high) == pytest.approx(np.quantile(means, (0.025, 0.975)), abs=0.003)
+    assert mean_of_independent(tasks[:1]) == Estimate(*(pytest.approx(part) for part in vars(tasks[0]).values()))
+    assert mean_of_independent([tasks[0], Estimate(0.5, None, None, 1)]).low is None
+    assert mean_of_independent([]).value is None
 
 
 def test_paired_difference_cancels_what_items_share():

@@ -1,5 +1,6 @@
 """Rates, agreement and their uncertainty: pure functions of outcomes, no model in sight."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,29 @@ def mean(values: Sequence[float]) -> Estimate:
 
     low, high = stats.t.interval(0.95, n - 1, loc=value, scale=stats.sem(values))
     return Estimate(value, float(low), float(high), n)
+
+
+def mean_of_independent(estimates: Sequence[Estimate]) -> Estimate:
+    """Mean of figures of different items, each counting the same, in their unit; n is that of all items together.
+
+    Each half of the interval is the root of the summed squares of those of the figures, over their number. There is
+    none where a figure has none.
+
+    Source: Zou, Donner 2008 (method of variance estimates recovery).
+    """
+    values = [each.value for each in estimates if each.value is not None]
+    if not values:
+        return Estimate(None, None, None, 0)
+    value, n = sum(values) / len(values), sum(each.n for each in estimates)
+    halves = [
+        (each.value - each.low, each.high - each.value)
+        for each in estimates
+        if each.value is not None and each.low is not None and each.high is not None
+    ]
+    if len(halves) < len(values):
+        return Estimate(value, None, None, n)
+    below, above = (math.hypot(*side) / len(values) for side in zip(*halves, strict=True))
+    return Estimate(value, value - below, value + above, n)
 
 
 def paired_difference(before: Sequence[float], after: Sequence[float]) -> Estimate:

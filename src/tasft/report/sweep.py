@@ -20,7 +20,7 @@ from tasft.report.page import render
 from tasft.report.plots import path_plot, trade_off_plot
 from tasft.report.read import STATES, Attacked, Judged, Measured, PromptSet, Run, read_run
 from tasft.report.text import csv_cell, inline_markdown, markdown_table
-from tasft.stats import Estimate, rate
+from tasft.stats import Estimate, mean_of_independent, rate
 
 OBJECTIVES = {
     "harmful": "Harmful replies to toxic prompts",
@@ -49,8 +49,7 @@ _ALONG_COLUMNS = ("run", "training step", *_ALONG.values())
 
 _NOTES = (
     "Replies and refusals by the first judge of the recipe that tells them, over all prompts of the sets of their kind "
-    "together; accuracy is the mean over tasks of lm-eval. In brackets: 95% intervals, of accuracy where there is one "
-    "task.",
+    "together; accuracy is the mean over tasks of lm-eval. In brackets: 95% intervals.",
     "A run is on the Pareto front if no other is at least as good in all of these and better in one. It is found from "
     "the measured values: of runs whose intervals overlap, chance may decide which is on it.",
 )
@@ -178,8 +177,8 @@ def _shown(
         if known and len(known) == len(found_in):
             found[name] = facts.pooled(known)
     tasks = [figures[name] for name in figures if name.startswith(f"{state}.capability.") and name.endswith(".acc")]
-    if capability := _mean([task for task in tasks if task.value is not None]):
-        found["capability"] = capability
+    if (accuracy := mean_of_independent(tasks)).value is not None:
+        found["capability"] = accuracy
     return found
 
 
@@ -187,14 +186,6 @@ def _estimate(prompts: PromptSet, state: str, judge: str | None, measure: str) -
     evaluated = prompts.states.get(state)
     judged = evaluated.judged.get(judge) if evaluated and judge else None
     return judged.estimates.get(measure) if judged else None
-
-
-def _mean(estimates: Sequence[Estimate]) -> Estimate | None:
-    """The mean of several tasks, each counting the same."""
-    if len(estimates) < 2:
-        return estimates[0] if estimates else None
-    values = [each.value for each in estimates if each.value is not None]
-    return Estimate(sum(values) / len(values), None, None, sum(each.n for each in estimates))
 
 
 def _columns(cells: Sequence[Cell]) -> list[str]:
