@@ -72,6 +72,23 @@ def line(name: str, found: dict[str, Any]) -> str:
     )
 
 
+def section(result: dict[str, Any]) -> str:
+    """What docs/evaluation.md says of a measurement."""
+    table = [
+        "| replies | flagged | rate (95% Wilson interval) | reasons |",
+        "|---|---|---|---|",
+        line("collapses (should be flagged)", result["collapses"]),
+        line("the last replies below, each to the prompt of the next (should be flagged)", result["of another prompt"]),
+        *(line(f"ordinary: {name}", found) for name, found in result["ordinary"].items()),
+    ]
+    note = (
+        f"Limit on the mean loss where it is known: {result['loss_limit_nats']:.2f} nats per token. The rules were "
+        "written with the collapses and these replies in sight: the table says that they do what they were made for, "
+        "not how they do elsewhere."
+    )
+    return "\n".join([*table, "", note, ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure tasft.coherence on collapses and ordinary replies.")
     parser.add_argument("replies", type=Path, nargs="+")
@@ -94,21 +111,8 @@ def main() -> None:
     }
     (ROOT / "docs" / "coherence.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
-    table = [
-        "| replies | flagged | rate (95% Wilson interval) | reasons |",
-        "|---|---|---|---|",
-        line("collapses (should be flagged)", collapses),
-        line("the last replies below, each to the prompt of the next (should be flagged)", wrong),
-        *(line(f"ordinary: {name}", found) for name, found in ordinary.items()),
-    ]
-    note = (
-        f"Limit on the mean loss where it is known: {limit:.2f} nats per token. The rules were written with the "
-        "collapses and these replies in sight: the table says that they do what they were made for, not how they do "
-        "elsewhere."
-    )
-    section = "\n".join([*table, "", note, ""])
-    put(ROOT / "docs" / "evaluation.md", "coherence", section)
-    print(section)
+    put(ROOT / "docs" / "evaluation.md", "coherence", section(result))
+    print(section(result))
 
 
 if __name__ == "__main__":

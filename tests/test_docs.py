@@ -200,6 +200,12 @@ def test_the_log_has_the_table_of_the_pull():
     assert script("pull").table(result) in (ROOT / "docs" / "log.md").read_text()
 
 
+def test_the_page_of_evaluation_has_what_was_measured_of_coherence():
+    result = json.loads((ROOT / "docs" / "coherence.json").read_text())
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    assert script("pages").placed(page, "coherence", script("measure_coherence").section(result)) == page
+
+
 def test_the_page_of_results_has_the_tables_of_the_small_experiment():
     page = (ROOT / "docs" / "results" / "README.md").read_text()
     placed = script("pages").placed
