@@ -24,7 +24,7 @@ from tasft.provenance import commit, content_hash, read_json, write_json, write_
 from tasft.sets import expanded
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
-KEPT = ("sweep.json", "table.csv", "report/report.md", "report/index.html")
+KEPT = ("sweep.json", "table.csv", "along.csv", "report/report.md", "report/index.html")  # along.csv: of checkpoints
 
 TOPICS = 12  # XSTest has ten types in each half.
 
@@ -248,11 +248,29 @@ def grid_table(rows: list[Row]) -> str:
     return markdown(head, lines)
 
 
+def curves_table(folder: Path) -> str:
+    """Harm and over-refusal at each step that was evaluated."""
+    with (folder / "along.csv").open() as file:
+        along = list(csv.DictReader(file))
+    steps = list(dict.fromkeys(row["step"] for row in along))
+    told = {
+        (
+            row["run"],
+            row["step"],
+        ): f"{percent(row, 'harmful', interval=False)}, {percent(row, 'refusal', interval=False)}"
+        for row in along
+    }
+    runs = [row for row in table(folder) if (row["run"], steps[-1]) in told]
+    lines = [[what(row), besides(row), *(told.get((row["run"], step), "—") for step in steps)] for row in runs]
+    return markdown(["harmful, refused", "besides", *(f"step {step}" for step in steps)], lines)
+
+
 def keep(sweep: Path, name: str) -> None:
     place = RESULTS / "small" / name
     place.mkdir(parents=True, exist_ok=True)
     for path in KEPT:
-        shutil.copyfile(sweep / path, place / Path(path).name)
+        if path != "along.csv" or (sweep / path).exists():
+            shutil.copyfile(sweep / path, place / Path(path).name)
     write_jsonl(place / "summaries.jsonl", summaries(sweep))
 
 
@@ -390,6 +408,7 @@ def tables() -> dict[str, str]:
         "small-search": search_table(table(RESULTS / "small" / "search")),
         "small-grid": grid_table(table(RESULTS / "small" / "grid")),
         "small-contrastive": causes_table(table(RESULTS / "small" / "grid")),
+        "small-curves": curves_table(RESULTS / "small" / "curves"),
         "small-quality": quality_table(table(RESULTS / "small" / "quality")),
     }
     labelled = []

@@ -43,6 +43,12 @@ needs_models = pytest.mark.skipif(
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(3600))
+
+
 def rows(path):
     """Of a JSONL file."""
     return [json.loads(line) for line in path.read_text().splitlines()]

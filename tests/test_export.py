@@ -393,5 +393,5 @@ def test_transformers_serve_takes_the_folder(run, exported, tiny, tmp_path):
             with urlopen(request, timeout=300) as response:
                 said = json.load(response)["choices"][0]["message"]["content"]
         finally:
-            process.terminate()
+            process.kill()
     assert said.strip() == reply_of_the_run(run, tiny)

@@ -176,7 +176,7 @@ def test_a_run_whose_gate_is_not_met_ends_with_exit_code_3_and_the_reason(tmp_pa
 
     def tasft(*arguments):
         command = [sys.executable, "-c", "from tasft.cli import main; main()", *arguments, "--out", str(folder)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True)
 
     done = tasft("run", str(path))
     assert done.returncode == 3, done.stderr

@@ -47,10 +47,10 @@ def _one_thread_each(monkeypatch):
 
 
 def test_the_first_exit_code_is_passed_on_and_the_others_are_stopped():
-    code = "import os, sys, time; sys.exit(3) if os.environ['RANK'] == '1' else time.sleep(60)"
+    code = "import os, sys, time; sys.exit(3) if os.environ['RANK'] == '1' else time.sleep(600)"
     started = time.monotonic()
     assert launch.launch([sys.executable, "-c", code], "ddp", 3) == 3
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 300
     assert launch.launch([sys.executable, "-c", "pass"], "ddp", 2) == 0
 
 

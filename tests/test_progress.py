@@ -76,7 +76,6 @@ def test_a_log_has_rate_and_time_left_and_no_carriage_return(small, tmp_path):
         [*TASFT, "run", str(small), "train.steps=4", "--out", str(tmp_path / "run")],
         env=OFTEN,
         capture_output=True,
-        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     log = done.stderr.decode()

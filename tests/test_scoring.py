@@ -26,7 +26,7 @@ SETTINGS = JudgeSettings(kind="phrases")
 
 
 def tasft(*arguments, cwd):
-    return subprocess.run([*TASFT, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=120)
+    return subprocess.run([*TASFT, *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
 
 
 def rows(path, *given):

@@ -446,7 +446,7 @@ def whole(tmp_path_factory, tiny):
             ],
         ]
         command = [sys.executable, "-c", WATCHED, json.dumps(commands)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1000, cwd=home)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=home)
         assert done.returncode == 0, done.stderr[-3000:]
         assert server.keys == {KEY}
         assert server.faults < 0

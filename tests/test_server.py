@@ -75,7 +75,7 @@ class Planned(Handler):
             case "drop":
                 self.close_connection = True
             case "slow":
-                time.sleep(1.0)
+                time.sleep(5.0)
                 self.send(found)
             case "drop by drop":
                 self.send(found, pause=0.02)
@@ -153,7 +153,7 @@ def test_whatever_fails_in_passing_each_reply_comes_once_and_to_its_own_prompt()
     }
     assert {fault for faults in plan.values() for fault in faults} == set(PASSING)
     with Speaker(plan, delay=lambda: rng.uniform(0, 0.03)) as server:
-        found = replies(engine_for(server, concurrency=8, timeout_s=0.5))
+        found = replies(engine_for(server, concurrency=8, timeout_s=3.0))
         assert list(server.asked.values()) == [3] * len(PROMPTS)
     assert sorted(reply.id for reply in found) == sorted(prompt.id for prompt in PROMPTS)
     assert [reply.id for reply in found] != [prompt.id for prompt in PROMPTS]  # As they came.
@@ -192,17 +192,18 @@ def test_a_refusal_is_told_at_once_in_the_servers_own_words(status):
     [
         ("500", "status 500"),
         ("drop", "no connection (Server disconnected"),
-        ("slow", "no reply within 0.3 s"),
-        ("drop by drop", "no reply within 0.3 s"),
+        ("slow", "no reply within 1 s"),
+        ("drop by drop", "no reply within 1 s"),
         ("half a JSON", "a reply that cannot be read (not JSON)"),
         ("a page", "a reply that cannot be read (no choice in it)"),
         ("no content", "a reply that cannot be read (no text in it)"),
     ],
 )
 def test_what_fails_for_good_ends_in_one_sentence(fault, sentence):
+    limit = 1.0 if "within" in sentence else 60.0
     with Speaker({PROMPTS[0].prompt: [fault] * 20}) as server:
         with pytest.raises(UserError) as caught:
-            replies(engine_for(server, retries=2, timeout_s=0.3), prompts=PROMPTS[:2])
+            replies(engine_for(server, retries=2, timeout_s=limit), prompts=PROMPTS[:2])
         assert server.asked[PROMPTS[0].prompt] == 3
     assert len(caught.value.faults) == 1
     assert str(caught.value).startswith(f"{server.url}: {sentence}")
@@ -211,11 +212,13 @@ def test_what_fails_for_good_ends_in_one_sentence(fault, sentence):
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
 def test_a_server_that_asks_for_time_gets_it(form):
-    after = "0.4" if form == "seconds" else format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)
+    date = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=3)
+    after = "0.4" if form == "seconds" else format_datetime(date, usegmt=True)
     with Speaker({PROMPTS[0].prompt: [("429", after)]}) as server:
         replies(engine_for(server), prompts=PROMPTS[:1])
+        ended = datetime.now(UTC)
         first, second = (moment for *_, moment in server.seen)
-    assert second - first > 0.4
+    assert second - first > 0.4 if form == "seconds" else ended >= date
 
 
 def test_a_server_that_asks_for_a_day_is_asked_again_before(monkeypatch):
@@ -254,8 +257,14 @@ def test_when_all_addresses_are_dead_each_is_named():
 
 
 def test_no_address_gets_more_at_a_time_than_it_may_have():
-    with Speaker(delay=lambda: 0.03) as server:
-        replies(engine_for(server, concurrency=5))
+    def until_there_are_five():
+        deadline = time.monotonic() + 60
+        while server.most < 5 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return 0.03
+
+    with Speaker(delay=until_there_are_five) as server:
+        replies(engine_for(server, concurrency=5, timeout_s=120.0))
         assert server.most == 5
 
 
@@ -462,7 +471,7 @@ def real(tiny, tmp_path_factory):
         [*command, "--device", "cpu"], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log
     ) as process:
         try:
-            deadline = time.monotonic() + 90
+            deadline = time.monotonic() + 300
             while True:
                 assert process.poll() is None, (folder.parent / "log").read_text()
                 assert time.monotonic() < deadline, (folder.parent / "log").read_text()
@@ -473,7 +482,7 @@ def real(tiny, tmp_path_factory):
                     time.sleep(0.2)
             yield f"http://127.0.0.1:{port}/v1", str(folder)
         finally:
-            process.terminate()
+            process.kill()
 
 
 def engines_of(real, style="chat", **settings):

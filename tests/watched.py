@@ -17,9 +17,11 @@ def watched(chromium, address, is_fault=lambda message: True, script="", **optio
     page.on("dialog", lambda dialog: (seen.dialogs.append(dialog.message), dialog.dismiss()))
     page.on("pageerror", lambda error: seen.faults.append(str(error)))
     page.on("console", lambda message: seen.faults.append(message.text) if is_fault(message) else None)
-    page.goto(address)
-    yield seen
-    context.close()
+    try:
+        page.goto(address)
+        yield seen
+    finally:
+        context.close()
 
 
 def assert_quiet(seen):

@@ -73,15 +73,16 @@ def hostile(tmp_path_factory):
 @contextmanager
 def served(talk):
     server, listening, address = server_of(talk)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:
         while not server.started:
+            assert thread.is_alive()
             time.sleep(0.05)
         yield address
     finally:
         server.should_exit = True
-        thread.join()
+        thread.join(60)
 
 
 @pytest.fixture(scope="module")

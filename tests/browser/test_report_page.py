@@ -1,7 +1,6 @@
 """The report in a real browser: what it shows is only ever text, and everybody can use it."""
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -247,10 +246,8 @@ def test_twenty_thousand_replies_open_and_are_found(chromium, tmp_path) -> None:
         write_state(run, state, "toxic", "toxic", texts, bad=5_000 if state == "base" else 50, prompts=prompts)
     file = write_report(run)
     assert file.stat().st_size < 25_000_000
-    started = time.monotonic()
     with opened(chromium, file) as seen:
         seen.page.locator("#count", has_text="10,040 prompts of 10,040").wait_for()
-        assert time.monotonic() - started < 60
         seen.page.locator("#search").fill("forbidden act 9876>")
         seen.page.locator("#count", has_text="1 prompt of 10,040").wait_for()
         assert_one_request(seen)
