@@ -91,7 +91,7 @@ def address(hostile, tiny):
         yield address
 
 
-# What the server says arrives late, as over a line of a few hundred milliseconds.
+# What the server says in its stream arrives later than its other answers, as where a proxy holds it back.
 SLOW_LINE = """
 const real = window.fetch;
 window.fetch = async (...given) => {
@@ -125,8 +125,6 @@ def submit(page, prompt):
 
 def ask(page, prompt, count):
     """Ask, and wait for the prompt and both verdicts of so many turns."""
-    # As long as typing takes: what is asked within milliseconds of a turn's end, Gradio's client can miss.
-    page.wait_for_timeout(1000)
     submit(page, prompt)
     page.wait_for_function(
         """([prompt, count]) => {
@@ -136,12 +134,6 @@ def ask(page, prompt, count):
         }""",
         arg=[visible(prompt), 2 * count],
     )
-
-
-def test_what_is_asked_as_soon_as_the_page_is_there_is_answered_over_a_slow_line_too(chromium, address):
-    for _ in range(3):
-        with opened(chromium, address, SLOW_LINE) as seen:
-            submit(seen.page, "One?")
 
 
 def texts(page):
@@ -165,11 +157,12 @@ def test_nothing_that_is_said_or_asked_runs_and_no_request_leaves(chromium, addr
 
 
 def test_a_new_conversation_is_empty(chromium, address):
-    with opened(chromium, address) as seen:
+    with opened(chromium, address, SLOW_LINE) as seen:
         ask(seen.page, "One?", 1)
         ask(seen.page, "Two?", 2)
-        seen.page.get_by_role("button", name="New conversation").click()
+        seen.page.get_by_role("link", name="New conversation").click()
         seen.page.wait_for_function("() => [...document.querySelectorAll('textarea')].every(e => e.value == '')")
+        seen.page.get_by_label("Say to both").wait_for()
         assert "One?" not in seen.page.content()
         ask(seen.page, "Three?", 1)
         assert_quiet(seen)
@@ -190,7 +183,8 @@ class Slow(Talk):
             raise
 
 
-def test_a_reply_is_stopped_and_the_next_one_comes(chromium, hostile, tiny):
+@pytest.mark.parametrize(("role", "name"), [("button", "Stop"), ("link", "New conversation")])
+def test_a_reply_is_stopped_and_the_next_one_comes(chromium, hostile, tiny, role, name):
     talk = Slow(sides_of(str(hostile), str(tiny)), [load_judge("phrases")], Sampling(400, 1.0))
     with served(talk) as address, opened(chromium, address) as seen:
         page = seen.page
@@ -198,7 +192,7 @@ def test_a_reply_is_stopped_and_the_next_one_comes(chromium, hostile, tiny):
         page.get_by_label("Say to both").press("Enter")
         page.wait_for_function("() => [...document.querySelectorAll('textarea')].some(e => e.value.length > 50)")
         # By keyboard: for a mouse it is to stand still, and the reply above it grows.
-        page.get_by_role("button", name="Stop").press("Enter")
+        page.get_by_role(role, name=name).press("Enter")
         deadline = time.monotonic() + 60
         while not talk.stopped:
             assert time.monotonic() < deadline

@@ -82,15 +82,13 @@ def page_of(talk: Talk) -> gr.Blocks:
             return
         yield gr.skip(), gr.skip(), turn, *[gr.skip()] * 5
 
-    def forget() -> tuple[Any, ...]:
-        return [], None, "", "", "", "", ""
-
     with gr.Blocks(analytics_enabled=False, title="tasft chat", fill_width=True) as page:
         past = gr.State([])
         last = gr.State(None)
 
-        # Not when the page is loaded: the client closes its stream as that ends, and may miss what was asked meanwhile.
-        @gr.render(inputs=past, triggers=[past.change])  # type: ignore[untyped-decorator]
+        # Not in the queue: the client closes the queue's stream at the end of what is in it, and may miss what it asked
+        # just then, such as the first prompt.
+        @gr.render(inputs=past, queue=False)  # type: ignore[untyped-decorator]
         def earlier(past: list[Turn]) -> None:
             for turn in past:
                 gr.Textbox(visible(turn.prompt), label="Prompt", interactive=False)
@@ -105,13 +103,13 @@ def page_of(talk: Talk) -> gr.Blocks:
             autofocus=True,
         )
         with gr.Row():
-            stop, new = gr.Button("Stop"), gr.Button("New conversation")
+            stop = gr.Button("Stop")
+            gr.Button("New conversation", link="/")  # A page of its own, whose state is empty.
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         asking = prompt.submit(
             ask, [prompt, past, last], [prompt, past, last, asked, *said], concurrency_id="model", **private
         )
         stop.click(None, cancels=asking, **private)
-        new.click(forget, None, [past, last, asked, *said], cancels=asking, **private)
     return page
 
 
