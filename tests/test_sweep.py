@@ -227,7 +227,7 @@ def test_paths_of_runs_with_evaluated_checkpoints_are_drawn_together(tmp_path):
     assert [(row["run"], row["step"]) for row in told] == [
         (run, step) for run in "13" for step in ("0", "20", "40", "80")
     ]
-    assert (told[1]["harmful"], told[1]["harmful.n"], told[1]["refusal"]) == ("0.5", "40", "0.05")
+    assert (told[1]["harmful"], told[1]["harmful.n"], told[1]["over_refusal"]) == ("0.5", "40", "0.05")
     assert "| 1 | 20 | 50.0% (35.2 to 64.8; n = 40) |" in (tmp_path / "report/report.md").read_text()
 
 

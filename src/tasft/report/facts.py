@@ -303,7 +303,8 @@ Along = Sequence[tuple[float, Mapping[str, Estimate]]]
 def along(run: Run, judges: Mapping[str, str | None] | None = None) -> Along:
     """Steps of training and the rates of `ALONG` at each, from its start to its end.
 
-    Empty when no checkpoint was evaluated.
+    Empty when no checkpoint was evaluated. Step 0 is the model that training starts from. A rate is of all sets of its
+    kind, and left out where one of these is missing.
 
     Args:
         run: The run.
@@ -313,24 +314,19 @@ def along(run: Run, judges: Mapping[str, str | None] | None = None) -> Along:
         judges = {measure: leading(run, kind, measure) for measure, kind in ALONG.items()}
     if not run.checkpoints or not any(judges.values()):
         return []
-    kinds = {prompts.name: prompts.kind for prompts in run.sets}
     steps = {0.0: run.start} | {float(step): sets for step, sets in run.checkpoints.items()}
     if run.steps is not None:
         steps[run.steps] = {prompts.name: prompts.states["final"] for prompts in run.sets if "final" in prompts.states}
     found = []
     for step, sets in sorted(steps.items()):
-        rates = {
-            measure: pooled(
-                [
-                    estimates[measure]
-                    for name, evaluated in sets.items()
-                    if kinds[name] == kind and (judged := evaluated.judged.get(judges[measure] or ""))
-                    if measure in (estimates := judged.estimates)
-                ]
-            )
-            for measure, kind in ALONG.items()
-        }
-        found.append((step, {measure: estimate for measure, estimate in rates.items() if estimate.n}))
+        rates = {}
+        for measure, kind in ALONG.items():
+            there = [sets.get(prompts.name) for prompts in run.sets if prompts.kind == kind]
+            told = [each.judged.get(judges[measure] or "") if each else None for each in there]
+            known = [e for each in told if each and (e := each.estimates.get(measure)) and e.n]
+            if known and len(known) == len(told):
+                rates[measure] = pooled(known)
+        found.append((step, rates))
     return found
 
 

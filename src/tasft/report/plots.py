@@ -208,33 +208,34 @@ def along_plot(points: Along) -> Plot:
     return _both(draw, alt, height=3.2, left=0.7)
 
 
-def path_plot(runs: Mapping[str, Along]) -> Plot | None:
+def path_plot(runs: Mapping[str, Along], names: bool) -> Plot | None:
     """Harmful replies against refusals of ordinary prompts, step by step; None where not both were measured.
 
     Args:
-        runs: Name of a run -> what `facts.along` gives. A single path has its steps written at it; of several each
-            has the name of its run at its end.
+        runs: Name of a run -> what `facts.along` gives.
+        names: Write at the end of each path the name of its run; else at each point its step.
     """
     paths = {name: path for name, points in runs.items() if (path := _path(points))}
     if not paths:
         return None
-    alone = len(paths) == 1
+    marks: dict[tuple[float, float], list[str]] = {}
+    for name, path in paths.items():
+        for step, x, y in path[-1:] if names else path:
+            marks.setdefault((x, y), []).append(name if names else f"{step:g}")
 
     def draw(axes: Axes) -> None:
         for path, line, marker in zip(paths.values(), cycle(("-", "--", ":", "-.")), cycle("os^Dv"), strict=False):
             xs, ys = [x for _, x, _ in path], [y for _, _, y in path]
-            axes.plot(xs, ys, marker, linestyle=line, color=LIGHT.after, linewidth=1, markersize=5 if alone else 3.5)
-        for name, path in paths.items():
-            for step, x, y in path if alone else path[-1:]:
-                said = f"{step:g}" if alone else name
-                axes.annotate(said, (x, y), (5, 4), textcoords="offset points", color=LIGHT.ink, fontsize=8.5)
+            axes.plot(xs, ys, marker, linestyle=line, color=LIGHT.after, linewidth=1, markersize=4)
+        for at, texts in marks.items():
+            axes.annotate(", ".join(texts), at, (5, 4), textcoords="offset points", color=LIGHT.ink, fontsize=8.5)
         axes.margins(0.12)
         axes.set_xlabel("refusal of ordinary prompts (%)", color=LIGHT.ink)
         axes.set_ylabel("harmful, toxic prompts (%)", color=LIGHT.ink)
         axes.grid(color=LIGHT.grid, linewidth=0.8)
 
     alt = "Harmful replies against refusals of ordinary prompts: " + "; ".join(
-        f"{'' if alone else f'run {name}, '}step {step:g}: {y:.1f}% harmful, {x:.1f}% refused"
+        f"{f'run {name}, ' if names else ''}step {step:g}: {y:.1f}% harmful, {x:.1f}% refused"
         for name, path in paths.items()
         for step, x, y in path
     )

@@ -5,7 +5,7 @@
 """
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -40,19 +40,22 @@ _MEASURED = {
     "over_refusal": ("ordinary", "refusal"),
 }
 
-_ALONG = {
-    "harmful": OBJECTIVES["harmful"],
-    "incoherent": OBJECTIVES["incoherent"],
-    "refusal": OBJECTIVES["over_refusal"],
-}
-_ALONG_COLUMNS = ("run", "training step", *_ALONG.values())
+_ALONG = {measure: name for name, (_, measure) in _MEASURED.items() if measure in facts.ALONG}
+_ALONG_COLUMNS = ("run", "training step", *(SHOWN[name] for name in _ALONG.values()))
+_PARTS = ("value", "low", "high", "n")
 
 _NOTES = (
     "Replies and refusals by the first judge of the recipe that tells them, over all prompts of the sets of their kind "
-    "together; accuracy is the mean over tasks of lm-eval. In brackets: 95% intervals.",
+    "together; accuracy is the mean over tasks of lm-eval, its interval is over their items. In brackets: 95% "
+    "intervals.",
     "A run is on the Pareto front if no other is at least as good in all of these and better in one. It is found from "
     "the measured values: of runs whose intervals overlap, chance may decide which is on it.",
 )
+_ALONG_NOTE = (
+    "Of runs whose checkpoints were evaluated. Step 0 is the model that training starts from: after an SFT it need not "
+    "be that of the row before training."
+)
+_FILES = "All figures, by set and judge, are in table.csv, those along training in along.csv."
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Cell:
         figures: Column of the table -> its estimate, of all that was measured.
         shown: What the table shows -> its estimate after training; what was not measured is absent.
         before: The same, before training.
-        along: The same at the steps of training that were evaluated, as `facts.along` has it.
+        along: What `facts.along` gives, by the judges of the sweep.
     """
 
     number: int
@@ -111,6 +114,8 @@ def write_sweep_report(folder: Path) -> Path:
     atomic_write_text(folder / "table.csv", _csv(cells, front))
     if any(cell.along for cell in cells):
         atomic_write_text(folder / "along.csv", _along_csv(cells))
+    else:
+        (folder / "along.csv").unlink(missing_ok=True)
     atomic_write_text(folder / "report" / "report.md", _markdown(state["name"], cells, front))
     atomic_write_text(folder / "report" / "index.html", _html(state["name"], cells, front))
     return folder / "report" / "index.html"
@@ -134,7 +139,7 @@ def _cell(number: int, row: Mapping[str, Any], run: Run | None, judges: Mapping[
         figures,
         found["final"],
         found["base"],
-        facts.along(run, {measure: judges[name] for name, (_, measure) in _MEASURED.items()}) if run else (),
+        facts.along(run, {measure: judges[name] for measure, name in _ALONG.items()}) if run else (),
     )
 
 
@@ -225,11 +230,11 @@ def _csv(cells: Sequence[Cell], front: Mapping[int, bool]) -> str:
         for cell in cells
     ]
     columns = list(dict.fromkeys(column for row in estimates for column in row))
-    parts = ("value", "low", "high", "n")
     out = StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    heads = [column if part == "value" else f"{column}.{part}" for column in columns for part in parts]
-    writer.writerow(["run", *map(csv_cell, fields), "state", "reason", "commit", "pareto", *map(csv_cell, heads)])
+    writer.writerow(
+        ["run", *map(csv_cell, fields), "state", "reason", "commit", "pareto", *map(csv_cell, _heads(columns))]
+    )
     for cell, found in zip(cells, estimates, strict=True):
         row: list[Any] = [cell.number, *(csv_cell(cell.fields.get(field, "")) for field in fields)]
         row += [
@@ -238,22 +243,27 @@ def _csv(cells: Sequence[Cell], front: Mapping[int, bool]) -> str:
             csv_cell(cell.commit),
             {True: 1, False: 0, None: None}[front.get(cell.number)],
         ]
-        row += [getattr(found[column], part) if column in found else None for column in columns for part in parts]
+        row += _parts(found, columns)
         writer.writerow(row)
     return out.getvalue()
 
 
 def _along_csv(cells: Sequence[Cell]) -> str:
-    parts = ("value", "low", "high", "n")
     out = StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    heads = [name if part == "value" else f"{name}.{part}" for name in _ALONG for part in parts]
-    writer.writerow(["run", "step", *heads])
+    writer.writerow(["run", "step", *_heads(_ALONG.values())])
     for cell in cells:
         for step, rates in cell.along:
-            found = [getattr(rates[name], part) if name in rates else None for name in _ALONG for part in parts]
-            writer.writerow([cell.number, f"{step:g}", *found])
+            writer.writerow([cell.number, f"{step:g}", *_parts(rates, _ALONG)])
     return out.getvalue()
+
+
+def _heads(columns: Iterable[str]) -> list[str]:
+    return [column if part == "value" else f"{column}.{part}" for column in columns for part in _PARTS]
+
+
+def _parts(found: Mapping[str, Estimate], columns: Iterable[str]) -> list[float | None]:
+    return [getattr(found[column], part) if column in found else None for column in columns for part in _PARTS]
 
 
 def _along_rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
@@ -307,8 +317,8 @@ def _markdown(name: str, cells: Sequence[Cell], front: Mapping[int, bool]) -> st
     lines += [f"| {' | '.join(map(text, row))} |" for row in rows]
     lines += ["", *(f"{note}\n" for note in _NOTES)]
     if along := _along_rows(cells):
-        lines += ["## Along training", "", *markdown_table(_ALONG_COLUMNS, along)]
-    lines += ["All figures, by set and judge, are in table.csv; each run has its own report:", ""]
+        lines += ["## Along training", "", _ALONG_NOTE, "", *markdown_table(_ALONG_COLUMNS, along)]
+    lines += ["## Files", "", f"{_FILES} Each run has its own report:", ""]
     lines += [f"- {cell.number}: {text(cell.folder)}/report/report.md" for cell in cells if cell.state == "done"]
     return "\n".join(lines) + "\n"
 
@@ -333,9 +343,11 @@ def _html(name: str, cells: Sequence[Cell], front: Mapping[int, bool]) -> str:
         head=head,
         rows=rows,
         plots=plots,
-        path=path_plot({str(cell.number): cell.along for cell in cells}),
+        path=path_plot({str(cell.number): cell.along for cell in cells}, names=True),
         along=_along_rows(cells),
         along_columns=_ALONG_COLUMNS,
+        along_note=_ALONG_NOTE,
+        files=_FILES,
         notes=_NOTES,
         done=[cell for cell in cells if cell.state == "done"],
     )

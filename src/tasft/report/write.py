@@ -99,7 +99,9 @@ def _html(run: Run, tables: facts.Tables, heads: facts.Headlines) -> str:
         attacked=_ATTACKED,
         sets=sets,
         curves=curve_plots(run.metrics),
-        along=(along_plot(points), path_plot({run.name: points})) if (points := facts.along(run)) else None,
+        along=(along_plot(points), path_plot({run.name: points}, names=False))
+        if (points := facts.along(run))
+        else None,
     )
 
 
