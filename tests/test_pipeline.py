@@ -174,7 +174,7 @@ def test_a_killed_training_ends_with_the_adapter_of_the_undisturbed_one(small, t
     script = "import sys; from tasft.cli import main; sys.argv[1:] = " + repr(command) + "; main()"
     process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while not list(cut.glob("train/checkpoint-*/trainer_state.json")):
             assert time.monotonic() < deadline, "no checkpoint came"
             assert process.poll() is None, "it ended before it could be killed"
