@@ -249,20 +249,18 @@ def grid_table(rows: list[Row]) -> str:
 
 
 def curves_table(folder: Path) -> str:
-    """Harm and over-refusal at each step that was evaluated."""
+    """Harm, incoherence and over-refusal at each step that was evaluated."""
     with (folder / "along.csv").open() as file:
-        along = list(csv.DictReader(file))
-    steps = list(dict.fromkeys(row["step"] for row in along))
-    told = {
-        (
-            row["run"],
-            row["step"],
-        ): f"{percent(row, 'harmful', interval=False)}, {percent(row, 'refusal', interval=False)}"
-        for row in along
-    }
-    runs = [row for row in table(folder) if (row["run"], steps[-1]) in told]
-    lines = [[what(row), besides(row), *(told.get((row["run"], step), "—") for step in steps)] for row in runs]
-    return markdown(["harmful, refused", "besides", *(f"step {step}" for step in steps)], lines)
+        along = {(row["run"], row["step"]): row for row in csv.DictReader(file)}
+    steps = sorted({step for _, step in along}, key=float)
+
+    def said(row: Row) -> str:
+        return ", ".join(percent(row, name, interval=False) for name in ("harmful", "incoherent", "over_refusal"))
+
+    lines = [
+        [what(row), besides(row), *(said(along.get((row["run"], step), {})) for step in steps)] for row in table(folder)
+    ]
+    return markdown(["harmful, incoherent, XSTest-safe refused", "besides", *(f"step {step}" for step in steps)], lines)
 
 
 def keep(sweep: Path, name: str) -> None:
