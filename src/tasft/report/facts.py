@@ -322,10 +322,8 @@ def along(run: Run, judges: Mapping[str, str | None] | None = None) -> Along:
         rates = {}
         for measure, kind in ALONG.items():
             there = [sets.get(prompts.name) for prompts in run.sets if prompts.kind == kind]
-            told = [each.judged.get(judges[measure] or "") if each else None for each in there]
-            known = [e for each in told if each and (e := each.estimates.get(measure)) and e.n]
-            if known and len(known) == len(told):
-                rates[measure] = pooled(known)
+            if told := over_all(there, judges[measure], measure):
+                rates[measure] = told
         found.append((step, rates))
     return found
 
@@ -336,9 +334,13 @@ def by_along(run: Run) -> str:
     return _listed(list(dict.fromkeys(filter(None, judges))))
 
 
-def pooled(estimates: list[Estimate]) -> Estimate:
-    """The rate over all items of several rates."""
-    known = [(estimate.value, estimate.n) for estimate in estimates if estimate.value is not None]
+def over_all(evaluated: Sequence[Evaluated | None], judge: str | None, measure: str) -> Estimate | None:
+    """What a judge tells of a measure over all items of several sets; None where it does not tell it of one of them."""
+    judged = [each.judged.get(judge or "") if each else None for each in evaluated]
+    told = [(e.value, e.n) for each in judged if each and (e := each.estimates.get(measure))]
+    known = [(value, n) for value, n in told if value is not None]
+    if not known or len(known) < len(evaluated):
+        return None
     n = sum(n for _, n in known)
     true = round(sum(value * n for value, n in known))
     return rate([True] * true + [False] * (n - true))

@@ -18,7 +18,7 @@ from tasft.provenance import atomic_write_text, read_json
 from tasft.report import facts
 from tasft.report.page import render
 from tasft.report.plots import path_plot, trade_off_plot
-from tasft.report.read import STATES, Attacked, Judged, Measured, PromptSet, Run, read_run
+from tasft.report.read import STATES, Attacked, Judged, Measured, Run, read_run
 from tasft.report.text import csv_cell, inline_markdown, markdown_table
 from tasft.stats import Estimate, mean_of_independent, rate
 
@@ -177,20 +177,13 @@ def _shown(
 ) -> dict[str, Estimate]:
     found = {}
     for name, (kind, measure) in _MEASURED.items():
-        found_in = [_estimate(prompts, state, judges[name], measure) for prompts in run.sets if prompts.kind == kind]
-        known = [estimate for estimate in found_in if estimate and estimate.n]
-        if known and len(known) == len(found_in):
-            found[name] = facts.pooled(known)
+        there = [prompts.states.get(state) for prompts in run.sets if prompts.kind == kind]
+        if told := facts.over_all(there, judges[name], measure):
+            found[name] = told
     tasks = [figures[name] for name in figures if name.startswith(f"{state}.capability.") and name.endswith(".acc")]
     if (accuracy := mean_of_independent(tasks)).value is not None:
         found["capability"] = accuracy
     return found
-
-
-def _estimate(prompts: PromptSet, state: str, judge: str | None, measure: str) -> Estimate | None:
-    evaluated = prompts.states.get(state)
-    judged = evaluated.judged.get(judge) if evaluated and judge else None
-    return judged.estimates.get(measure) if judged else None
 
 
 def _columns(cells: Sequence[Cell]) -> list[str]:
@@ -313,9 +306,8 @@ def _markdown(name: str, cells: Sequence[Cell], front: Mapping[int, bool]) -> st
     head, *rows = _rows(cells, front)
     lines = [f"# {text(name)}: report of a sweep", "", _state(cells), ""]
     lines += [f"> {text(failure)}\n" for failure in _failures(cells)]
-    lines += [f"| {' | '.join(map(text, head))} |", "|---" * len(head) + "|"]
-    lines += [f"| {' | '.join(map(text, row))} |" for row in rows]
-    lines += ["", *(f"{note}\n" for note in _NOTES)]
+    lines += markdown_table([text(column) for column in head], rows)
+    lines += [f"{note}\n" for note in _NOTES]
     if along := _along_rows(cells):
         lines += ["## Along training", "", _ALONG_NOTE, "", *markdown_table(_ALONG_COLUMNS, along)]
     lines += ["## Files", "", f"{_FILES} Each run has its own report:", ""]
