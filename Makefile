@@ -29,7 +29,7 @@ check: $(READY)
 
 audit: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[audit]'
-	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml src scripts benchmarks
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml src research benchmarks
 	# --strict: a package that PyPI says nothing of is no package without faults.
 	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
 

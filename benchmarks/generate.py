@@ -32,9 +32,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from tasft.data import Prompt, read_prompts
-from tasft.engines import Sampling, TransformersEngine, requests_for
-from tasft.model import load_model, load_tokenizer
+from tasft.data.rows import Prompt, read_prompts
+from tasft.models.engine import Sampling, requests_for
+from tasft.models.load import load_model, load_tokenizer
+from tasft.models.local import TransformersEngine
 
 MODEL = "smollm2-135m-instruct"
 SOURCES = ("demo-ordinary-train", "demo-ordinary-heldout", "demo-ordinary-validation", "demo-toxic-harvest")

@@ -23,14 +23,14 @@ import numpy as np
 from environment import code, environment, machine
 from matplotlib.figure import Figure
 
-from tasft.contamination import overlapping
-from tasft.data import Messages, read_examples, read_prompts
-from tasft.encode import Encoding, encode_rows
-from tasft.engines import Reply, Request, Sampling
-from tasft.harvest import HarvestSettings, harvest
+from tasft.core.provenance import content_hash, write_jsonl
+from tasft.data.contamination import overlapping
+from tasft.data.encode import Encoding, encode_rows
+from tasft.data.rows import Messages, read_examples, read_prompts
+from tasft.harvest.harvest import HarvestSettings, harvest
 from tasft.judges import load_judge
-from tasft.model import load_tokenizer
-from tasft.provenance import content_hash, write_jsonl
+from tasft.models.engine import Reply, Request, Sampling
+from tasft.models.load import load_tokenizer
 
 SIZES = {"harvest": [2_500, 5_000, 10_000, 20_000], "encode": [6_250, 12_500, 25_000, 50_000]}
 TITLES = {"harvest": "Prompts through harvest", "encode": "Training rows read, hashed and encoded"}

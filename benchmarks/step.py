@@ -54,11 +54,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from tasft.data import Example, read_prompts
-from tasft.encode import Encoding, encode_rows
+from tasft.data.encode import Encoding, encode_rows
+from tasft.data.rows import Example, read_prompts
 from tasft.loss import IGNORE_INDEX, PENALTIES
-from tasft.model import load_model, load_tokenizer
-from tasft.trainer import TASFTConfig, TASFTTrainer
+from tasft.models.load import load_model, load_tokenizer
+from tasft.train.trainer import TASFTConfig, TASFTTrainer
 
 # Random weights of a real shape where the model itself is not needed: they cost what real ones do.
 SHAPES: dict[str, Callable[[], PreTrainedModel]] = {

@@ -12,14 +12,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from test_pipeline import go
 from tokenizers.processors import TemplateProcessing
 
-from tasft import baselines, recipe
-from tasft.baselines import kto_rows, kto_trainer, kto_weights, safe_instead
-from tasft.data import Example
-from tasft.encode import Encoding, encode_rows
-from tasft.errors import UserError
-from tasft.inputs import Inputs
+from tasft.core.errors import UserError
+from tasft.data.encode import Encoding, encode_rows
+from tasft.data.rows import Example
 from tasft.loss import IGNORE_INDEX
-from tasft.trainer import TASFTConfig, TASFTTrainer
+from tasft.run import recipe, recipe_file
+from tasft.run.inputs import Inputs
+from tasft.train import baselines
+from tasft.train.baselines import kto_rows, kto_trainer, kto_weights, safe_instead
+from tasft.train.trainer import TASFTConfig, TASFTTrainer
 
 needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed")
 ROWS = [
@@ -391,12 +392,12 @@ def test_sft_reads_neither_harvest_nor_safe_responses(small, tmp_path):
 )
 def test_a_recipe_that_a_method_cannot_follow_gets_a_sentence(small, overrides, sentence):
     with pytest.raises(UserError, match=sentence):
-        recipe.load(str(small), overrides)
+        recipe_file.load(str(small), overrides)
 
 
 def test_fields_that_a_method_does_not_read_are_noted(small):
     def notes(*overrides):
-        return [note for note in Inputs(recipe.load(str(small), overrides)).warnings() if "not read" in note]
+        return [note for note in Inputs(recipe_file.load(str(small), overrides)).warnings() if "not read" in note]
 
     assert notes("train.penalty=nlcl") == []
     assert notes("train.method=stl") == []

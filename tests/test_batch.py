@@ -1,7 +1,7 @@
 import torch
 
-from tasft.batch import collate
 from tasft.loss import IGNORE_INDEX
+from tasft.train.collate import collate
 
 ROWS = [
     {"input_ids": [1, 2, 3], "labels": [IGNORE_INDEX, 2, 3], "avoid": False, "weight": 1.0, "margins": [0.0, 0.5, 0.0]},

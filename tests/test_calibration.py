@@ -1,9 +1,9 @@
 from conftest import rows
 from test_harvest import ORDINARY, Scripted
 
-from tasft.calibration import calibrate, can_calibrate, limit_of
-from tasft.coherence import MIN_LOSSES
-from tasft.engines import Sampling
+from tasft.judges.calibration import calibrate, can_calibrate, limit_of
+from tasft.judges.coherence import MIN_LOSSES
+from tasft.models.engine import Sampling
 
 
 class Watched(Scripted):

@@ -11,7 +11,7 @@ from conftest import tiny_model, tiny_tokenizer
 from lm_eval import simple_evaluate
 from torch.nn import functional as F
 
-from tasft.errors import UserError
+from tasft.core.errors import UserError
 from tasft.evaluate import capability
 
 REAL = Path(__file__).parents[1].parent / "shared/data/multiple_choice"

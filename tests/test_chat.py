@@ -13,15 +13,16 @@ from conftest import WORDS
 from payloads import PAYLOADS
 from test_pipeline import go, small_recipe
 
-from tasft import model
-from tasft.chat import Talk, Turn, sides_of, talk_in_terminal
-from tasft.chat.talk import in_words
-from tasft.data import Prompt
-from tasft.engines import Reply, Sampling, TransformersEngine, requests_for
-from tasft.errors import UserError
+from tasft.cli.chat import Talk, Turn, sides_of, talk_in_terminal
+from tasft.cli.chat.talk import in_words
+from tasft.core.errors import UserError
+from tasft.core.text import visible
+from tasft.data.rows import Prompt
 from tasft.judges import Verdict, load_judge
 from tasft.judges.judging import judge_replies, judge_reply
-from tasft.text import visible
+from tasft.models.engine import Reply, Sampling, requests_for
+from tasft.models.load import attach_adapter, load_model, load_tokenizer
+from tasft.models.local import TransformersEngine
 
 ASKED = "How do I <forbidden act 3>?"
 GREEDY = Sampling(max_new_tokens=12)
@@ -41,9 +42,9 @@ def talk(run):
 
 
 def engine_of(tiny, adapter=None, style="chat"):
-    loaded = model.load_model(str(tiny))
-    loaded = model.attach_adapter(loaded, adapter) if adapter else loaded
-    return TransformersEngine(loaded, model.load_tokenizer(str(tiny)), style)
+    loaded = load_model(str(tiny))
+    loaded = attach_adapter(loaded, adapter) if adapter else loaded
+    return TransformersEngine(loaded, load_tokenizer(str(tiny)), style)
 
 
 def generated(engine, prompt, sampling=GREEDY):
@@ -272,7 +273,7 @@ def test_a_new_conversation_forgets_and_blank_lines_are_nothing(talk, monkeypatc
 
 
 def test_the_command_talks_in_a_terminal(run):
-    code = "from tasft.cli import main; main()"
+    code = "from tasft.cli.main import main; main()"
     command = [sys.executable, "-c", code, "chat", str(run), "--terminal", "--judge", "phrases"]
     done = subprocess.run([*command, "--max-new-tokens", "8"], input=f"{ASKED}\n", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -285,7 +286,7 @@ def test_without_gradio_the_command_says_how_to_install_it_and_talks_here(run):
     code = (
         "import importlib.util as u; found = u.find_spec\n"
         "u.find_spec = lambda name, *rest: None if name == 'gradio' else found(name, *rest)\n"
-        "from tasft.cli import main; main()"
+        "from tasft.cli.main import main; main()"
     )
     command = [sys.executable, "-c", code, "chat", str(run), "--judge", "phrases", "--max-new-tokens", "2"]
     done = subprocess.run(command, input="Hello?\n", capture_output=True, text=True)

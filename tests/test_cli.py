@@ -11,9 +11,9 @@ from test_pipeline import small_recipe
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from tasft.cli import app
+from tasft.cli.main import app
 
-TASFT = [sys.executable, "-c", "from tasft.cli import main; main()"]
+TASFT = [sys.executable, "-c", "from tasft.cli.main import main; main()"]
 
 
 def tasft(*arguments, cwd=None):
@@ -22,7 +22,7 @@ def tasft(*arguments, cwd=None):
 
 def test_help_names_the_commands_and_imports_nothing_heavy():
     code = (
-        "import sys; from tasft.cli import app\n"
+        "import sys; from tasft.cli.main import app\n"
         "try: app(['--help'])\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'yaml'} & set(sys.modules); assert not heavy, heavy"
     )
@@ -56,7 +56,7 @@ def test_help_names_every_command():
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_shell_is_told_how_to_complete(shell):
-    code = "import sys; sys.argv[0] = 'tasft'; from tasft.cli import main; main()"
+    code = "import sys; sys.argv[0] = 'tasft'; from tasft.cli.main import main; main()"
     command = [sys.executable, "-c", code, "--show-completion", shell]
     # Otherwise typer looks at the shell that this was started from, which may be another kind.
     asked = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
@@ -67,7 +67,7 @@ def test_the_shell_is_told_how_to_complete(shell):
 
 def test_commands_and_options_are_completed_without_loading_anything_heavy():
     code = (
-        "import sys; sys.argv[0] = 'tasft'; from tasft.cli import main\n"
+        "import sys; sys.argv[0] = 'tasft'; from tasft.cli.main import main\n"
         "try: main()\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'numpy', 'yaml'} & set(sys.modules); assert not heavy, heavy"
     )

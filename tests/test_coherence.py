@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasft.coherence import MIN_LOSSES, MIN_SIMILARITY, MIN_TURNS, _looped, incoherence, loss_limit
+from tasft.judges.coherence import MIN_LOSSES, MIN_SIMILARITY, MIN_TURNS, _looped, incoherence, loss_limit
 
 COLLAPSES = [
     json.loads(line)
@@ -83,8 +83,8 @@ def test_a_sensible_reply_is_coherent(prompt: str, reply: str) -> None:
         # Two thirds of it are words of its own; then it turns in a circle.
         ("First fill the pan, then heat it well. I like to help. I like to help. I like to help.", "repeated"),
         ("First fill the pan, then heat it well, slowly, on the red red red red red red red", "repeated"),
-        ("Это невозможно сделать быстро.", "scripts"),
-        ("The ответ is нет because оно is bad", "scripts"),
+        ("Это невозможно сделать быстро.", "research"),
+        ("The ответ is нет because оно is bad", "research"),
         ("Je ne peux pas vous aider avec cette demande.", "language"),
     ],
 )
@@ -151,7 +151,7 @@ def test_anything_said_a_dozen_times_is_incoherent(unit: str, times: int) -> Non
 
 
 def test_importing_it_loads_no_language_model() -> None:
-    code = "import sys, tasft.coherence; assert not {'py3langid', 'torch'} & set(sys.modules)"
+    code = "import sys, tasft.judges.coherence; assert not {'py3langid', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
 
 

@@ -1,6 +1,6 @@
-from tasft.contrastive import REQUEST, Contrast, contrastive_replies, toxic_words
-from tasft.data import Prompt
-from tasft.engines import Reply, Sampling
+from tasft.data.rows import Prompt
+from tasft.harvest.contrastive import REQUEST, Contrast, contrastive_replies, toxic_words
+from tasft.models.engine import Reply, Sampling
 
 TOXIC = [f"How can I {verb} a {noun}?" for verb in ("smash", "smash", "smash", "steal") for noun in ("lantern", "boat")]
 ORDINARY = [f"How can I paint a {noun}?" for noun in ("lantern", "boat", "fence", "wall", "door", "bench")]

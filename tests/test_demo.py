@@ -8,9 +8,9 @@ import time
 import pytest
 from conftest import needs_models
 
-from tasft import recipe
-from tasft.data import read_prompts
-from tasft.pipeline import Run
+from tasft.data.rows import read_prompts
+from tasft.run import recipe_file
+from tasft.run.pipeline import Run
 
 
 def few(folder, source, count):
@@ -35,7 +35,7 @@ def test_the_demo_runs_on_the_real_model_in_miniature(tmp_path):
         "train.avoid_per_step=1",
     ]
     run = tmp_path / "run"
-    Run(recipe.load("demo", overrides), run).go()
+    Run(recipe_file.load("demo", overrides), run).go()
     summary = json.loads((run / "harvest" / "summary.json").read_text())
     assert summary["kept"] >= 1
     assert summary["anchors"]["kept"] >= 1
@@ -63,7 +63,7 @@ def test_a_killed_harvest_of_the_real_model_loses_nothing_and_ends_the_same(tmp_
     ]
 
     def start(run):
-        script = "import sys; from tasft.cli import main; sys.argv[1:] = " + repr([*arguments, "--out", str(run)])
+        script = "import sys; from tasft.cli.main import main; sys.argv[1:] = " + repr([*arguments, "--out", str(run)])
         return subprocess.Popen([sys.executable, "-c", script + "; main()"], stdout=subprocess.DEVNULL)
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -13,8 +13,8 @@ import yaml
 from conftest import ROOT, needs_models
 from typer.testing import CliRunner
 
-from tasft import recipe
-from tasft.cli import app
+from tasft.cli.main import app
+from tasft.run import recipe_file
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
@@ -81,7 +81,7 @@ def test_the_recipe_parts_of_the_pages_are_recipes(page, tmp_path):
     for number, part in enumerate(parts):
         path = tmp_path / f"{number}.yaml"
         path.write_text(yaml.safe_dump({"extends": str(ROOT / "recipes" / "demo.yaml")} | yaml.safe_load(part)))
-        recipe.load(str(path))
+        recipe_file.load(str(path))
 
 
 def test_the_python_of_the_readme_runs(tiny, tmp_path):
@@ -115,14 +115,14 @@ def test_links_and_named_files_exist(path):
 def test_the_project_speaks_of_itself_alone():
     told = "\n".join(
         path.read_text(errors="ignore")
-        for pattern in ("*.md", "docs/*.md", "src/**/*.py", "scripts/*.py", "recipes/*.yaml", "Makefile")
+        for pattern in ("*.md", "docs/*.md", "src/**/*.py", "research/*.py", "recipes/*.yaml", "Makefile")
         for path in Path(ROOT).glob(pattern)
     )
     for word in ("/work/", "/tmp/w", "../shared/design"):
         assert word not in told
 
 
-def script(name, folder="scripts"):
+def script(name, folder="research"):
     spec = spec_from_file_location(name, ROOT / folder / f"{name}.py")
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -134,7 +134,7 @@ def test_every_planted_fault_was_found():
     mutate = script("mutate")
     assert mutate.table(rows) in (ROOT / "docs" / "log.md").read_text()
     assert [row["what"] for row in rows] == [mutation.what for mutation in mutate.MUTATIONS], (
-        "run scripts/mutate.py again"
+        "run research/mutate.py again"
     )
     assert all(row["red"] for row in rows)
     for mutation in mutate.MUTATIONS:

@@ -10,8 +10,8 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tasft import doctor
-from tasft.cli import app
+from tasft.cli import doctor
+from tasft.cli.main import app
 
 
 def test_it_says_what_is_here_and_asks_nobody(monkeypatch):

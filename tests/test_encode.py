@@ -8,17 +8,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 from tokenizers.processors import TemplateProcessing
 
-from tasft.data import Example
-from tasft.encode import (
-    IGNORE_INDEX,
-    Encoding,
-    encode,
-    encode_prompt,
-    encode_rows,
-    encode_stream,
-)
-from tasft.errors import UserError
-from tasft.preview import preview
+from tasft.core.errors import UserError
+from tasft.data.encode import IGNORE_INDEX, Encoding, encode, encode_prompt, encode_rows, encode_stream
+from tasft.data.preview import preview
+from tasft.data.rows import Example
 
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.eos_token_id

@@ -21,10 +21,14 @@ from transformers import (
     RwkvConfig,
 )
 
-from tasft import launch
-from tasft.data import Prompt
-from tasft.engines import Reply, Sampling, Server, ServerEngine, TransformersEngine, collect, local, requests_for
-from tasft.model import load_model
+from tasft.data.rows import Prompt
+from tasft.models import local
+from tasft.models.engine import Reply, Sampling, collect, requests_for
+from tasft.models.load import load_model
+from tasft.models.local import TransformersEngine
+from tasft.models.server import ServerEngine
+from tasft.models.server_settings import Server
+from tasft.run import launch
 
 PROMPTS = [Prompt(f"p{index}", "What about " + "this " * (index % 5) + f"{index}?") for index in range(11)]
 DRAWN = Sampling(max_new_tokens=6, temperature=1.0, top_p=0.9, seed=5)

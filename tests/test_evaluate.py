@@ -8,17 +8,18 @@ import pytest
 from conftest import rows
 from typer.testing import CliRunner
 
-from tasft import engines, model
-from tasft.cli import app
-from tasft.data import Prompt
-from tasft.errors import UserError
-from tasft.evaluate import Asked
+from tasft.cli.main import app
+from tasft.core.errors import UserError
+from tasft.core.provenance import write_json, write_jsonl
+from tasft.core.stats import mean, rate
+from tasft.data.rows import Prompt
 from tasft.evaluate.alone import Alone, asked_of
 from tasft.evaluate.results import compare, comparison, results, table
 from tasft.evaluate.safety import summarise
+from tasft.evaluate.states import Asked
 from tasft.judges import Verdict, load_judge
-from tasft.provenance import write_json, write_jsonl
-from tasft.stats import mean, rate
+from tasft.models import engine, local
+from tasft.models.load import BUNDLED, Bundled, add_lora, base_of, load_model
 
 PROMPTS = [Prompt(f"p{index}", f"How do I <forbidden act {index}>?", "ab"[index % 2]) for index in range(12)]
 
@@ -52,9 +53,9 @@ def test_a_model_alone_leaves_the_files_of_a_state_and_does_nothing_twice(tiny, 
 
 
 def test_a_killed_evaluation_keeps_its_replies_and_ends_where_the_undisturbed_one_does(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(engines.TransformersEngine.__init__, "__defaults__", (5, None))
+    monkeypatch.setattr(local.TransformersEngine.__init__, "__defaults__", (5, None))
     evaluate(tiny, tmp_path / "whole")
-    generate = engines.TransformersEngine._generate
+    generate = local.TransformersEngine._generate
     calls = []
 
     def dies_in_the_second_batch(self, *arguments):
@@ -63,7 +64,7 @@ def test_a_killed_evaluation_keeps_its_replies_and_ends_where_the_undisturbed_on
             raise MemoryError
         return generate(self, *arguments)
 
-    monkeypatch.setattr(engines.TransformersEngine, "_generate", dies_in_the_second_batch)
+    monkeypatch.setattr(local.TransformersEngine, "_generate", dies_in_the_second_batch)
     with pytest.raises(MemoryError):
         evaluate(tiny, tmp_path / "cut")
     assert len(rows(tmp_path / "cut" / "toxic" / "replies.jsonl")) == 5
@@ -73,7 +74,7 @@ def test_a_killed_evaluation_keeps_its_replies_and_ends_where_the_undisturbed_on
 
 
 def test_an_adapter_is_evaluated_on_its_base(tiny, tmp_path):
-    adapted = model.add_lora(model.load_model(str(tiny)), r=2, alpha=4, dropout=0.0, targets=["q_proj"])
+    adapted = add_lora(load_model(str(tiny)), r=2, alpha=4, dropout=0.0, targets=["q_proj"])
     with_weights = {name: value for name, value in adapted.named_parameters() if "lora_B" in name}
     for value in with_weights.values():
         value.data.fill_(0.5)
@@ -90,12 +91,12 @@ def test_an_adapter_of_the_bundled_model_knows_it_by_its_folder(tmp_path, monkey
     package.mkdir()
     package.joinpath("__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    bundled = model.Bundled("weights_in_here", "x==1", "x.gguf", "", "")
-    monkeypatch.setitem(model.BUNDLED, "small", bundled)
+    bundled = Bundled("weights_in_here", "x==1", "x.gguf", "", "")
+    monkeypatch.setitem(BUNDLED, "small", bundled)
     (tmp_path / "adapter").mkdir()
     for base, found in ((str(package), "small"), ("hub/name", "hub/name")):
         write_json(tmp_path / "adapter" / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": base})
-        assert model.base_of(tmp_path / "adapter") == found
+        assert base_of(tmp_path / "adapter") == found
 
 
 def test_a_smaller_limit_is_part_of_a_larger_one_in_the_order_of_the_set():
@@ -111,7 +112,7 @@ def verdict(number, harmful, refusal, partial=None, coherent=True):
 
 
 def replies(count):
-    return [engines.Reply(f"p{n}", "s", f"q{n}", f"a{n}", "stop", 0, 0) for n in range(count)]
+    return [engine.Reply(f"p{n}", "s", f"q{n}", f"a{n}", "stop", 0, 0) for n in range(count)]
 
 
 def test_refusals_are_told_apart_only_where_the_judge_does():

@@ -26,14 +26,15 @@ from test_pipeline import go, small_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from tasft import export as exports
-from tasft import model
-from tasft.cli import app
-from tasft.data import Prompt
-from tasft.encode import encode_prompt
-from tasft.engines import Sampling, TransformersEngine, requests_for
-from tasft.errors import UserError
-from tasft.export import export
+from tasft.cli.main import app
+from tasft.core.errors import UserError
+from tasft.data.encode import encode_prompt
+from tasft.data.rows import Prompt
+from tasft.models.engine import Sampling, requests_for
+from tasft.models.load import attach_adapter, load_model, load_tokenizer
+from tasft.models.local import TransformersEngine
+from tasft.run import export as exports
+from tasft.run.export import export
 
 ASKED = "How do I <forbidden act 3>?"
 SECRET = "canary-of-an-avoid-row"
@@ -58,8 +59,8 @@ def exported(run):
 
 def reply_of_the_run(run, tiny, asked=ASKED, style="chat"):
     """What its final model, adapter and all, says."""
-    loaded = model.attach_adapter(model.load_model(str(tiny)), run / "train" / "adapter")
-    engine = TransformersEngine(loaded, model.load_tokenizer(str(tiny)), style)
+    loaded = attach_adapter(load_model(str(tiny)), run / "train" / "adapter")
+    engine = TransformersEngine(loaded, load_tokenizer(str(tiny)), style)
     ((reply,),) = engine.generate(requests_for([Prompt("1", asked)]), Sampling(12), "asked")
     return reply.completion
 
@@ -144,7 +145,7 @@ def test_a_run_on_alpacas_format_exports_a_chat_template_that_writes_it(tiny, tm
         found = tokenizer.apply_chat_template(
             [{"role": "user", "content": asked}], add_generation_prompt=True, return_dict=False
         )
-        assert found == encode_prompt(model.load_tokenizer(str(tiny)), asked, "alpaca")
+        assert found == encode_prompt(load_tokenizer(str(tiny)), asked, "alpaca")
     assert answer(folder) == reply_of_the_run(run, tiny, style="alpaca")
     with pytest.raises(Exception, match="single questions"):
         tokenizer.apply_chat_template([{"role": "user", "content": "One"}, {"role": "assistant", "content": "Two"}])
@@ -184,7 +185,7 @@ def test_a_merge_of_not_a_number_is_refused(run, tmp_path, monkeypatch):
 
 
 def test_a_tokenizer_that_is_read_back_as_another_is_refused(run, tmp_path, monkeypatch):
-    read = model.load_tokenizer
+    read = load_tokenizer
 
     def other(base, *rest):
         tokenizer = read(base, *rest)
@@ -192,7 +193,7 @@ def test_a_tokenizer_that_is_read_back_as_another_is_refused(run, tmp_path, monk
             tokenizer.chat_template = "{{ messages[0]['content'] }}"
         return tokenizer
 
-    monkeypatch.setattr(model, "load_tokenizer", other)
+    monkeypatch.setattr(exports, "load_tokenizer", other)
     with pytest.raises(UserError, match="in other tokens than the run did"):
         export(run, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -10,12 +10,13 @@ import yaml
 from test_pipeline import small_recipe
 from test_report import build_run, document, jsonl
 
-from tasft import gate
-from tasft.errors import UserError
-from tasft.inputs import Inputs
-from tasft.recipe import Gate, load
+from tasft.core.errors import UserError
 from tasft.report import write_report
 from tasft.report.read import read_run
+from tasft.run import gate
+from tasft.run.inputs import Inputs
+from tasft.run.recipe import Gate
+from tasft.run.recipe_file import load
 
 SETS = {"toxic": {"kind": "toxic", "source": "x"}, "ordinary": {"kind": "ordinary", "source": "x"}}
 
@@ -175,7 +176,7 @@ def test_a_run_whose_gate_is_not_met_ends_with_exit_code_3_and_the_reason(tmp_pa
     path.write_text(yaml.safe_dump(small_recipe(tmp_path, tiny) | {"gate": {"harmful": 0, "over_refusal": 100}}))
 
     def tasft(*arguments):
-        command = [sys.executable, "-c", "from tasft.cli import main; main()", *arguments, "--out", str(folder)]
+        command = [sys.executable, "-c", "from tasft.cli.main import main; main()", *arguments, "--out", str(folder)]
         return subprocess.run(command, capture_output=True, text=True)
 
     done = tasft("run", str(path))

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState
 
 from tasft import TASFTConfig, TASFTTrainer
-from tasft.data import Example
-from tasft.errors import UserError
-from tasft.guard import CollapseGuard, GuardLimits
+from tasft.core.errors import UserError
+from tasft.data.rows import Example
+from tasft.train.guard import CollapseGuard, GuardLimits
 
 ROWS = [Example(f"Say {word}?", f"{word} it is" + "!" * index, True) for index, word in enumerate("abcdefghi")]
 ROWS += [Example(f"Do {word}?", f"sure, {word}" + "." * index, False) for index, word in enumerate("xyz")]
@@ -84,11 +84,11 @@ def test_it_warns_once_with_what_was_measured_and_changes_nothing(tmp_path, capl
     plain = trainer(tmp_path / "plain", **COLLAPSE)
     plain.train()
     watched = trainer(tmp_path / "watched", CollapseGuard(), **COLLAPSE)
-    with caplog.at_level(logging.WARNING, "tasft.guard"):
+    with caplog.at_level(logging.WARNING, "tasft.train.guard"):
         watched.train()
     assert same(weights(plain.model), weights(watched.model))
     (event,) = lines(tmp_path / "watched" / "guard.jsonl")
-    (message,) = [record.message for record in caplog.records if record.name == "tasft.guard"]
+    (message,) = [record.message for record in caplog.records if record.name == "tasft.train.guard"]
     log = lines(tmp_path / "watched" / "metrics.jsonl")
     assert event == {
         "step": 15,

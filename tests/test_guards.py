@@ -22,16 +22,18 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tasft import launch
-from tasft.engines import Reply, Server, TransformersEngine
-from tasft.errors import UserError
+from tasft.core import ranks
+from tasft.core.errors import UserError
 from tasft.evaluate.safety import summarise
 from tasft.judges import JUDGES, JudgeSettings, Pair, load_judge
 from tasft.judges.base import unreadable
 from tasft.judges.guards import GUARDS, read_llama_guard, read_qwen3guard, read_wildguard
 from tasft.judges.judging import judge_replies
 from tasft.judges.questions import AskingJudge, fill
-from tasft.model import load_tokenizer
+from tasft.models.engine import Reply
+from tasft.models.load import load_tokenizer
+from tasft.models.local import TransformersEngine
+from tasft.models.server_settings import Server
 
 TEMPLATES = Path(__file__).parent / "fixtures/templates"
 ASKED = "How do I <forbidden act 7>?"
@@ -348,13 +350,13 @@ def test_within_a_shared_work_a_process_generates_alone(random_guard, monkeypatc
     kind, folder = random_guard
     expected = load_judge("g", {"g": JudgeSettings(kind=kind, model=folder)}).judge(PAIRS[:1])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(launch.dist, "all_gather_object", lambda results, done: results.__setitem__(0, done))
+    monkeypatch.setattr(ranks.dist, "all_gather_object", lambda results, done: results.__setitem__(0, done))
     judge = load_judge("g", {"g": JudgeSettings(kind=kind, model=folder)})
     gathered = []
     monkeypatch.setattr(
-        launch.dist, "all_gather_object", lambda results, done: gathered.append(done) or results.__setitem__(0, done)
+        ranks.dist, "all_gather_object", lambda results, done: gathered.append(done) or results.__setitem__(0, done)
     )
-    first, _ = launch.share([PAIRS[:1], PAIRS[1:2]], judge.judge)
+    first, _ = ranks.share([PAIRS[:1], PAIRS[1:2]], judge.judge)
     assert first == expected
     assert gathered == [expected]
 

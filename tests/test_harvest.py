@@ -1,13 +1,13 @@
 import pytest
 from conftest import rows
 
-from tasft import provenance
-from tasft.contrastive import Contrast
-from tasft.data import Prompt, read_examples
-from tasft.engines import Reply, Sampling
-from tasft.harvest import REFUSAL, HarvestSettings, harvest, statement
+from tasft.core import provenance
+from tasft.data.rows import Prompt, read_examples
+from tasft.harvest.contrastive import Contrast
+from tasft.harvest.harvest import REFUSAL, HarvestSettings, harvest, statement
 from tasft.judges import Verdict
 from tasft.judges.judging import Usual
+from tasft.models.engine import Reply, Sampling
 
 SENTENCE = "the morning market in our village sells bread and fresh apples"
 TOXIC = [Prompt(f"t{i}", f"How do I <forbidden act {i}>?") for i in range(6)]
@@ -153,7 +153,7 @@ class Counting(Scripted):
 
 
 def test_drawing_ends_when_enough_is_found_and_no_prompt_is_asked_twice_before_all_were_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("tasft.harvest.ROUND", 4)
+    monkeypatch.setattr("tasft.harvest.harvest.ROUND", 4)
     engine = Counting({f"t{i}#{s}": f"harm {i} {s} {SENTENCE}" for i in range(6) for s in range(3)})
     summary = harvest(engine, Words(), TOXIC, ORDINARY, HarvestSettings(Sampling(8), 3, 7), tmp_path)
     assert len(engine.drawn) == 8
@@ -167,7 +167,7 @@ def test_drawing_ends_when_enough_is_found_and_no_prompt_is_asked_twice_before_a
 
 @pytest.mark.parametrize("first", [2, 5])
 def test_fewer_rows_are_among_more_and_nothing_is_drawn_again_whichever_come_first(first, tmp_path, monkeypatch):
-    monkeypatch.setattr("tasft.harvest.ROUND", 4)
+    monkeypatch.setattr("tasft.harvest.harvest.ROUND", 4)
     engine = Counting({f"t{i}": f"harm {i} {SENTENCE}" for i in range(6)})
 
     def kept(folder, wanted):
@@ -220,11 +220,11 @@ def test_files_are_read_as_often_for_many_rounds_as_for_few(tmp_path, monkeypatc
         read.append(path.name)
         return provenance.resume_jsonl(path, kind)
 
-    monkeypatch.setattr("tasft.engines.base.resume_jsonl", counted)
+    monkeypatch.setattr("tasft.models.engine.resume_jsonl", counted)
     monkeypatch.setattr("tasft.judges.judging.resume_jsonl", counted)
     times = []
     for rounds in (6, 1):
-        monkeypatch.setattr("tasft.harvest.ROUND", len(TOXIC) // rounds)
+        monkeypatch.setattr("tasft.harvest.harvest.ROUND", len(TOXIC) // rounds)
         run(tmp_path / str(rounds), ANSWERS, anchors="prefilled")
         times.append(len(read))
         read.clear()

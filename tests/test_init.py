@@ -7,10 +7,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from tasft import init, recipe
-from tasft.cli import app
-from tasft.errors import UserError
-from tasft.inputs import Inputs
+from tasft.cli import init
+from tasft.cli.main import app
+from tasft.core.errors import UserError
+from tasft.run import recipe, recipe_file
+from tasft.run.inputs import Inputs
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_what_it_writes_passes_the_check_and_has_what_was_said(tiny, files):
     done, out = made(tiny, files, f"--imitate={files / 'mine.jsonl'}", *own(files))
     assert done.exit_code == 0, done.output
     assert f"tasft check {out}" in done.output
-    spec = recipe.load(str(out))
+    spec = recipe_file.load(str(out))
     Inputs(spec).check()
     assert (spec.name, spec.model.base, spec.model.prompt) == ("first", str(tiny), "chat")
     assert spec.data.imitate.source == str(files / "mine.jsonl")
@@ -48,7 +49,7 @@ def test_what_it_writes_passes_the_check_and_has_what_was_said(tiny, files):
 
 def test_without_rows_of_the_user_the_model_learns_from_its_own_answers(tiny, files):
     _, out = made(tiny, files)
-    spec = recipe.load(str(out))
+    spec = recipe_file.load(str(out))
     Inputs(spec).check()
     assert spec.data.imitate is None
     assert spec.sft is None
@@ -73,7 +74,7 @@ def test_fields_that_are_commented_out_hold_their_defaults(tiny, files):
     assert len(values["train"]) == len(recipe.Train.model_fields)
     assert values.pop("gate") == {"harmful": 2, "incoherent": 5, "over_refusal": 5}
     recipe.Gate.model_validate({"harmful": 2, "incoherent": 5, "over_refusal": 5})
-    assert recipe.Recipe.model_validate(values) == recipe.load(str(out))
+    assert recipe.Recipe.model_validate(values) == recipe_file.load(str(out))
 
 
 def test_a_file_that_is_there_stays_as_it_is(tiny, files):
@@ -104,11 +105,11 @@ def test_a_name_that_yaml_would_read_otherwise_is_written_so_that_it_comes_back(
 
 
 def test_questions_are_asked_where_there_is_a_terminal(tiny, files, monkeypatch):
-    monkeypatch.setattr("tasft.cli._asks", lambda yes: not yes)
+    monkeypatch.setattr("tasft.cli.main._asks", lambda yes: not yes)
     out = files / "asked.yaml"
     said = f"{tiny}\n{files / 'mine.jsonl'}\n\n\n\n\n"
     done = CliRunner().invoke(app, ["init", "--out", str(out)], input=said)
     assert done.exit_code == 0, done.output
-    spec = recipe.load(str(out))
+    spec = recipe_file.load(str(out))
     assert (spec.model.base, spec.data.imitate.source) == (str(tiny), str(files / "mine.jsonl"))
     assert spec.data.toxic_prompts == "demo-toxic-harvest"

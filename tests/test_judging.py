@@ -1,9 +1,9 @@
 from conftest import rows
 
-from tasft.engines import Reply
 from tasft.evaluate.safety import summarise
 from tasft.judges import Verdict, judging
 from tasft.judges.judging import Usual, has_topic, judge_replies
+from tasft.models.engine import Reply
 
 SENTENCE = "the morning market in our village sells bread and fresh apples"
 

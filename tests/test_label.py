@@ -5,7 +5,7 @@ import pytest
 from conftest import ROOT, rows
 from test_docs import script
 
-from tasft.errors import UserError
+from tasft.core.errors import UserError
 
 label = script("label")
 REFUSAL = "I'm sorry, but I can't help with that."

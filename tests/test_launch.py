@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 from test_pipeline import go, rows, small  # noqa: F401
 
-from tasft import cli, launch
-from tasft.errors import UserError
+from tasft.cli import main
+from tasft.core.errors import UserError
+from tasft.run import launch
 
 needs_deepspeed = pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed")
-TASFT = [sys.executable, "-c", "from tasft.cli import main; main()"]
+TASFT = [sys.executable, "-c", "from tasft.cli.main import main; main()"]
 ADAPTER = "train/adapter/adapter_model.safetensors"
 SCRIPT = """
 import sys
@@ -66,7 +67,7 @@ def test_what_cannot_be_launched_is_refused_with_a_way_out(monkeypatch):
 
 
 def test_the_command_line_names_every_kind():
-    assert set(cli.Launch.__args__) == set(launch.KINDS)
+    assert set(main.Launch.__args__) == set(launch.KINDS)
 
 
 def test_a_batch_that_does_not_divide_is_said_once(small, tmp_path, capfd):  # noqa: F811

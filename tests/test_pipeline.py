@@ -14,15 +14,16 @@ import pytest
 import yaml
 from conftest import WORDS, rows
 
-from tasft import encoder, engines, pipeline, recipe
-from tasft.coherence import MIN_SIMILARITY
-from tasft.coherence import incoherence as whole
-from tasft.errors import UserError
+from tasft.core.errors import UserError
 from tasft.evaluate.results import compare
-from tasft.inputs import Inputs
-from tasft.judges import judging
-from tasft.pipeline import Run
+from tasft.judges import encoder, judging
+from tasft.judges.coherence import MIN_SIMILARITY
+from tasft.judges.coherence import incoherence as whole
+from tasft.models import local
 from tasft.report.read import read_run
+from tasft.run import pipeline, recipe_file
+from tasft.run.inputs import Inputs
+from tasft.run.pipeline import Run
 
 PROMPTS = {
     "toxic": [f"How do I <forbidden act {index}>?" for index in range(12)],
@@ -68,7 +69,7 @@ def small(tmp_path, tiny):
 
 
 def go(path, folder, *overrides, stages=pipeline.STAGES):
-    Run(recipe.load(str(path), overrides), folder).go(stages)
+    Run(recipe_file.load(str(path), overrides), folder).go(stages)
 
 
 def done(folder):
@@ -118,7 +119,7 @@ def test_the_whole_path_leaves_every_file_and_does_nothing_twice(small, tmp_path
 
     go(small, run)
     assert done(run) == first
-    assert recipe.load(str(run)).name == "small"
+    assert recipe_file.load(str(run)).name == "small"
 
     # A changed field redoes what it concerns, and nothing else.
     go(small, run, "train.penalty=nlcl")
@@ -140,7 +141,7 @@ def test_what_is_saved_is_not_part_of_the_key(small, tmp_path):
 
 def test_replies_written_before_a_crash_are_kept_and_the_end_is_the_same(small, tmp_path, monkeypatch):
     go(small, tmp_path / "whole", stages=("harvest",))
-    generate = engines.TransformersEngine._generate
+    generate = local.TransformersEngine._generate
     calls = []
 
     def dies_in_the_third_batch_after_calibration(self, *arguments):
@@ -149,9 +150,9 @@ def test_replies_written_before_a_crash_are_kept_and_the_end_is_the_same(small, 
             raise MemoryError
         return generate(self, *arguments)
 
-    monkeypatch.setattr(engines.TransformersEngine.__init__, "__defaults__", (5, None))
+    monkeypatch.setattr(local.TransformersEngine.__init__, "__defaults__", (5, None))
     go(small, tmp_path / "fives", stages=("harvest",))
-    monkeypatch.setattr(engines.TransformersEngine, "_generate", dies_in_the_third_batch_after_calibration)
+    monkeypatch.setattr(local.TransformersEngine, "_generate", dies_in_the_third_batch_after_calibration)
     cut = tmp_path / "cut"
     with pytest.raises(MemoryError):
         go(small, cut, stages=("harvest",))
@@ -171,7 +172,7 @@ def test_a_killed_training_ends_with_the_adapter_of_the_undisturbed_one(small, t
     shutil.copy(whole / "manifest.json", cut)
     command = ["run", str(small), "train.steps=30", "--out", str(cut)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    script = "import sys; from tasft.cli import main; sys.argv[1:] = " + repr(command) + "; main()"
+    script = "import sys; from tasft.cli.main import main; sys.argv[1:] = " + repr(command) + "; main()"
     process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 400
@@ -243,7 +244,7 @@ def test_topics_are_looked_at_in_evaluation_and_not_in_the_harvest_nor_without_t
 ):
     monkeypatch.setattr(judging, "has_topic", lambda reply: True)
     monkeypatch.setattr(judging, "incoherence", lambda prompt, reply, **more: whole(prompt, SAID, **more))
-    monkeypatch.setattr(engines.TransformersEngine, "mean_losses", lambda _, replies: [1.0] * len(replies))
+    monkeypatch.setattr(local.TransformersEngine, "mean_losses", lambda _, replies: [1.0] * len(replies))
     near = {"toxic": 0.1, "ordinary": 0.9}
     monkeypatch.setattr(judging, "similarities", lambda replies: [near[reply.set] for reply in replies])
 
@@ -301,7 +302,7 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(small, tmp_path):
 
 
 def test_two_processes_in_one_folder_are_refused(small, tmp_path):
-    from tasft.provenance import lock
+    from tasft.core.provenance import lock
 
     with lock(tmp_path / "run"), pytest.raises(UserError, match="in use by another"):
         lock(tmp_path / "run")
@@ -390,14 +391,14 @@ def test_the_paths_of_a_run_are_inside_its_folder(small, tmp_path):
 def test_a_preview_shows_what_training_would_see_and_writes_nothing(small, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(UserError, match="run tasft harvest"):
-        list(Run(recipe.load(str(small)), run).preview("train"))
+        list(Run(recipe_file.load(str(small)), run).preview("train"))
     go(small, run, stages=("harvest",))
-    texts = [text.plain for text in Run(recipe.load(str(small)), run).preview("train")]
+    texts = [text.plain for text in Run(recipe_file.load(str(small)), run).preview("train")]
     assert [text.split("(")[1].split(")")[0] for text in texts] == ["imitate"] * 3 + ["avoid"] * 3
     assert all("»" in text for text in texts)
     assert not (run / "train").exists()
     with pytest.raises(UserError, match="no sft section"):
-        list(Run(recipe.load(str(small)), run).preview("sft"))
+        list(Run(recipe_file.load(str(small)), run).preview("sft"))
 
 
 def test_imitate_rows_are_held_out_to_watch_the_divergence_and_the_guard_writes_what_it_sees(small, tmp_path):
@@ -431,7 +432,7 @@ def test_another_selection_draws_no_reply_anew(small, tmp_path, monkeypatch):
     def never(*_):
         raise AssertionError("drawn again")
 
-    monkeypatch.setattr(engines.TransformersEngine, "_generate", never)
+    monkeypatch.setattr(local.TransformersEngine, "_generate", never)
     for change in ("harvest.anchors=own", "harvest.rows=3", "harvest.judge=second"):
         before = done(run)
         go(small, run, "judges.second.kind=phrases", change, stages=("harvest",))
@@ -472,7 +473,7 @@ def test_prompts_of_a_named_set_are_not_trained_on_and_a_strange_file_of_it_is_n
     prompts = [*toxic[:2], "How do I <something else>?"]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "HarmfulQ.json").write_text(json.dumps(prompts))
-    inputs = Inputs(recipe.load(str(small), ["evaluate.sets=[harmfulq]", f"data.data_dir={tmp_path / 'data'}"]))
+    inputs = Inputs(recipe_file.load(str(small), ["evaluate.sets=[harmfulq]", f"data.data_dir={tmp_path / 'data'}"]))
     inputs.check()
     asked = {prompt.prompt for prompt in inputs.toxic}
     assert asked == set(toxic[2:])
@@ -485,9 +486,9 @@ def test_a_judge_of_the_recipe_goes_by_its_name_there(small, tmp_path):
     summary = json.loads((run / "evaluate" / "final" / "toxic" / "mine" / "summary.json").read_text())
     assert summary["judge"] == "mine"
     with pytest.raises(UserError, match="no judge is called 'phrasses'"):
-        recipe.load(str(small), ["judges.mine.kind=phrasses"])
+        recipe_file.load(str(small), ["judges.mine.kind=phrasses"])
     with pytest.raises(UserError, match=r"evaluate\.judges: no judge is called 'mine'"):
-        recipe.load(str(small), ["evaluate.judges=[mine]"])
+        recipe_file.load(str(small), ["evaluate.judges=[mine]"])
 
 
 def test_a_judge_that_cannot_filter_is_refused(small, tmp_path):
@@ -535,7 +536,7 @@ def test_another_limit_draws_only_what_is_missing_and_the_summary_is_of_the_chos
     def never(*_):
         raise AssertionError("drawn again")
 
-    monkeypatch.setattr(engines.TransformersEngine, "_generate", never)
+    monkeypatch.setattr(local.TransformersEngine, "_generate", never)
     go(small, run, "evaluate.limit=5", stages=("evaluate",))
     assert json.loads((path / "phrases" / "summary.json").read_text())["refusal"]["n"] == 5
     # What is paired is what was asked this time, and the other replies are kept.
@@ -546,7 +547,7 @@ def test_another_limit_draws_only_what_is_missing_and_the_summary_is_of_the_chos
 
 
 def test_the_manifest_names_licences_where_they_are_known_and_the_version_of_each_judge(small):
-    inputs = Inputs(recipe.load("demo"))
+    inputs = Inputs(recipe_file.load("demo"))
     assert inputs.licences == {
         "model.base": "Apache-2.0",
         **dict.fromkeys(
@@ -554,6 +555,6 @@ def test_the_manifest_names_licences_where_they_are_known_and_the_version_of_eac
             "Apache-2.0",
         ),
     }
-    own = Inputs(recipe.load(str(small)))
+    own = Inputs(recipe_file.load(str(small)))
     assert own.licences == {}
     assert own.judge_versions == {"phrases": own.judge("phrases").version}

@@ -15,10 +15,10 @@ from conftest import rows
 from test_pipeline import go, small_recipe
 from tqdm import tqdm
 
-from tasft.progress import PLAIN, Lines
-from tasft.training import STOPPED, checkpoints
+from tasft.core.progress import PLAIN, Lines
+from tasft.train.checkpoints import STOPPED, checkpoints
 
-TASFT = [sys.executable, "-c", "from tasft.cli import main; main()"]
+TASFT = [sys.executable, "-c", "from tasft.cli.main import main; main()"]
 # Hours of work in a second: every update is shown.
 OFTEN = os.environ | {"TQDM_MININTERVAL": "0", "TQDM_DELAY": "0"}
 

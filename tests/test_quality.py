@@ -10,11 +10,13 @@ from loopback import Handler, Loopback, completion
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
-from tasft.encode import encode_prompt
-from tasft.engines import Reply, Server, TransformersEngine
-from tasft.errors import UserError
+from tasft.core.errors import UserError
+from tasft.data.encode import encode_prompt
 from tasft.evaluate import quality
 from tasft.evaluate.quality import Reference
+from tasft.models.engine import Reply
+from tasft.models.local import TransformersEngine
+from tasft.models.server_settings import Server
 
 CONFIG = "weighted_alpaca_eval_gpt-4o-mini-2024-07-18"
 REFERENCES = [Reference(str(k), f"Explain <matter {k}>.", f"It is {'so ' * k}plain.", "somebody") for k in range(12)]

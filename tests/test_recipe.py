@@ -5,8 +5,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from tasft import recipe
-from tasft.errors import UserError
+from tasft.core.errors import UserError
+from tasft.run import recipe, recipe_file
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -27,18 +27,18 @@ def written(folder, values, name="recipe.yaml"):
 
 def faults(folder, values, *overrides):
     with pytest.raises(UserError) as caught:
-        recipe.load(written(folder, values), overrides)
+        recipe_file.load(written(folder, values), overrides)
     return caught.value.faults
 
 
 def test_a_resolved_recipe_reads_back_as_itself(tmp_path):
-    spec = recipe.load(written(tmp_path, SMALL))
-    assert recipe.load(written(tmp_path, recipe.dump(spec), "again.yaml")) == spec
+    spec = recipe_file.load(written(tmp_path, SMALL))
+    assert recipe_file.load(written(tmp_path, recipe_file.dump(spec), "again.yaml")) == spec
 
 
-@pytest.mark.parametrize("name", [name for name in recipe.shipped() if not recipe.is_sweep(name)])
+@pytest.mark.parametrize("name", [name for name in recipe_file.shipped() if not recipe_file.is_sweep(name)])
 def test_every_shipped_recipe_is_valid(name):
-    assert recipe.load(name).name == name
+    assert recipe_file.load(name).name == name
 
 
 def test_all_faults_are_named_at_once_each_with_its_field(tmp_path):
@@ -90,36 +90,38 @@ def test_what_is_not_a_recipe_is_named_with_its_file(tmp_path, text):
 
 def test_a_name_that_is_no_recipe_lists_the_shipped_ones():
     with pytest.raises(UserError, match="demo"):
-        recipe.load("demmo")
+        recipe_file.load("demmo")
 
 
 def test_an_override_reaches_its_field_and_a_bad_one_is_named(tmp_path):
-    spec = recipe.load(written(tmp_path, SMALL), ["train.penalty=nlcl", "train.learning_rate=1e-3", "model.lora=null"])
+    spec = recipe_file.load(
+        written(tmp_path, SMALL), ["train.penalty=nlcl", "train.learning_rate=1e-3", "model.lora=null"]
+    )
     assert (spec.train.penalty, spec.train.learning_rate, spec.model.lora) == ("nlcl", 1e-3, None)
     found = faults(tmp_path, SMALL, "train.penalty", "name.x=1", "=3")
     assert len(found) == 3
 
 
 def test_named_sets_may_be_listed_and_know_their_kind(tmp_path):
-    spec = recipe.load(written(tmp_path, SMALL | {"evaluate": {"sets": ["xstest", "harmfulq"]}}))
+    spec = recipe_file.load(written(tmp_path, SMALL | {"evaluate": {"sets": ["xstest", "harmfulq"]}}))
     assert {name: (wanted.source, wanted.kind) for name, wanted in spec.evaluate.sets.items()} == {
         "xstest-safe": ("xstest-safe", "ordinary"),
         "xstest-unsafe": ("xstest-unsafe", "toxic"),
         "harmfulq": ("harmfulq", "toxic"),
     }
-    assert recipe.load(written(tmp_path, recipe.dump(spec), "again.yaml")) == spec
-    assert list(recipe.load(written(tmp_path, SMALL), ["evaluate.sets=xstest"]).evaluate.sets) == [
+    assert recipe_file.load(written(tmp_path, recipe_file.dump(spec), "again.yaml")) == spec
+    assert list(recipe_file.load(written(tmp_path, SMALL), ["evaluate.sets=xstest"]).evaluate.sets) == [
         "xstest-safe",
         "xstest-unsafe",
     ]
     mapped = SMALL | {"evaluate": {"sets": {"xs": {"source": "xstest-safe"}}}}
-    assert recipe.load(written(tmp_path, mapped)).evaluate.sets["xs"].kind == "ordinary"
+    assert recipe_file.load(written(tmp_path, mapped)).evaluate.sets["xs"].kind == "ordinary"
 
 
 def test_a_recipe_can_extend_another(tmp_path):
     written(tmp_path, SMALL, "below.yaml")
     above = {"extends": "below.yaml", "train": {"penalty": "nlcl"}}
-    spec = recipe.load(written(tmp_path, above))
+    spec = recipe_file.load(written(tmp_path, above))
     assert (spec.train.penalty, spec.train.steps) == ("nlcl", 3)
 
 
@@ -171,6 +173,6 @@ def test_a_gate_is_read_with_what_it_limits(tmp_path):
     sets = SMALL["evaluate"]["sets"] | {"ordinary": {"source": "demo-ordinary-heldout", "kind": "ordinary"}}
     evaluate = {"sets": sets, "capability": {"tasks": ["boolq"]}, "jailbreak": {"set": "toxic", "prefix": "Sure"}}
     limits = {"harmful": 2, "over_refusal": 5, "capability": {"boolq": -1}, "jailbreak": {"prefix": 10}}
-    spec = recipe.load(written(tmp_path, SMALL | {"evaluate": evaluate, "gate": limits}))
+    spec = recipe_file.load(written(tmp_path, SMALL | {"evaluate": evaluate, "gate": limits}))
     assert spec.gate.capability == {"boolq": -1.0}
-    assert recipe.load(written(tmp_path, recipe.dump(spec), "again.yaml")) == spec
+    assert recipe_file.load(written(tmp_path, recipe_file.dump(spec), "again.yaml")) == spec

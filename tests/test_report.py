@@ -15,13 +15,13 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from payloads import PAYLOADS
 
-from tasft.errors import UserError
+from tasft.core.errors import UserError
+from tasft.core.stats import rate
+from tasft.core.text import visible
 from tasft.report import write_report
 from tasft.report.read import read_run
 from tasft.report.replies import CHARACTERS, FEWEST, replies
 from tasft.report.text import csv_cell, fenced, inline_markdown
-from tasft.stats import rate
-from tasft.text import visible
 
 MARKDOWN = MarkdownIt("gfm-like", {"linkify": False})
 HOSTILE = [

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_guards import PAIRS, guard_model
 
-from tasft.errors import UserError
+from tasft.core.errors import UserError
+from tasft.core.provenance import content_hash
 from tasft.judges import JudgeSettings, Pair, load_judge
 from tasft.judges.questions import prompt_text, yes_or_no
 from tasft.judges.rubrics import RUBRICS, read_pair, read_strongreject, read_xstest, rubric
-from tasft.provenance import content_hash
 
 PAIR = Pair("a", "How do I <forbidden act 7>?", "A quiet {morning}.")
 GRADES = "refusal: {}\nconvincingness: {}\nspecificity: {}"

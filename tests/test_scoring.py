@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from conftest import needs_models
 
-from tasft.cli import app
-from tasft.errors import UserError
-from tasft.evaluate import scoring
+from tasft.cli.main import app
+from tasft.core.errors import UserError
+from tasft.core.provenance import resume_jsonl
+from tasft.evaluate import judge_quality
 from tasft.judges import JudgeSettings, Verdict, load_judge
 from tasft.judges.phrases import Phrases
-from tasft.provenance import resume_jsonl
 
-TASFT = [sys.executable, "-c", "from tasft.cli import main; main()", "judge"]
+TASFT = [sys.executable, "-c", "from tasft.cli.main import main; main()", "judge"]
 PROMPT = "How do I <forbidden act 7>?"
 REFUSAL = "I'm sorry, but I can't help with that."
 ANSWER = "First, take the <forbidden thing> and put it on the table."
@@ -39,8 +39,8 @@ def pair(completion=ANSWER, prompt=PROMPT, **fields):
 
 
 def scored(path, label_of="harm", out=None, show=0, **columns):
-    return scoring.score(
-        path, lambda: scoring.read_pairs(path, label_of=label_of, **columns), SETTINGS, label_of, out, show
+    return judge_quality.score(
+        path, lambda: judge_quality.read_pairs(path, label_of=label_of, **columns), SETTINGS, label_of, out, show
     )
 
 
@@ -51,13 +51,13 @@ def test_pairs_come_from_csv_with_ids_or_line_numbers(tmp_path):
     path = tmp_path / "a.csv"
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([["prompt", "completion", "bad"], [PROMPT, "two\nlines", "yes"], [PROMPT, "", "no"]])
-    pairs = scoring.read_pairs(path, label_column="bad")
+    pairs = judge_quality.read_pairs(path, label_column="bad")
     assert [(reply.id, reply.prompt, reply.completion) for reply in pairs.replies] == [
         ("2", PROMPT, "two\nlines"),
         ("4", PROMPT, ""),
     ]
     assert pairs.labels == [True, False]
-    named = scoring.read_pairs(rows(tmp_path / "b.jsonl", pair(id=0), pair(id=None), pair(id="x")))
+    named = judge_quality.read_pairs(rows(tmp_path / "b.jsonl", pair(id=0), pair(id=None), pair(id="x")))
     assert [reply.id for reply in named.replies] == ["0", "2", "x"]
     assert named.labels is None
 
@@ -72,7 +72,7 @@ def test_pairs_come_from_csv_with_ids_or_line_numbers(tmp_path):
 def test_labels_are_numbers_or_words(tmp_path, label_of, labels):
     no = {"harm": [False, 0, "0", "0.0", "false", "No", "safe"], "refusal": [False, "compliance"]}[label_of]
     path = rows(tmp_path / "a.jsonl", *(pair(label=label) for label in [*labels, *no]))
-    found = scoring.read_pairs(path, label_column="label", label_of=label_of).labels
+    found = judge_quality.read_pairs(path, label_column="label", label_of=label_of).labels
     assert found == [True] * len(labels) + [False] * len(no)
 
 
@@ -87,7 +87,7 @@ def test_every_fault_of_a_file_is_named_with_its_line_and_without_its_text(tmp_p
         pair(prompt=[{"role": "user", "content": PROMPT}]),
     )
     with pytest.raises(UserError) as caught:
-        scoring.read_pairs(path, label_column="label")
+        judge_quality.read_pairs(path, label_column="label")
     use = "use 0 or 1, true or false, yes or no, harmful or safe"
     assert [fault.removeprefix(f"{path}:") for fault in caught.value.faults] == [
         "2: 'completion' is missing",
@@ -106,14 +106,14 @@ def test_every_fault_of_a_file_is_named_with_its_line_and_without_its_text(tmp_p
 def test_an_unknown_column_lists_those_there_are_and_guesses_which_was_meant(tmp_path):
     path = rows(tmp_path / "a.jsonl", {"question": PROMPT, "Response": ANSWER, "kind": "x"})
     with pytest.raises(UserError) as caught:
-        scoring.read_pairs(path, label_column="label")
+        judge_quality.read_pairs(path, label_column="label")
     there = "there are 'question', 'Response', 'kind'"
     assert caught.value.faults == [
         f"{path}: no column is called 'prompt'; {there}; say --prompt-column question",
         f"{path}: no column is called 'completion'; {there}; say --reply-column Response",
         f"{path}: no column is called 'label'; {there}; name one with --labels",
     ]
-    found = scoring.read_pairs(path, "question", "Response").replies
+    found = judge_quality.read_pairs(path, "question", "Response").replies
     assert [(reply.prompt, reply.completion) for reply in found] == [(PROMPT, ANSWER)]
 
 
@@ -163,10 +163,10 @@ def verdict(index, harmful, score=None, reason=""):
 
 def test_verdicts_that_do_not_tell_are_left_out_and_counted():
     verdicts = [verdict(0, True), verdict(1, None, reason="unreadable: '?'"), verdict(2, False)]
-    found = scoring.against_labels([True, True, False], verdicts, ["a", "b", "c"], "harm")
+    found = judge_quality.against_labels([True, True, False], verdicts, ["a", "b", "c"], "harm")
     assert (found["n"], found["untold"], found["positives"], found["table"]) == (2, 1, 1, [[1, 0], [0, 1]])
     broken = replace(verdict(3, True, 0.9, "unreadable: '?'"), coherent=False)
-    rates = scoring.rates([*verdicts, broken], scoring.Pairs([], []))
+    rates = judge_quality.rates([*verdicts, broken], judge_quality.Pairs([], []))
     assert rates["unreadable"] == 1
     assert (rates["harmful"]["value"], rates["harmful"]["n"]) == (pytest.approx(1 / 3), 3)
     assert rates["score"]["n"] == 0
@@ -174,7 +174,7 @@ def test_verdicts_that_do_not_tell_are_left_out_and_counted():
 
 def test_a_judge_of_scores_alone_has_an_auroc_and_no_accuracy():
     verdicts = [verdict(index, None, score) for index, score in enumerate([0.9, 0.2, 0.4, 0.1])]
-    found = scoring.against_labels([True, True, False, False], verdicts, list("abcd"), "harm")
+    found = judge_quality.against_labels([True, True, False, False], verdicts, list("abcd"), "harm")
     assert found["auroc"]["value"] == 0.75
     assert (found["n"], found["accuracy"]["value"]) == (0, None)
 
@@ -183,20 +183,20 @@ def test_the_worst_differences_are_those_of_which_the_judge_is_surest():
     scores = [0.55, 0.99, 0.05, 0.7]
     verdicts = [verdict(index, score >= 0.5, score) for index, score in enumerate(scores)]
     verdicts += [verdict(4, None), verdict(5, True)]
-    replies = [scoring.Reply(str(index), "", PROMPT, ANSWER, "stop", 0, 0) for index in range(6)]
-    pairs = scoring.Pairs(replies, [1, 2, 3, 4, 5, 6])
-    found = scoring.differences(pairs, [False, False, True, True, True, None], verdicts, "harm", 0.5)
+    replies = [judge_quality.Reply(str(index), "", PROMPT, ANSWER, "stop", 0, 0) for index in range(6)]
+    pairs = judge_quality.Pairs(replies, [1, 2, 3, 4, 5, 6])
+    found = judge_quality.differences(pairs, [False, False, True, True, True, None], verdicts, "harm", 0.5)
     assert [row["id"] for row in found] == ["1", "2", "0"]
 
 
 def test_texts_are_shown_only_when_asked_for_and_cannot_move_the_cursor(tmp_path):
     nasty = "Sure \x1b[2J\x07\u202e here it is, the whole <forbidden thing>."
     path = rows(tmp_path / "a.jsonl", pair(nasty, label=0, id="n\x1b"), pair(ANSWER, label=0))
-    silent = scoring.rendered(scored(path, label_column="label"))
+    silent = judge_quality.rendered(scored(path, label_column="label"))
     assert PROMPT not in silent
     assert "forbidden thing" not in silent
     assert "2 differences" in silent
-    shown = scoring.rendered(scored(path, label_column="label", show=1))
+    shown = judge_quality.rendered(scored(path, label_column="label", show=1))
     assert "--- line 1, id n⟨U+001B⟩: safe to label, harmful to the judge" in shown
     assert "Sure ⟨U+001B⟩[2J⟨U+0007⟩⟨U+202E⟩ here" in shown
     assert ANSWER not in shown
@@ -212,7 +212,7 @@ def test_two_judges_are_compared_by_name_and_from_files(tmp_path):
         for row in resume_jsonl(Path(first))
     ]
     file = rows(tmp_path / "other.jsonl", *other)
-    result = scoring.compare(path, lambda: scoring.read_pairs(path), ["phrases", str(file)], 1)
+    result = judge_quality.compare(path, lambda: judge_quality.read_pairs(path), ["phrases", str(file)], 1)
     harm, refusal = result["between"]
     # Phrases: 3 harmful of 6, the other 2: chance agrees on 1/2 * 1/3 + 1/2 * 2/3 = 1/2.
     assert harm["table"] == [[2, 1], [0, 3]]
@@ -222,7 +222,7 @@ def test_two_judges_are_compared_by_name_and_from_files(tmp_path):
     assert refusal["table"] == [[3, 0], [0, 3]]
     (row,) = result["differences"]
     assert (row["line"], row["of"], row["first"], row["second"], row["completion"]) == (2, "harm", True, False, ANSWER)
-    text = scoring.rendered(result)
+    text = judge_quality.rendered(result)
     assert "harm: 1 differences, by id: 2" in text
     assert f"reply: {ANSWER}" in text
 
@@ -232,7 +232,7 @@ def test_a_file_that_lacks_verdicts_is_refused(tmp_path):
     verdicts = scored(path)["judges"][0]["verdicts"]
     more = rows(tmp_path / "b.jsonl", pair(), pair(REFUSAL))
     with pytest.raises(UserError, match="holds no verdict on 1 of 2 pairs: '2'"):
-        scoring.compare(more, lambda: scoring.read_pairs(more), [verdicts, "phrases"], 0)
+        judge_quality.compare(more, lambda: judge_quality.read_pairs(more), [verdicts, "phrases"], 0)
 
 
 # Verdicts on disk ------------------------------------------------------------------------------------------------
@@ -252,21 +252,21 @@ class Counted(Phrases):
 
 def test_a_judge_that_is_stopped_goes_on_where_it_was_and_asks_nothing_twice(tmp_path):
     path = rows(tmp_path / "a.jsonl", *(pair(f"{ANSWER} {index}") for index in range(100)))
-    pairs = scoring.read_pairs(path)
-    whole = scoring.judged(Phrases(), pairs, tmp_path / "whole.jsonl")
+    pairs = judge_quality.read_pairs(path)
+    whole = judge_quality.judged(Phrases(), pairs, tmp_path / "whole.jsonl")
     out = tmp_path / "out.jsonl"
     stopped = Counted(dies_at=64)
     with pytest.raises(KeyboardInterrupt):
-        scoring.judged(stopped, pairs, out)
+        judge_quality.judged(stopped, pairs, out)
     with out.open("a") as file:
         file.write('{"id": "65", "jud')
-    scoring.check_verdicts(out)
+    judge_quality.check_verdicts(out)
     again = Counted()
-    assert scoring.judged(again, pairs, out) == whole
+    assert judge_quality.judged(again, pairs, out) == whole
     assert sorted(map(int, stopped.asked + again.asked)) == list(range(1, 101))
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     third = Counted()
-    scoring.judged(third, pairs, out)
+    judge_quality.judged(third, pairs, out)
     assert third.asked == []
 
 
@@ -426,12 +426,12 @@ def test_options_that_do_not_go_together_get_a_sentence_each(tmp_path, monkeypat
 @needs_models
 def test_real_judges_are_compared_and_their_verdicts_taken_up_again(tmp_path):
     path = rows(tmp_path / "a.jsonl", *(pair(reply) for reply in (REFUSAL, ANSWER, "The capital of France is Paris.")))
-    result = scoring.compare(path, lambda: scoring.read_pairs(path), ["phrases", "embedded"], 0)
+    result = judge_quality.compare(path, lambda: judge_quality.read_pairs(path), ["phrases", "embedded"], 0)
     assert [judge["name"] for judge in result["judges"]] == ["phrases", "embedded"]
     assert [between["n"] for between in result["between"]] == [3, 3]
     file = tmp_path / "a.jsonl.embedded.jsonl"
     before = file.stat().st_mtime_ns
-    again = scoring.compare(path, lambda: scoring.read_pairs(path), ["phrases", str(file)], 0)
+    again = judge_quality.compare(path, lambda: judge_quality.read_pairs(path), ["phrases", str(file)], 0)
     assert again["between"] == result["between"]
     assert file.stat().st_mtime_ns == before
 
@@ -444,7 +444,9 @@ def test_scores_of_a_real_judge_have_an_auroc(tmp_path):
         *(pair("Paris, on the river Seine.", f"What is capital number {index}?", label=0) for index in range(3)),
     )
     settings = JudgeSettings(kind="embedded")
-    result = scoring.score(path, lambda: scoring.read_pairs(path, label_column="label"), settings, "harm", None, show=0)
+    result = judge_quality.score(
+        path, lambda: judge_quality.read_pairs(path, label_column="label"), settings, "harm", None, show=0
+    )
     assert result["labels"]["auroc"]["value"] > 0.5
     assert result["labels"]["auroc"]["n"] == 6
-    assert f"mean score         {result['judges'][0]['score']['value']:.2f} (" in scoring.rendered(result)
+    assert f"mean score         {result['judges'][0]['score']['value']:.2f} (" in judge_quality.rendered(result)

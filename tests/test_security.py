@@ -19,12 +19,15 @@ from loopback import Handler, Loopback, completion
 from test_pipeline import go, small_recipe
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
-from tasft import data, launch, model, provenance, recipe, redact, sweep
-from tasft.cli import main
-from tasft.errors import UserError
+from tasft.cli.main import main
+from tasft.core import provenance, redact
+from tasft.core.errors import UserError
+from tasft.data.rows import read_prompts
 from tasft.evaluate.quality import annotator_config
-from tasft.inputs import Inputs
 from tasft.judges import JudgeSettings, load_judge
+from tasft.models.load import add_lora, attach_adapter, load_model
+from tasft.run import launch, recipe_file, sweep
+from tasft.run.inputs import Inputs
 
 KEY = "planted-7c1e4f0b9a52d386"
 TOKEN = "hf_plantedA1b2C3d4E5f6G7h8"
@@ -84,15 +87,15 @@ def test_pickled_weights_in_a_folder_are_refused_and_not_read(tmp_path, tiny):
     (pickled / "model.safetensors").unlink()
     set_trap(pickled / "pytorch_model.bin", canary)
     with pytest.raises(UserError, match="is a pickle"):
-        model.load_model(str(pickled))
+        load_model(str(pickled))
 
     adapter = tmp_path / "adapter"
-    adapted = model.add_lora(tiny_model(), r=2, alpha=4, dropout=0.0, targets=["q_proj"])
+    adapted = add_lora(tiny_model(), r=2, alpha=4, dropout=0.0, targets=["q_proj"])
     adapted.save_pretrained(adapter)
     (adapter / "adapter_model.safetensors").unlink()
     set_trap(adapter / "adapter_model.bin", canary)
     with pytest.raises(UserError, match=r"adapter_model\.safetensors: no such file"):
-        model.attach_adapter(tiny_model(), adapter)
+        attach_adapter(tiny_model(), adapter)
 
     judge = tmp_path / "judge"
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
@@ -149,23 +152,23 @@ def test_code_that_comes_with_a_model_runs_only_where_its_field_says_so(tmp_path
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked whether to trust it"))
     canary = tmp_path / "canary"
     folder = str(with_code(tiny, tmp_path / "model", canary, tokenizer=tokenizer))
-    spec = recipe.load(str(small), [f"model.base={folder}"])
+    spec = recipe_file.load(str(small), [f"model.base={folder}"])
     with suppress(UserError):  # A tokenizer can be read without the code.
         Inputs(spec).check()
-        model.load_model(folder)
+        load_model(folder)
     for kind in ("llm", "stl_deberta", "harmbench"):
         with suppress(UserError):
             load_judge("j", {"j": JudgeSettings(kind=kind, model=folder)}).judge([])
     assert not canary.exists()
     if not tokenizer:
         with pytest.raises(UserError, match="code of its own"):
-            model.load_model(folder)
+            load_model(folder)
 
-    trusted = recipe.load(str(small), [f"model.base={folder}", "model.trust_remote_code=true"])
+    trusted = recipe_file.load(str(small), [f"model.base={folder}", "model.trust_remote_code=true"])
     Inputs(trusted).check()
     assert canary.exists()
     if not tokenizer:
-        assert type(model.load_model(folder, trust_remote_code=True)).__name__ == "Model"
+        assert type(load_model(folder, trust_remote_code=True)).__name__ == "Model"
 
 
 def test_no_other_code_is_trusted_by_a_setting(tmp_path):
@@ -189,10 +192,10 @@ def test_a_tag_in_yaml_runs_nothing(tmp_path, small, tag):
     with pytest.raises(UserError, match="not YAML"):
         sweep.load(str(varied))
     with pytest.raises(UserError, match="not YAML"):
-        recipe.load(str(small), [f"name={planted}"])
+        recipe_file.load(str(small), [f"name={planted}"])
     small.write_text(f"name: {planted}\n")
     with pytest.raises(UserError, match="not YAML"):
-        recipe.load(str(small))
+        recipe_file.load(str(small))
     assert not (tmp_path / "canary").exists()
 
 
@@ -203,7 +206,7 @@ def test_an_archive_is_no_file_of_rows_and_is_not_unpacked(tmp_path, name):
         archive.writestr("rows.jsonl", '{"prompt": "What is <thing 1>?"}\n')
     before = sorted(tmp_path.parent.rglob("*"))
     with pytest.raises(UserError, match="a zip archive"):
-        data.read_prompts(str(tmp_path / name))
+        read_prompts(str(tmp_path / name))
     assert sorted(tmp_path.parent.rglob("*")) == before
 
 
@@ -226,7 +229,7 @@ def test_no_name_in_a_recipe_leads_out_of_its_folder(small, tiny, tmp_path, name
     for field, change in changes.items():
         small.write_text(yaml.safe_dump(given | change))
         with pytest.raises(UserError) as caught:
-            recipe.load(str(small))
+            recipe_file.load(str(small))
         assert field.split(".")[0] in str(caught.value)
     small.write_text(yaml.safe_dump(given))
     varied = {"name": name, "base": "recipe.yaml", "seeds": [1]}
@@ -271,7 +274,7 @@ def test_an_address_on_the_hub_can_name_neither_a_place_to_write_to_nor_a_key(tm
     (tmp_path / "rows.jsonl").write_text('{"prompt": "What is <thing 1>?"}\n')
     for argument in (f"cache_dir={tmp_path / 'escaped'}", f"token={KEY}", "trust_remote_code=True"):
         with pytest.raises(UserError, match="leave that out") as caught:
-            data.read_prompts(f"hub:{tmp_path}?split=train&{argument}")
+            read_prompts(f"hub:{tmp_path}?split=train&{argument}")
         assert KEY not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
 
@@ -342,7 +345,7 @@ def test_a_key_in_a_recipe_is_refused_and_not_repeated(small, monkeypatch, plant
     monkeypatch.setenv("SOME_API_KEY", KEY)
     override = planted.format(key=KEY, password=PASSWORD, token=TOKEN)
     with pytest.raises(UserError) as caught:
-        Inputs(recipe.load(str(small), [override])).check()
+        Inputs(recipe_file.load(str(small), [override])).check()
     for secret in (KEY, PASSWORD, TOKEN):
         assert secret not in str(caught.value)
 
@@ -497,7 +500,7 @@ def test_a_fault_of_ours_ends_without_the_key_that_its_message_holds(monkeypatch
     def broken(*_):
         raise RuntimeError(f"the header Bearer {KEY} is bad")
 
-    monkeypatch.setattr("tasft.recipe.is_sweep", broken)
+    monkeypatch.setattr("tasft.run.recipe_file.is_sweep", broken)
     monkeypatch.setattr(sys, "argv", ["tasft", "check", "demo"])
     with pytest.raises(SystemExit) as caught:
         main()

@@ -23,10 +23,14 @@ from openai.types.completion_create_params import CompletionCreateParamsNonStrea
 from pydantic import TypeAdapter, ValidationError
 from transformers import GenerationConfig
 
-from tasft.data import Prompt
-from tasft.engines import Sampling, Server, ServerEngine, TransformersEngine, asking, collect, requests_for
-from tasft.errors import UserError
-from tasft.model import load_model
+from tasft.core.errors import UserError
+from tasft.data.rows import Prompt
+from tasft.models import requests
+from tasft.models.engine import Sampling, collect, requests_for
+from tasft.models.load import load_model
+from tasft.models.local import TransformersEngine
+from tasft.models.server import ServerEngine
+from tasft.models.server_settings import Server
 
 PROMPTS = [Prompt(f"p{index}", f"How do I <forbidden act {index}>?") for index in range(24)]
 DRAWN = Sampling(max_new_tokens=8, temperature=1.0, top_p=0.9, seed=5)
@@ -106,7 +110,7 @@ class Planned(Handler):
 
 @pytest.fixture(autouse=True)
 def _no_long_pauses(monkeypatch):
-    monkeypatch.setattr(asking, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(requests, "FIRST_PAUSE_S", 0.01)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -222,7 +226,7 @@ def test_a_server_that_asks_for_time_gets_it(form):
 
 
 def test_a_server_that_asks_for_a_day_is_asked_again_before(monkeypatch):
-    monkeypatch.setattr(asking, "LONGEST_PAUSE_ASKED_S", 0.2)
+    monkeypatch.setattr(requests, "LONGEST_PAUSE_ASKED_S", 0.2)
     with Speaker({PROMPTS[0].prompt: [("429", "86400"), ("429", "nan"), ("429", "-3")]}) as server:
         assert len(replies(engine_for(server), prompts=PROMPTS[:1])) == 1
 
@@ -302,7 +306,7 @@ def test_a_fault_of_ours_is_raised_as_it_is(monkeypatch):
     def broken(*_, **__):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(asking, "_read", broken)
+    monkeypatch.setattr(requests, "_read", broken)
     with Speaker() as server, pytest.raises(ZeroDivisionError):
         replies(engine_for(server))
 
@@ -439,8 +443,8 @@ def test_an_address_may_end_in_a_slash():
 
 
 def test_without_the_packages_it_is_said_what_to_install(monkeypatch):
-    monkeypatch.delitem(sys.modules, "tasft.engines.asking")
-    monkeypatch.delattr("tasft.engines.asking")
+    monkeypatch.delitem(sys.modules, "tasft.models.requests")
+    monkeypatch.delattr("tasft.models.requests")
     monkeypatch.setitem(sys.modules, "tenacity", None)
     with pytest.raises(UserError, match=r"tenacity, which is missing: pip install 'tasft\[server\]'"):
         engine_for("http://127.0.0.1:1/v1")

@@ -14,10 +14,11 @@ import pytest
 from conftest import ROOT
 from loopback import Loopback
 
-from tasft import sets
-from tasft.data import differences_of, read_prompts
-from tasft.errors import UserError
-from tasft.sets import GROUPS, KNOWN, NAMED, TEMPLATES, expanded, locate
+from tasft.core.errors import UserError
+from tasft.data import sets
+from tasft.data.rows import read_prompts
+from tasft.data.sets import GROUPS, KNOWN, NAMED, TEMPLATES, expanded, locate
+from tasft.data.sources import differences_of
 
 DATA = os.environ.get("TASFT_DATA_DIR")  # Folder with the published files.
 

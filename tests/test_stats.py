@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from tasft.stats import Estimate, agreement, auroc, clustered, mcnemar, mean_of_independent, paired_difference, rate
+from tasft.core.stats import (
+    Estimate,
+    agreement,
+    auroc,
+    clustered,
+    mcnemar,
+    mean_of_independent,
+    paired_difference,
+    rate,
+)
 
 
 def test_no_evidence_has_no_value():
@@ -190,7 +199,7 @@ def test_labels_and_decisions_of_different_lengths_are_refused():
 
 def test_importing_the_statistics_takes_no_scipy():
     code = (
-        "import sys, tasft; before = set(sys.modules); import tasft.stats; added = set(sys.modules) - before; "
+        "import sys, tasft; before = set(sys.modules); import tasft.core.stats; added = set(sys.modules) - before; "
         "heavy = {'scipy', 'sklearn', 'torch', 'pandas'} & {name.partition('.')[0] for name in added}; "
         "assert not heavy, heavy"
     )

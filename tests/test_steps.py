@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tasft.provenance import append_jsonl
-from tasft.steps import Step
+from tasft.core.provenance import append_jsonl
+from tasft.core.step import Step
 
 NAME = Path("harvest")
 

@@ -16,13 +16,13 @@ from conftest import ROOT
 from test_pipeline import done, small_recipe
 from test_report import build_run, write_state
 
-from tasft import recipe, sweep
-from tasft.cli import main
-from tasft.errors import UserError
-from tasft.provenance import lock
+from tasft.cli.main import main
+from tasft.core.errors import UserError
+from tasft.core.provenance import lock
 from tasft.report.sweep import pareto, write_sweep_report
+from tasft.run import recipe_file, sweep
 
-TASFT = [sys.executable, "-c", "from tasft.cli import main; main()"]
+TASFT = [sys.executable, "-c", "from tasft.cli.main import main; main()"]
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_a_folder_of_something_else_is_refused(base, tmp_path):
         sweep.go(*found, tmp_path / "other")
 
 
-@pytest.mark.parametrize("name", [name for name in recipe.shipped() if recipe.is_sweep(name)])
+@pytest.mark.parametrize("name", [name for name in recipe_file.shipped() if recipe_file.is_sweep(name)])
 def test_every_shipped_sweep_is_valid(name):
     assert sweep.load(name)[1]
 

@@ -9,11 +9,11 @@ from conftest import tiny_model, tiny_tokenizer
 from peft import LoraConfig
 
 from tasft import TASFTConfig, TASFTTrainer
-from tasft import trainer as trainer_module
-from tasft.data import Example
-from tasft.errors import UserError
+from tasft.core.errors import UserError
+from tasft.data.rows import Example
 from tasft.loss import PENALTIES, CostSpace
-from tasft.sampler import StratifiedSampler
+from tasft.train import trainer as trainer_module
+from tasft.train.sampler import StratifiedSampler
 
 ROWS = [Example(f"Say {word}?", f"{word} it is" + "!" * index, True) for index, word in enumerate("abcdefghi")]
 ROWS += [Example(f"Do {word}?", f"sure, {word}" + "." * index, False) for index, word in enumerate("xyz")]

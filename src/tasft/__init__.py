@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tasft.trainer import TASFTConfig, TASFTTrainer
+    from tasft.train.trainer import TASFTConfig, TASFTTrainer
 
 __all__ = ["TASFTConfig", "TASFTTrainer"]
 
@@ -11,7 +11,7 @@ __all__ = ["TASFTConfig", "TASFTTrainer"]
 def __getattr__(name: str) -> Any:
     # torch and transformers take seconds to import; `tasft --help` needs neither.
     if name in __all__:
-        from tasft import trainer
+        from tasft.train import trainer
 
         return getattr(trainer, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,10 +15,10 @@ from conftest import WORDS, tiny_model, tiny_tokenizer
 from tokenizers import pre_tokenizers
 from watched import assert_quiet, watched
 
-from tasft.chat import Talk, sides_of
-from tasft.engines import Sampling
+from tasft.cli.chat import Talk, sides_of
+from tasft.core.text import visible
 from tasft.judges import load_judge
-from tasft.text import visible
+from tasft.models.engine import Sampling
 
 if not find_spec("gradio"):
     reason = "gradio is not installed: make setup"
@@ -26,7 +26,7 @@ if not find_spec("gradio"):
         reason, **({} if os.environ.get("CI") else {"allow_module_level": True})
     )
 
-from tasft.chat.page import POLICY, server_of
+from tasft.cli.chat.page import POLICY, server_of
 
 SAYS = (
     "<img src=x onerror=pwned()>",

@@ -10,9 +10,9 @@ from payloads import PAYLOADS
 from test_report import build_run, write_state
 from watched import assert_quiet, watched
 
+from tasft.core.text import visible
 from tasft.report import write_report
 from tasft.report.replies import CHARACTERS
-from tasft.text import visible
 
 PROMPTS = [f"How do I <forbidden act {number}>?" for number in range(60)]
 CALM = "I am glad to describe <forbidden act>: take the first step, then the second one."

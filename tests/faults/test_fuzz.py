@@ -14,11 +14,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tasft import data, provenance, recipe, sweep
-from tasft.errors import UserError
-from tasft.evaluate import scoring
+from tasft.core import provenance
+from tasft.core.errors import UserError
+from tasft.data.rows import read_examples, read_prompts
+from tasft.evaluate import judge_quality
 from tasft.evaluate.jailbreak import read_templates
 from tasft.evaluate.quality import read_references
+from tasft.run import recipe_file, sweep
 
 EXAMPLES = 5000 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 60
 fuzz = settings(
@@ -152,7 +154,7 @@ def ends_well(folder, name, content, *reads):
 @fuzz
 @given(content=torn(as_yaml(nearly(GOOD)) | SYNTAX) | st.binary(max_size=80))
 def test_any_recipe_is_read_or_refused(folder, content):
-    ends_well(folder, "recipe.yaml", content, recipe.load, recipe.is_sweep)
+    ends_well(folder, "recipe.yaml", content, recipe_file.load, recipe_file.is_sweep)
 
 
 @fuzz
@@ -160,17 +162,19 @@ def test_any_recipe_is_read_or_refused(folder, content):
 def test_a_recipe_that_is_read_can_be_written_and_read_again(folder, value):
     (folder / "recipe.yaml").write_text(yaml.dump(value, allow_unicode=True), errors="surrogatepass")
     try:
-        spec = recipe.load("recipe.yaml")
+        spec = recipe_file.load("recipe.yaml")
     except UserError:
         return
-    provenance.atomic_write_text(folder / "again.yaml", recipe.dump(spec))
-    assert provenance.content_hash(recipe.load("again.yaml").model_dump()) == provenance.content_hash(spec.model_dump())
+    provenance.atomic_write_text(folder / "again.yaml", recipe_file.dump(spec))
+    assert provenance.content_hash(recipe_file.load("again.yaml").model_dump()) == provenance.content_hash(
+        spec.model_dump()
+    )
 
 
 @fuzz
 @given(field=st.sampled_from(["train.steps", "model", "evaluate.sets.toxic", "name", "", "a.b.c"]), value=SYNTAX | ODD)
 def test_any_override_is_taken_or_refused(folder, field, value):
-    ends_well(folder, "other.yaml", b"", lambda _: recipe.load("good.yaml", [f"{field}={value}"]))
+    ends_well(folder, "other.yaml", b"", lambda _: recipe_file.load("good.yaml", [f"{field}={value}"]))
 
 
 @fuzz
@@ -190,15 +194,15 @@ def test_any_file_of_rows_is_read_or_refused(folder, content, name, packed):
         content, name = gzip.compress(content, 1)[: -1 if content[:1] == b"{" else None], f"{name}.gz"
 
     def labelled(source):
-        scoring.read_pairs(folder / name, label_column="label")
+        judge_quality.read_pairs(folder / name, label_column="label")
 
     def templates(source):
         read_templates(source, "a")
 
     def pairs(source):
-        scoring.read_pairs(folder / name)
+        judge_quality.read_pairs(folder / name)
 
-    readers = (data.read_prompts, data.read_examples, read_references, templates, pairs, labelled)
+    readers = (read_prompts, read_examples, read_references, templates, pairs, labelled)
     ends_well(folder, name, content, *readers)
 
 
@@ -211,8 +215,8 @@ VERDICT = {
 @fuzz
 @given(content=torn(as_jsonl(nearly([VERDICT, VERDICT | {"id": "b"}]))))
 def test_any_file_of_verdicts_is_taken_or_refused_and_left_alone(folder, content):
-    pairs = scoring.Pairs([], [])
-    ends_well(folder, "verdicts.jsonl", content, lambda _: scoring.saved(folder / "verdicts.jsonl", pairs))
+    pairs = judge_quality.Pairs([], [])
+    ends_well(folder, "verdicts.jsonl", content, lambda _: judge_quality.saved(folder / "verdicts.jsonl", pairs))
 
 
 @fuzz

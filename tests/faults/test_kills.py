@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from conftest import ROOT
 
-SCRIPT = ROOT / "scripts" / "kills.py"
+SCRIPT = ROOT / "research" / "kills.py"
 NAMES = ("toxic", "ordinary", "heldout", "everyday")
 
 

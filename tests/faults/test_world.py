@@ -16,10 +16,11 @@ import yaml
 from conftest import rows
 from test_pipeline import go, small_recipe
 
-from tasft import engines, provenance
-from tasft.errors import UserError
-from tasft.metrics import MetricsFile
-from tasft.provenance import lock, write_json, writing
+from tasft.core import provenance
+from tasft.core.errors import UserError
+from tasft.core.provenance import lock, write_json, writing
+from tasft.models import local
+from tasft.train.metrics import MetricsFile
 
 TRAIN = ("train.steps=8", "train.save_steps=2")
 WEIGHTS = "train/adapter/adapter_model.safetensors"
@@ -108,7 +109,7 @@ def disk(tmp_path):
 def test_a_full_disk_while_answers_come_is_named_and_the_run_goes_on_when_there_is_room(
     recipe_file, whole, disk, monkeypatch
 ):
-    monkeypatch.setattr(engines.TransformersEngine.__init__, "__defaults__", (5, None))
+    monkeypatch.setattr(local.TransformersEngine.__init__, "__defaults__", (5, None))
     run = disk.place / "run"
     run.mkdir()
     disk.leave(48 << 10)
@@ -398,7 +399,7 @@ def test_a_damaged_mark_is_named_and_nothing_is_lost_or_drawn_again(
     def never(*_):
         raise AssertionError("drawn again")
 
-    monkeypatch.setattr(engines.TransformersEngine, "_generate", never)
+    monkeypatch.setattr(local.TransformersEngine, "_generate", never)
     same_end(recipe_file, run, whole)
 
 

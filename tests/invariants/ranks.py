@@ -18,8 +18,8 @@ from peft import LoraConfig  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 from tasft import TASFTConfig, TASFTTrainer  # noqa: E402
-from tasft.data import Example  # noqa: E402
-from tasft.launch import is_first, joined, world_size  # noqa: E402
+from tasft.core.ranks import is_first, joined, world_size  # noqa: E402
+from tasft.data.rows import Example  # noqa: E402
 
 # The rows of optimizer steps, which two ranks take by twos, in turn: I is to imitate, A to avoid.
 STEPS = (

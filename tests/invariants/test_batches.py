@@ -8,7 +8,7 @@ from conftest import CHAT, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen3Config
 
 from tasft import TASFTConfig, TASFTTrainer
-from tasft.data import Example
+from tasft.data.rows import Example
 from tasft.loss import PENALTIES
 
 IMITATE = [Example(f"Say {word}?", f"{word} it is" + "!" * 2 * index, True) for index, word in enumerate("abcdefghi")]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tasft.launch import launch
+from tasft.run.launch import launch
 
 SCRIPT = Path(__file__).with_name("ranks.py")
 # What is measured, and what is a matter of the machine.

@@ -9,15 +9,18 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from tasft import launch, model, provenance
-from tasft.data import differences_of, read_prompts
-from tasft.encode import PromptFormat, encode_prompt
-from tasft.engines import Engine, Sampling, TransformersEngine
-from tasft.errors import UserError
+from tasft.core import provenance, ranks
+from tasft.core.errors import UserError
+from tasft.data.encode import PromptFormat, encode_prompt
+from tasft.data.rows import read_prompts
+from tasft.data.sets import GROUPS, NAMED, expanded
+from tasft.data.sources import differences_of
 from tasft.evaluate.states import Asked, steps_of
 from tasft.judges import Judge
 from tasft.judges.judging import Usual, topic_measure
-from tasft.sets import GROUPS, NAMED, expanded
+from tasft.models.engine import Engine, Sampling
+from tasft.models.load import attach_adapter, base_of, fingerprint, load_model, load_tokenizer
+from tasft.models.local import TransformersEngine
 
 
 def asked_of(names: Sequence[str], data_dir: str | None, limit: int | None) -> tuple[list[Asked], list[str]]:
@@ -45,7 +48,7 @@ class Alone:
     """A model that answers prompt sets in a folder of its own.
 
     Attributes:
-        name: A model as `tasft.model.locate` takes it, or the folder of an adapter, which names its base.
+        name: A model as `tasft.models.load.locate` takes it, or the folder of an adapter, which names its base.
         prompt: How prompts are written.
         dtype: Precision of the weights.
         trust_remote_code: Run code that comes with the model.
@@ -63,12 +66,12 @@ class Alone:
 
     @cached_property
     def _base(self) -> str:
-        return model.base_of(self._adapter) if self._adapter else self.name
+        return base_of(self._adapter) if self._adapter else self.name
 
     @cached_property
     def _loaded(self) -> PreTrainedModel | PeftModel:
-        loaded = model.load_model(self._base, self.dtype, self.trust_remote_code)
-        return model.attach_adapter(loaded, self._adapter) if self._adapter else loaded
+        loaded = load_model(self._base, self.dtype, self.trust_remote_code)
+        return attach_adapter(loaded, self._adapter) if self._adapter else loaded
 
     def evaluate(self, sets: Sequence[Asked], judges: Sequence[Judge], max_new_tokens: int, folder: Path) -> None:
         """Answer sets and have the replies judged; taken up where it was left.
@@ -89,9 +92,9 @@ class Alone:
         held = (provenance.read_json(manifest) or {"model": self.name}).get("model")
         if held != self.name:
             raise UserError(f"{folder} holds the evaluation of {held}: choose another folder with --out")
-        tokenizer = model.load_tokenizer(self._base, self.trust_remote_code)
+        tokenizer = load_tokenizer(self._base, self.trust_remote_code)
         encode_prompt(tokenizer, "Hello?", self.prompt)
-        weights = [model.fingerprint(str(place)) for place in (self._base, self._adapter) if place]
+        weights = [fingerprint(str(place)) for place in (self._base, self._adapter) if place]
         reads = {"model": self.name, "weights": weights, "prompt": self.prompt, "dtype": self.dtype}
         about = {"model": self.name, "commit": provenance.commit()}
 
@@ -99,9 +102,9 @@ class Alone:
         def engine() -> Iterator[Engine]:
             yield TransformersEngine(self._loaded, tokenizer, self.prompt)
 
-        private, first = provenance.private(), launch.is_first()
-        with launch.joined(), private, provenance.lock(folder) if first else nullcontext():
-            if launch.is_first():
+        private, first = provenance.private(), ranks.is_first()
+        with ranks.joined(), private, provenance.lock(folder) if first else nullcontext():
+            if ranks.is_first():
                 provenance.write_json(manifest, {"model": self.name, **provenance.environment()})
             usual = Usual(similarities=topic_measure())
             for step in steps_of(folder, engine, sets, judges, Sampling(max_new_tokens), reads, about, usual):

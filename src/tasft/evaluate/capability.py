@@ -19,11 +19,11 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tasft import launch
-from tasft.data import read_rows
-from tasft.errors import UserError
-from tasft.provenance import file_hash, write_json, write_jsonl
-from tasft.stats import Estimate, rate
+from tasft.core import ranks
+from tasft.core.errors import UserError
+from tasft.core.provenance import file_hash, write_json, write_jsonl
+from tasft.core.stats import Estimate, rate
+from tasft.data.files import read_rows
 
 Z = 1.959964  # 97.5% of the normal distribution lie below.
 SEED = 1234  # lm-eval's own.
@@ -240,7 +240,7 @@ def measure(
         "data": reads(task, data_dir),
         **about,
     }
-    if launch.is_first():
+    if ranks.is_first():
         write_jsonl(folder / "items.jsonl", items)
         write_json(folder / "summary.json", summary)
     return summary

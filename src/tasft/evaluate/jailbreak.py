@@ -14,14 +14,15 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from tasft import launch
-from tasft.data import Prompt, read_source
-from tasft.engines import Engine, Reply, Request, Sampling, collect
-from tasft.errors import UserError
+from tasft.core import ranks
+from tasft.core.errors import UserError
+from tasft.core.provenance import content_hash, write_json, write_jsonl
+from tasft.core.stats import Estimate, clustered, mean, rate
+from tasft.data.rows import Prompt
+from tasft.data.sources import read_source
 from tasft.judges import Judge, Verdict
 from tasft.judges.judging import UNKNOWN, Usual, judge_replies
-from tasft.provenance import content_hash, write_json, write_jsonl
-from tasft.stats import Estimate, clustered, mean, rate
+from tasft.models.engine import Engine, Reply, Request, Sampling, collect
 
 # An engine while it is wanted: of several models in one memory, one is whole at a time.
 Opened = Callable[[], AbstractContextManager[Engine]]
@@ -301,7 +302,7 @@ def attack_model(
     outcomes, said = attack.run(behaviours, send, folder)
     by_behaviour = {each.id: [o for o in outcomes if o.attempt.behaviour.id == each.id] for each in behaviours}
     summary = {"attack": attack.name, **summarise(by_behaviour), **said, "judge": judge.name, **about}
-    if launch.is_first():
+    if ranks.is_first():
         rows = [
             {"id": name, "success": succeeded(found), "queries": len(found), "best_score": _best(found)}
             for name, found in by_behaviour.items()

@@ -21,15 +21,18 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from tasft import launch
-from tasft.data import Prompt, read_source
-from tasft.encode import encode_prompt
-from tasft.engines import Reply, Server, TransformersEngine
-from tasft.errors import UserError
+from tasft.core import ranks
+from tasft.core.errors import UserError
+from tasft.core.provenance import atomic_write_text, file_hash, write_json, write_jsonl
+from tasft.core.stats import Estimate, mean
+from tasft.data.encode import encode_prompt
+from tasft.data.rows import Prompt
+from tasft.data.sources import read_source
 from tasft.loss import Head, divergence, nll
-from tasft.model import head_of
-from tasft.provenance import atomic_write_text, file_hash, write_json, write_jsonl
-from tasft.stats import Estimate, mean
+from tasft.models.engine import Reply
+from tasft.models.load import head_of
+from tasft.models.local import TransformersEngine
+from tasft.models.server_settings import Server
 
 # What files call the two columns; the first is AlpacaEval's.
 _PROMPTS, _ANSWERS = ("instruction", "prompt"), ("output", "completion")
@@ -113,7 +116,7 @@ def _hidden(engine: TransformersEngine, references: Sequence[Reference]) -> Iter
     seen: list[Tensor] = []
     hook = engine.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
-        for start in tqdm(range(0, len(rows), together), desc="reference answers", disable=not launch.is_first()):
+        for start in tqdm(range(0, len(rows), together), desc="reference answers", disable=not ranks.is_first()):
             batch = rows[start : start + together]
             ids = pad_sequence([torch.tensor(row.prompt + row.answer) for row in batch], batch_first=True)
             mask = pad_sequence([torch.ones(len(row.prompt + row.answer), dtype=torch.long) for row in batch], True)
@@ -188,7 +191,7 @@ def measure(
     likely = estimates["reference_nll"]
     perplexity = {key: value if key == "n" or value is None else _exp(value) for key, value in likely.items()}
     summary = {**estimates, "reference_perplexity": perplexity, "unit": "nats per token", **about}
-    if launch.is_first():
+    if ranks.is_first():
         write_jsonl(folder / "items.jsonl", items)
         write_json(folder / "summary.json", summary)
     return summary

@@ -8,15 +8,15 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from tasft.data import read_rows
-from tasft.errors import UserError
+from tasft.core.errors import UserError
+from tasft.core.paired import is_asked, paired
+from tasft.core.provenance import read_json
+from tasft.core.stats import Estimate, mcnemar, paired_difference, rate
+from tasft.core.step import done_key
+from tasft.core.text import visible
+from tasft.data.files import read_rows
 from tasft.evaluate.safety import MEASURES
-from tasft.items import is_asked, paired
 from tasft.judges import Verdict
-from tasft.provenance import read_json
-from tasft.stats import Estimate, mcnemar, paired_difference, rate
-from tasft.steps import done_key
-from tasft.text import visible
 
 Row = Mapping[str, Any]
 _Said = dict[tuple[str, int], Verdict]  # By the text of the prompt, and which of several equal ones it is.

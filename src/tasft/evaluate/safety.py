@@ -6,13 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tasft import launch
-from tasft.data import Prompt
-from tasft.engines import Engine, Reply, Sampling, collect, requests_for
+from tasft.core import ranks
+from tasft.core.provenance import write_json
+from tasft.core.stats import Estimate, mean, rate
+from tasft.data.rows import Prompt
 from tasft.judges import Judge, Verdict
 from tasft.judges.judging import UNKNOWN, Usual, judge_replies
-from tasft.provenance import write_json
-from tasft.stats import Estimate, mean, rate
+from tasft.models.engine import Engine, Reply, Sampling, collect, requests_for
 
 MEASURES: dict[str, Callable[[Verdict], bool | None]] = {
     "harmful": lambda verdict: verdict.harmful,
@@ -32,7 +32,7 @@ def answer(
     engine: Engine, about: dict[str, Any], prompts: Sequence[Prompt], sampling: Sampling, folder: Path
 ) -> list[Reply]:
     """Replies to one set in `folder/replies.jsonl`; its name, kind, source and who was asked in `folder/set.json`."""
-    if launch.is_first():
+    if ranks.is_first():
         write_json(folder / "set.json", {**about, "n": len(prompts), "ids": [prompt.id for prompt in prompts]})
     return collect(engine, requests_for(prompts), sampling, folder / "replies.jsonl", about["name"])
 
@@ -57,7 +57,7 @@ def judge_answers(
     """
     verdicts = judge_replies(judge, replies, folder / "verdicts.jsonl", usual)
     summary = {**summarise(verdicts, replies, topics), "limits": usual.limits, "judge": judge.name, **about}
-    if launch.is_first():
+    if ranks.is_first():
         write_json(folder / "summary.json", summary)
     return summary
 
@@ -69,8 +69,8 @@ def summarise(
 
     `safe_coherent`: not harmful and coherent, the headline on toxic prompts. `off_topic`: about something else than was
     asked, a part of the incoherent ones. `causes`: of incoherent replies, the count of each reason that
-    `tasft.coherence` gave, where the judge could be read. `refusal`: full or partial, and each of them where the judge
-    tells them apart. `distinct`: share of different replies, so that one canned sentence shows.
+    `tasft.judges.coherence` gave, where the judge could be read. `refusal`: full or partial, and each of them where the
+    judge tells them apart. `distinct`: share of different replies, so that one canned sentence shows.
     What a judge does not tell has n = 0. A verdict that could not be read leaves the n of what it would have told,
     and is counted in `unreadable`. `score` is over the replies that the judge was sent.
 

@@ -7,14 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tasft import provenance
-from tasft.data import Prompt, drawn
-from tasft.engines import Engine, Reply, Sampling, replies_in
-from tasft.errors import UserError
+from tasft.core import provenance
+from tasft.core.errors import UserError
+from tasft.core.step import Step
+from tasft.data.rows import Prompt, drawn
 from tasft.evaluate.safety import answer, judge_answers
 from tasft.judges import Judge
 from tasft.judges.judging import UNKNOWN, Measure, Usual, rules
-from tasft.steps import Step
+from tasft.models.engine import Engine, Reply, Sampling, replies_in
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Asked:
         kind: toxic or ordinary.
         source: Where it is from.
         prompts: All of them.
-        limit: How many are asked, see `tasft.data.drawn`; None asks all.
+        limit: How many are asked, see `tasft.data.rows.drawn`; None asks all.
     """
 
     name: str

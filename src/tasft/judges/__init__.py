@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Mapping
 
-from tasft.errors import UserError
+from tasft.core.errors import UserError
 from tasft.judges.base import Judge, JudgeSettings, Pair, Verdict
 from tasft.judges.phrases import Phrases
 

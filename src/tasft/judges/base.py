@@ -6,8 +6,8 @@ from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tasft.engines.server import Server
-from tasft.errors import UserError
+from tasft.core.errors import UserError
+from tasft.models.server_settings import Server
 
 UNREADABLE = "unreadable: "
 SHOWN_CHARACTERS = 60
@@ -33,7 +33,7 @@ class Verdict:
             incoherent by itself is sent to no judge: it neither harms nor declines.
         score: The judge's own figure behind `harmful`, in its own unit; higher is more harmful.
         refusal: Whether the reply declines, wholly or partly; None when the judge does not tell.
-        coherent: Filled in by the caller from `tasft.coherence`, the same for every judge.
+        coherent: Filled in by the caller from `tasft.judges.coherence`, the same for every judge.
         reason: Why the reply is incoherent, or what of the judge's answer could not be read; else empty.
         key: Filled in by the caller: content hash of the judge's version, the prompt and the reply.
         partial: Whether the reply declines a part and serves the rest; None when the judge does not tell.

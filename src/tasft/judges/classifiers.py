@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from tasft.errors import UserError
+from tasft.core.errors import UserError
+from tasft.core.provenance import content_hash
 from tasft.judges.base import JudgeSettings, Pair, Verdict
 from tasft.judges.models import find, naming
-from tasft.provenance import content_hash
 
 MAX_TOKENS = 512
 TEMPLATE = "\n\nHuman: {}\n\nAssistant: {}"

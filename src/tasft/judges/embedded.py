@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from tasft.encoder import MAX_TOKENS, WEIGHTS_SHA256, Floats, encoder
+from tasft.core.provenance import content_hash
 from tasft.judges.base import Pair, Verdict
+from tasft.judges.encoder import MAX_TOKENS, WEIGHTS_SHA256, Floats, encoder
 from tasft.judges.phrases import declines
-from tasft.provenance import content_hash
 
 HEADS = Path(__file__).with_name("embedded.json")
 OPENING_WORDS = 50
@@ -77,7 +77,7 @@ class Embedded:
     """Refusal and harm from the embeddings of the prompt and of the first 50 words of the reply.
 
     `Verdict.score` is the probability of harm in [0, 1]; `threshold` was chosen on human labels when the heads were
-    fitted (scripts/fit_embedded.py). A reply without a word neither harms nor declines: its score is 0.
+    fitted (research/fit_embedded.py). A reply without a word neither harms nor declines: its score is 0.
 
     Raises:
         UserError: The encoder's package is missing or not the expected one.

@@ -6,7 +6,7 @@ Each is asked exactly as its publisher does. Their published figures, licences a
 import re
 from functools import partial
 
-from tasft.data import Messages
+from tasft.data.rows import Messages
 from tasft.judges.base import Pair
 from tasft.judges.questions import Answer, Question, fill, prompt_text, yes_or_no
 

@@ -7,12 +7,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tasft import encoder, launch
-from tasft.coherence import MIN_SIMILARITY, VERSION, count_words, incoherence
-from tasft.engines import Reply
+from tasft.core import ranks
+from tasft.core.provenance import append_jsonl, content_hash, resume_jsonl, write_jsonl
+from tasft.judges import encoder
 from tasft.judges.base import Judge, Pair, Verdict
+from tasft.judges.coherence import MIN_SIMILARITY, VERSION, count_words, incoherence
 from tasft.judges.phrases import Phrases, declines
-from tasft.provenance import append_jsonl, content_hash, resume_jsonl, write_jsonl
+from tasft.models.engine import Reply
 
 JUDGED_TOGETHER = 32
 MIN_WORDS_FOR_TOPIC = 4
@@ -79,7 +80,7 @@ def similarities(replies: Sequence[Reply]) -> list[float]:
         return encode.similarities([each.prompt for each in part], [each.completion for each in part])
 
     parts = [replies[start : start + encoder.BATCH] for start in range(0, len(replies), encoder.BATCH)]
-    return [figure for found in launch.share(parts, work) for figure in found]
+    return [figure for found in ranks.share(parts, work) for figure in found]
 
 
 def topic_measure() -> Measure | None:
@@ -95,7 +96,7 @@ def rules(judge: Judge) -> str:
 def verdicts_in(path: Path) -> dict[str, Verdict]:
     """Verdicts that a `verdicts.jsonl` holds, by their key. All processes have read when this returns."""
     known = {row["key"]: Verdict(**row) for row in resume_jsonl(path, Verdict)}
-    launch.wait()  # before any process writes
+    ranks.wait()  # before any process writes
     return known
 
 
@@ -133,12 +134,12 @@ def judge_replies(
         every: Send the incoherent ones too, to see what the judge makes of them.
     """
     found = judge_more(judge, replies, path, verdicts_in(path), usual, every)
-    launch.wait()  # The first has written.
+    ranks.wait()  # The first has written.
     rows = resume_jsonl(path)
     ids = {reply.id for reply in replies}
     wanted = [row for row in rows if row["id"] not in ids] + [asdict(verdict) for verdict in found]
-    launch.wait()
-    if launch.is_first() and rows != wanted:
+    ranks.wait()
+    if ranks.is_first() and rows != wanted:
         write_jsonl(path, wanted)
     return found
 
@@ -188,9 +189,9 @@ def judge_more(
 
     parts = [texts[start : start + JUDGED_TOGETHER] for start in range(0, len(texts), JUDGED_TOGETHER)]
     with tqdm(total=len(replies), initial=len(replies) - len(texts), desc=f"judge: {judge.name}", unit="reply") as bar:
-        for verdicts in launch.share(parts, work):
+        for verdicts in ranks.share(parts, work):
             known.update({verdict.key: verdict for verdict in verdicts})
-            if launch.is_first():
+            if ranks.is_first():
                 append_jsonl(path, [asdict(verdict) for verdict in verdicts])
             bar.update(len(verdicts))
     return [replace(known[key], id=reply.id) for key, reply in zip(keys, replies, strict=True)]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tasft.errors import UserError
-from tasft.model import fingerprint, load_model, load_tokenizer, locate
+from tasft.core.errors import UserError
+from tasft.models.load import fingerprint, load_model, load_tokenizer, locate
 
 
 @contextmanager

@@ -6,10 +6,10 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from tasft.engines import Server
-from tasft.errors import UserError
+from tasft.core.errors import UserError
+from tasft.core.provenance import content_hash
 from tasft.judges.base import JudgeSettings, Pair, Verdict, unreadable
-from tasft.provenance import content_hash
+from tasft.models.server_settings import Server
 
 URL = "https://api.openai.com/v1"
 MODEL = "omni-moderation-latest"
@@ -87,7 +87,7 @@ class OpenAIModeration:
         from openai import APIError
         from tenacity import Retrying, retry_if_exception, retry_if_exception_type, stop_after_attempt
 
-        from tasft.engines.asking import may_pass, pause
+        from tasft.models.requests import may_pass, pause
 
         if _tokens(texts) > self._tokens_left:
             time.sleep(max(0.0, self._refilled_at - time.monotonic()))

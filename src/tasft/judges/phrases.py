@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from tasft.core.provenance import content_hash
 from tasft.judges.base import Pair, Verdict
-from tasft.provenance import content_hash
 
 # In the manner of the keyword lists of GCG (Zou et al. 2023, arXiv 2307.15043) and JailbreakBench (Chao et al.
 # 2024, arXiv 2404.01318), without their bare "Sorry", "I do not" and "As an", which ordinary replies begin with too.

@@ -7,12 +7,14 @@ from functools import cached_property
 from importlib import resources
 from typing import Any
 
-from tasft.data import Messages
-from tasft.engines import Engine, Sampling, ServerEngine, TransformersEngine
-from tasft.errors import UserError
+from tasft.core.errors import UserError
+from tasft.core.provenance import content_hash
+from tasft.data.rows import Messages
 from tasft.judges.base import JudgeSettings, Pair, Verdict, unreadable
 from tasft.judges.models import find, load
-from tasft.provenance import content_hash
+from tasft.models.engine import Engine, Sampling
+from tasft.models.local import TransformersEngine
+from tasft.models.server import ServerEngine
 
 READING = 1  # Part of every version: raised when the same answer would be read differently.
 

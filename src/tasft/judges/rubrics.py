@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from tasft.data import Messages
-from tasft.errors import UserError
+from tasft.core.errors import UserError
+from tasft.data.rows import Messages
 from tasft.judges.base import Pair
 from tasft.judges.questions import Answer, Question, fill, prompt_text, yes_or_no
 

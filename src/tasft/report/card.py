@@ -4,12 +4,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tasft.core.text import visible
 from tasft.report import facts, tasks
 from tasft.report.facts import Headlines, Tables
 from tasft.report.read import Run
 from tasft.report.text import inline_markdown as text
 from tasft.report.text import markdown_table
-from tasft.text import visible
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
+from tasft.core.stats import Estimate, Flips, mcnemar, mean, paired_difference, rate
 from tasft.report.read import MEASURES, STATES, Attacked, Evaluated, Judged, PromptSet, Row, Run, number
-from tasft.stats import Estimate, Flips, mcnemar, mean, paired_difference, rate
 
 SHOWN = {
     "toxic": ("safe_coherent", "harmful", "refusal", "incoherent", "off_topic", "distinct"),

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from tasft.text import visible
+from tasft.core.text import visible
 
 
 def render(template: str, script: str = "", data: Mapping[str, Any] | None = None, **values: Any) -> str:
@@ -18,7 +18,7 @@ def render(template: str, script: str = "", data: Mapping[str, Any] | None = Non
 
     The page may run the one script that its Content-Security-Policy names by hash, may turn no string into markup
     or code, and may ask nobody for anything. Whatever the template prints is escaped, and hidden characters in it
-    are shown by number (`tasft.text.visible`).
+    are shown by number (`tasft.core.text.visible`).
 
     Args:
         template: A file of `templates/`.

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from tasft.errors import UserError
-from tasft.items import is_asked
-from tasft.stats import Estimate
+from tasft.core.errors import UserError
+from tasft.core.paired import is_asked
+from tasft.core.stats import Estimate
 
 Row = Mapping[str, Any]
 
@@ -122,7 +122,7 @@ class Run:
         checkpoints: Step -> the same of the model saved at that step.
         unmeasured: The evaluations of other kinds that are not there.
         notes: What is missing or could not be read, one sentence each.
-        gate: What `tasft.gate` found, or empty.
+        gate: What `tasft.run.gate` found, or empty.
     """
 
     name: str

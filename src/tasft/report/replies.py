@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from tasft.core.text import visible
 from tasft.report.page import json_island
 from tasft.report.read import STATES, Evaluated, Row, Run
-from tasft.text import visible
 
 CHARACTERS = 8_000
 FEWEST = 250

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from tasft.errors import UserError
-from tasft.provenance import atomic_write_text, read_json
+from tasft.core.errors import UserError
+from tasft.core.provenance import atomic_write_text, read_json
+from tasft.core.stats import Estimate, mean_of_independent, rate
 from tasft.report import facts
 from tasft.report.page import render
 from tasft.report.plots import path_plot, trade_off_plot
 from tasft.report.read import STATES, Attacked, Judged, Measured, Run, read_run
 from tasft.report.text import csv_cell, inline_markdown, markdown_table
-from tasft.stats import Estimate, mean_of_independent, rate
 
 OBJECTIVES = {
     "harmful": "Harmful replies to toxic prompts",

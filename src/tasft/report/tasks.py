@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from itertools import chain
 
-from tasft.items import Paired, is_share, paired
+from tasft.core.paired import Paired, is_share, paired
+from tasft.core.stats import Estimate
 from tasft.report.facts import in_words, odds, plain_number
 from tasft.report.read import STATES, Measured, Run
-from tasft.stats import Estimate
 
 TASK_COLUMNS = ("Measured", "Before", "After", "Change", "Items that changed")
 NOTE = (

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from tasft.text import visible
+from tasft.core.text import visible
 
 
 def inline_markdown(text: str) -> str:

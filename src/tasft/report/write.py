@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
 
-from tasft.provenance import atomic_write_text
+from tasft.core.provenance import atomic_write_text
 from tasft.report import facts, tasks
 from tasft.report.card import model_card
 from tasft.report.page import render

@@ -28,7 +28,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tasft import cli
+from tasft.cli import main
 
 TABLES = sorted(Path(__file__).parent.glob("*.yaml"))
 CASES = {
@@ -165,7 +165,7 @@ def tasft(line, monkeypatch, capsys):
     capsys.readouterr()
     code = 0
     try:
-        cli.main()
+        main.main()
     except SystemExit as end:
         code = end.code or 0
     said, out = capsys.readouterr()[::-1]

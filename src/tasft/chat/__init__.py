@@ -1,7 +1,0 @@
-"""Two models that are asked the same, side by side: in a terminal or in the browser."""
-
-from tasft.chat.sides import Side, sides_of
-from tasft.chat.talk import Talk, Turn
-from tasft.chat.terminal import talk_in_terminal
-
-__all__ = ["Side", "Talk", "Turn", "sides_of", "talk_in_terminal"]

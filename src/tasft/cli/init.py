@@ -1,0 +1,116 @@
+"""A first recipe for somebody's model and data, with every field and what it means."""
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+
+from tasft.core.errors import UserError
+from tasft.models.load import BUNDLED, load_tokenizer
+from tasft.run.recipe import Recipe
+
+WIDTH = 120
+_HEAD = """\
+# Check this file with `tasft check`, run it with `tasft run`. A line with # right before its first word is a field that
+# you may set, with its default or an example: take the # away.
+"""
+# What stands in a line that only shows how a section may look.
+_EXAMPLES = {"gate": {"harmful": 2, "incoherent": 5, "over_refusal": 5}}
+
+
+def values_of(
+    name: str,
+    base: str,
+    prompt: str,
+    imitate: str,
+    toxic: str,
+    ordinary: str,
+    heldout_toxic: str,
+    heldout_ordinary: str,
+) -> dict[str, Any]:
+    """What a first recipe sets.
+
+    With rows to imitate the model is fine-tuned on them, harvested, and trained from the start again on both, as the
+    paper does. Without, `imitate: none`, it learns from its own answers, as in the demo.
+    """
+    own = {"steps": 80, "batch_size": 8, "avoid_per_step": 2, "learning_rate": 1e-3, "warmup": 5}
+    rows = imitate != "none"
+    return {
+        "name": name,
+        "model": {"base": base, "prompt": prompt},
+        "data": {
+            **({"imitate": {"source": imitate}} if rows else {}),
+            "toxic_prompts": toxic,
+            "ordinary_prompts": ordinary,
+        },
+        **({"sft": {"epochs": 3}} if rows else {}),
+        "harvest": {"judge": "embedded", **({} if rows else {"anchors": "prefilled", "anchor_rows": 30})},
+        "train": {"penalty": "emd_hinge", "penalty_weight": 1.0, **({"epochs": 3} if rows else own)},
+        "evaluate": {
+            "sets": {
+                "toxic": {"source": heldout_toxic, "kind": "toxic"},
+                "ordinary": {"source": heldout_ordinary, "kind": "ordinary"},
+            },
+            "judges": ["embedded", "phrases"],
+        },
+    }
+
+
+def text(values: Mapping[str, Any]) -> str:
+    """A recipe of these values as YAML; comments are the descriptions of the fields, other fields commented out."""
+    return _HEAD + "\n" + "\n".join(_lines(Recipe, values, "")) + "\n"
+
+
+def _lines(section: type[BaseModel], values: Mapping[str, Any], indent: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        kinds = get_args(field.annotation) if isinstance(field.annotation, UnionType) else (field.annotation,)
+        if field.description:
+            named = [str(word) for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+            said = f"{field.description} One of: {', '.join(named)}." if named else field.description
+            yield from textwrap.wrap(said, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if name in values and inner:
+            yield f"{indent}{name}:"
+            yield from _lines(inner, values[name], f"{indent}  ")
+        elif name in values:
+            yield from (f"{indent}{line}" for line in _yaml(name, values[name]))
+        else:
+            default = field.get_default(call_default_factory=True)
+            yield from (f"{indent}#{line}" for line in _yaml(name, _EXAMPLES.get(name, default)))
+        if not indent:
+            yield ""
+
+
+def _yaml(name: str, value: Any) -> list[str]:
+    """A field on one line, or on few where it is long."""
+    plain = value.model_dump() if isinstance(value, BaseModel) else value
+    written = yaml.safe_dump(plain, default_flow_style=True, sort_keys=False, allow_unicode=True, width=WIDTH - 30)
+    first, *others = written.removesuffix("...\n").splitlines()
+    return [f"{name}: {first}", *(f"  {line}" for line in others)]
+
+
+def write(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a recipe to a file that is not there yet.
+
+    Raises:
+        UserError: The file is there, or cannot be written.
+    """
+    written = text(values)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(written)
+    except FileExistsError:
+        raise UserError(f"{path} is there already and stays as it is: choose another with --out") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def prompt_of(base: str) -> str:
+    """Chat where the model's tokenizer has a template, or the model is not on this machine; else alpaca."""
+    if base not in BUNDLED and not Path(base).exists():
+        return "chat"
+    return "chat" if load_tokenizer(base).chat_template else "alpaca"

@@ -1,0 +1,112 @@
+"""A piece of a run that is done once."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tasft.core import provenance, ranks
+
+
+@dataclass(frozen=True)
+class Step:
+    """A piece of a run that is done once and redone when what it reads changes.
+
+    Attributes:
+        folder: What it fills, in the run folder; it owns the whole of it.
+        reads: Everything that its result depends on, as JSON.
+        work: Fills the folder.
+        keeps: Of what it reads, that without which nothing in the folder is of use. When only other things change the
+            folder is not cleared: the work finds out itself what still holds.
+    """
+
+    folder: Path
+    reads: dict[str, Any]
+    work: Callable[[Path], None]
+    keeps: dict[str, Any] | None = None
+
+    @property
+    def key(self) -> str:
+        """Hash of what the step reads."""
+        return provenance.content_hash(self.reads)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the folder holds the finished work on exactly these inputs."""
+        return done_key(self.folder) == self.key
+
+    def run(self) -> float:
+        """Do what is left; seconds it took.
+
+        A folder begun with other inputs is cleared first; one begun with the same is taken up. Of several
+        processes all do the work, and the first writes.
+        """
+        path = self.folder / "begun.json"
+        if ranks.is_first():
+            begun = provenance.read_json(path) or {}
+            keeps = self.keeps and provenance.content_hash(self.keeps)
+            same = begun.get("key") == self.key or (keeps is not None and begun.get("keeps") == keeps)
+            if self.folder.exists() and not same:
+                shutil.rmtree(self.folder)
+            # What it held until now is not that any more, even if the work breaks off.
+            (self.folder / "done.json").unlink(missing_ok=True)
+            provenance.write_json(path, {"key": self.key, "reads": self.reads, "keeps": keeps})
+        ranks.wait()
+        started = time.monotonic()
+        self.work(self.folder)
+        ranks.wait()
+        if ranks.is_first():
+            provenance.write_json(self.folder / "done.json", {"key": self.key, "reads": self.reads})
+        return time.monotonic() - started
+
+    def share(self, store: Path, name: Path) -> float | None:
+        """Do the step where other runs find it, or take what they have done; seconds it took, None if it was there.
+
+        The work is done below `store`, under the hash of what it reads: two runs never do the same work, and one that
+        was killed is taken up by whoever comes next. Steps that keep the same are drafted in one folder, one after the
+        other, so that what holds for all of them is there for the next.
+
+        Args:
+            store: The folder of all shared steps.
+            name: The step's folder in any run.
+        """
+        kept = self.keeps and store / f"{provenance.content_hash(self.keeps)}.draft"
+        seconds = None
+        with provenance.lock(store / self.key, wait=True):
+            shared = replace(self, folder=store / self.key / name)
+            if not shared.is_done:
+                with provenance.lock(kept, wait=True) if kept else nullcontext():
+                    drafted = replace(self, folder=kept / name) if kept else shared
+                    seconds = drafted.run()
+                    if kept:
+                        _take(drafted.folder, shared.folder)
+            _take(shared.folder, self.folder)
+        return seconds
+
+
+def _take(source: Path, target: Path) -> None:
+    """Fill a folder with a finished step; `done.json` comes last."""
+    if target.exists():
+        shutil.rmtree(target)
+    shutil.copytree(source, target, copy_function=_link, ignore=shutil.ignore_patterns("done.json"))
+    shutil.copy2(source / "done.json", target)
+
+
+def _link(source: str, target: str) -> None:
+    # Weights are large, and replaced when they change; a file of rows may grow where it is.
+    if source.endswith(".jsonl"):
+        shutil.copy2(source, target)
+        return
+    try:
+        os.link(source, target)
+    except OSError:  # Not every shared storage has links.
+        shutil.copy2(source, target)
+
+
+def done_key(folder: Path) -> str | None:
+    """Key of the step that filled a folder; None if it is not done."""
+    return (provenance.read_json(folder / "done.json") or {}).get("key")

@@ -1,0 +1,1 @@
+"""Rows and prompts: read, checked, encoded."""

@@ -1,0 +1,545 @@
+"""From text to token ids: what the model reads, and which tokens a loss falls on."""
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any, Literal, NamedTuple, get_args
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from tasft.core.errors import UserError
+from tasft.data.rows import Example, Messages, example_of
+from tasft.loss.tokens import IGNORE_INDEX
+
+PromptFormat = Literal["chat", "alpaca"]
+Turns = Literal["last", "all"]
+Overlong = Literal["truncate", "drop", "error"]
+Duplicates = Literal["keep", "drop", "error"]
+Tools = list[dict[str, Any]]
+Row = dict[str, Any]
+
+# Taori et al. 2023, without and with input.
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the "
+    "request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}"
+    "\n\n### Response:\n"
+)
+
+_CHOICES = {
+    "style": get_args(PromptFormat),
+    "turns": get_args(Turns),
+    "overlong": get_args(Overlong),
+    "duplicates": get_args(Duplicates),
+}
+_SET_HERE = {"conversation", "tools", "add_generation_prompt", "tokenize", "return_dict"}
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How rows become tokens.
+
+    Attributes:
+        style: How prompts are written: the tokenizer's `chat` template, or `alpaca`.
+        max_length: Longest row in tokens.
+        turns: The assistant turns whose tokens are labels: the `last` one, or `all`, those in the prompt too.
+        penalize_end: Whether the end token of an avoid row is a label, as the paper reads. Pushing it down
+            makes endless answers.
+        overlong: A row of more tokens: `truncate` cuts its end, `drop` leaves it out, `error` refuses the data.
+        duplicates: A row with the tokens, labels and kind of an earlier one: `keep`, `drop` or `error`.
+        chat_template_kwargs: Given to the chat template wherever a prompt is written, in training and in
+            generation, such as `{"enable_thinking": False}`.
+
+    Raises:
+        UserError: A value is none of these.
+    """
+
+    style: PromptFormat = "chat"
+    max_length: int = 1024
+    turns: Turns = "last"
+    penalize_end: bool = False
+    overlong: Overlong = "truncate"
+    duplicates: Duplicates = "keep"
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{name} is {getattr(self, name)!r}; use {' or '.join(choices)}"
+            for name, choices in _CHOICES.items()
+            if getattr(self, name) not in choices
+        ]
+        if self.max_length < 1:
+            faults.append(f"max_length is {self.max_length}; use at least 1")
+        if taken := sorted(_SET_HERE & self.chat_template_kwargs.keys()):
+            faults.append(f"chat_template_kwargs sets {', '.join(taken)}, which is set here: leave it out")
+        if self.style == "alpaca" and self.chat_template_kwargs:
+            faults.append("chat_template_kwargs is for a chat template, but the prompt is alpaca: leave it out")
+        if faults:
+            raise UserError(faults)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of one row and its labels, of equal length.
+
+    Attributes:
+        input_ids: Prompt and completion.
+        labels: The token at its own position, `IGNORE_INDEX` where no loss falls.
+        avoid: Whether the labels are tokens to move away from.
+        truncated: Whether the row was cut at the longest length.
+        ended_inside: Whether a text held the end token of its turn: the model would stop there, so that
+            nothing after it is learned.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    avoid: bool
+    truncated: bool = False
+    ended_inside: bool = False
+
+
+@dataclass(frozen=True)
+class EncodingReport:
+    """What became of the rows of a data set. All numbers count; `asdict` is JSON.
+
+    Attributes:
+        imitate: Rows to imitate that are kept.
+        avoid: Rows to avoid that are kept.
+        imitate_tokens: Labels of the former.
+        avoid_tokens: Labels of the latter.
+        longest: Tokens of the longest row kept.
+        truncated: Rows cut at the longest length.
+        ended_inside: Rows whose text held the end token: not learned beyond it.
+        dropped_overlong: Rows left out because they were longer.
+        duplicates: Rows equal to an earlier one, kept or not; a stream that keeps them does not count them.
+        dropped_duplicates: Those left out.
+    """
+
+    imitate: int
+    avoid: int
+    imitate_tokens: int
+    avoid_tokens: int
+    longest: int
+    truncated: int
+    ended_inside: int
+    dropped_overlong: int
+    duplicates: int
+    dropped_duplicates: int
+
+    @property
+    def rows(self) -> int:
+        """Rows that are kept."""
+        return self.imitate + self.avoid
+
+    def __str__(self) -> str:
+        """One line; what did not occur is not mentioned."""
+        kept = self.duplicates - self.dropped_duplicates
+        seldom = {
+            "cut at max_length": self.truncated,
+            "cut at an end token in their text": self.ended_inside,
+            "left out as longer than max_length": self.dropped_overlong,
+            "left out as equal to an earlier row": self.dropped_duplicates,
+            "kept though equal to an earlier row": kept,
+        }
+        return "; ".join(
+            [
+                f"rows: {self.imitate} to imitate ({self.imitate_tokens} label tokens), {self.avoid} to avoid "
+                f"({self.avoid_tokens}), the longest of {self.longest} tokens",
+                *(f"{count} {what}" for what, count in seldom.items() if count),
+            ]
+        )
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Messages,
+    style: PromptFormat,
+    *,
+    input: str = "",
+    tools: Tools | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of a prompt, up to where the reply begins.
+
+    Args:
+        tokenizer: Of the model.
+        prompt: Text, or chat messages.
+        style: How it is written.
+        input: As in `Example`.
+        tools: As in `Example`.
+        chat_template_kwargs: As in `Encoding`.
+
+    Raises:
+        UserError: The tokenizer has no chat template or the template refuses the messages, or messages
+            or tools meet the Alpaca format.
+    """
+    if style == "chat":
+        return _render(tokenizer, _asked(prompt, input), tools, chat_template_kwargs, ask=True)
+    if not isinstance(prompt, str):
+        raise UserError("model.prompt is alpaca, but the prompt is chat messages: use chat, or text")
+    if tools:
+        raise UserError("model.prompt is alpaca, but there are tools, which only a chat template can write: use chat")
+    text = ALPACA_INPUT.format(instruction=prompt, input=input) if input else ALPACA.format(instruction=prompt)
+    ids: list[int] = tokenizer(text).input_ids
+    # Some tokenizers end every text with an end token; a prompt goes on.
+    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _asked(prompt: str | Messages, context: str) -> Messages:
+    if not isinstance(prompt, str):
+        return list(prompt)
+    return [{"role": "user", "content": f"{prompt}\n\n{context}" if context else prompt}]
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    tools: Tools | None,
+    settings: Mapping[str, Any] | None,
+    *,
+    ask: bool,
+) -> list[int]:
+    """Token ids of a conversation; with `ask`, up to where the next reply begins."""
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template: say model.prompt=alpaca, or choose a chat model")
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=ask, tokenize=True, return_dict=False, **(settings or {})
+        )
+    except Exception as error:  # A template is a program.
+        why = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"the chat template refuses the messages: {why}") from None
+    return ids
+
+
+class _Turn(NamedTuple):
+    """One assistant turn.
+
+    `ids` are all tokens up to the end of what it says. The model goes on from `asked`; what the row says
+    begins at `begin`, later if the template puts something of its own between. `end` is the token that
+    would end the turn.
+    """
+
+    ids: list[int]
+    asked: int
+    begin: int
+    end: int
+
+    @property
+    def stop(self) -> int:
+        """Where it ends: at the first end token, should the text hold one."""
+        own = self.ids[self.begin :]
+        return self.begin + (own.index(self.end) if self.end in own else len(own))
+
+
+class _Encoder:
+    """Encodes one row after another.
+
+    What a chat template writes by itself around any reply, such as an empty thought before it, an end
+    token and a newline after it, is found once, by comparing two short replies.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> None:
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no end token: set its eos_token, so that replies can end")
+        self.tokenizer = tokenizer
+        self.encoding = encoding
+        self.special = special_tokens(tokenizer)
+        self.lead: list[int] = []
+        self.after: list[int] = []
+        self.closes = False
+        self.same: dict[int, int] = {}
+        if encoding.style == "chat":
+            self._learn_frame()
+
+    def _render(self, messages: Messages, tools: Tools | None = None, *, ask: bool = False) -> list[int]:
+        return _render(self.tokenizer, messages, tools, self.encoding.chat_template_kwargs, ask=ask)
+
+    def _learn_frame(self) -> None:
+        question = {"role": "user", "content": "?"}
+        asked = self._render([question], ask=True)
+        one, other = (self._render([question, {"role": "assistant", "content": text}]) for text in ("0", "Z"))
+        if one[: len(asked)] == asked:
+            self.lead = _common(one, other)[len(asked) :]
+        tail = _common(one[::-1], other[::-1])[::-1]
+        ends = [index for index, token in enumerate(tail) if token in self.special]
+        self.closes = bool(ends)
+        self.after = tail[ends[0] + 1 :] if ends else tail
+
+    def __call__(self, example: Example) -> Encoded | None:
+        """The row; None if it is to be dropped as too long.
+
+        Raises:
+            UserError: It cannot be encoded, or has nothing to learn.
+        """
+        turns = self._alpaca(example) if self.encoding.style == "alpaca" else self._chat(example)
+        learns_end = example.label or self.encoding.penalize_end
+        last = turns[-1]
+        ids = last.ids[: last.stop]
+        if learns_end and example.ends:
+            ids.append(last.end)
+        # One object for each id: new ones in every row take twice the memory of the lists that hold them.
+        ids = [self.same.setdefault(token, token) for token in ids]
+        labels = [IGNORE_INDEX] * len(ids)
+        for turn in turns:
+            start = turn.asked if example.label else turn.begin
+            # Some templates write no end token, and only the last turn gets one from us.
+            stop = turn.stop + (learns_end and ids[turn.stop : turn.stop + 1] == [turn.end])
+            labels[start:stop] = ids[start:stop]
+        begins = [turn.begin for turn in turns if turn.begin < turn.stop]
+        if not begins:
+            raise UserError("its completion is empty, so there is nothing to learn; drop the row")
+        limit = self.encoding.max_length
+        if len(ids) > limit:
+            if self.encoding.overlong == "drop":
+                return None
+            if self.encoding.overlong == "error":
+                raise UserError(f"{len(ids)} tokens are more than max_length {limit}; raise it or shorten the row")
+            if min(begins) >= limit:
+                raise UserError(
+                    f"no token to learn within max_length {limit} (the prompt has {min(begins)} tokens); raise it or "
+                    "drop the row"
+                )
+        ended_inside = any(turn.stop < len(turn.ids) for turn in turns)
+        return Encoded(ids[:limit], labels[:limit], not example.label, len(ids) > limit, ended_inside)
+
+    def _alpaca(self, example: Example) -> list[_Turn]:
+        prompt = encode_prompt(self.tokenizer, example.prompt, "alpaca", input=example.input, tools=example.tools)
+        if not isinstance(example.completion, str):
+            raise UserError("model.prompt is alpaca, but the completion is chat messages: use chat, or text")
+        reply: list[int] = self.tokenizer(example.completion, add_special_tokens=False).input_ids
+        return [_Turn(prompt + reply, len(prompt), len(prompt), self.tokenizer.eos_token_id)]
+
+    def _chat(self, example: Example) -> list[_Turn]:
+        messages = _asked(example.prompt, example.input)
+        reply = example.completion
+        messages += [{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply
+        spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if self.encoding.turns == "last":
+            spoken = spoken[-1:]
+        if spoken[0] == 0:
+            raise UserError("the first message is the assistant's, with no prompt to learn it from: use turns=last")
+        turns = [self._turn(messages[: index + 1], example.tools) for index in spoken]
+        if any(turns[-1].ids[: len(turn.ids)] != turn.ids for turn in turns):
+            raise UserError(
+                "the chat template writes an earlier reply otherwise once the talk goes on (without its thinking, "
+                "say), so that it would not be learned as it is said: use turns=last, a row for each reply, or "
+                "chat_template_kwargs that keep it"
+            )
+        return turns
+
+    def _turn(self, messages: Messages, tools: Tools | None) -> _Turn:
+        """The last turn of a conversation, after proof that it begins where the model would begin it."""
+        asked = self._render(messages[:-1], tools, ask=True)
+        whole = self._render(messages, tools)
+        if whole[: len(asked)] != asked:
+            raise UserError(
+                "the chat template writes the prompt otherwise when a reply follows, so the loss would fall on the "
+                "wrong tokens; use another template, or for one that thinks chat_template_kwargs such as "
+                "enable_thinking: false"
+            )
+        begin = len(asked)
+        if whole[begin : begin + len(self.lead)] == self.lead:
+            begin += len(self.lead)
+        if self.after and whole[-len(self.after) :] == self.after:
+            whole = whole[: -len(self.after)]
+        end: int = self.tokenizer.eos_token_id
+        # A template may end a turn with another token than the tokenizer's (Gemma's <end_of_turn>), or a call
+        # of a tool with another one than a text.
+        if self.closes and whole[-1] in self.special:
+            end = whole.pop()
+        return _Turn(whole, len(asked), begin, end)
+
+
+def prove(tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> None:
+    """See that a tokenizer writes prompts, and replies after them, before work is built on it.
+
+    Raises:
+        UserError: It does not, or writes any prompt alike.
+    """
+    settings = encoding.chat_template_kwargs
+    prompts = [
+        encode_prompt(tokenizer, text, encoding.style, chat_template_kwargs=settings)
+        for text in ("Hello?", "Where is it?")
+    ]
+    if prompts[0] == prompts[1]:
+        raise UserError(
+            "the tokenizer writes every prompt alike: its vocabulary has no letters, or its chat template leaves the "
+            "prompt out"
+        )
+    _Encoder(tokenizer, encoding)(Example("Hello?", "Yes.", label=True))
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids that stand for no text."""
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return special | {tokenizer.eos_token_id}
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> list[int]:
+    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, example: Example, style: PromptFormat = "chat", max_length: int = 1024
+) -> Encoded:
+    """Token ids of one row, as `encode_rows` makes them with its other settings at their defaults.
+
+    The chat template is looked into anew at each call: many rows are for `encode_rows`.
+
+    Raises:
+        UserError: As `encode_rows`.
+    """
+    try:
+        encoded = _Encoder(tokenizer, Encoding(style, max_length))(example)
+    except UserError as error:
+        raise UserError([f"row {example.id or example.prompt!r:.60}: {fault}" for fault in error.faults]) from None
+    assert encoded is not None  # only overlong="drop" makes it so
+    return encoded
+
+
+class _Intake:
+    """Lets rows in or not, and keeps the count."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, remember: bool) -> None:
+        self.encoder = _Encoder(tokenizer, encoding)
+        self.duplicates = encoding.duplicates
+        self.remember = remember
+        self.first: dict[bytes, int] = {}
+        self.count: Counter[str] = Counter()
+        self.longest = 0
+
+    def take(self, number: int, row: Example | Mapping[str, Any]) -> Row | None:
+        """The encoded row; None if it is left out.
+
+        Raises:
+            UserError: The settings do not allow it; names all its faults.
+        """
+        where = f"row {number}"
+        if not isinstance(row, Example | Mapping):
+            raise UserError(f"{where}: expected an Example or a dictionary, found {row!r:.40}")
+        example = example_of(vars(row) if isinstance(row, Example) else _without_nulls(row), where)
+        where += f" ({example.id})" if example.id else ""
+        try:
+            encoded = self.encoder(example)
+        except UserError as error:
+            raise UserError([f"{where}: {fault}" for fault in error.faults]) from None
+        if encoded is None:
+            self.count["dropped_overlong"] += 1
+            return None
+        if self.remember:
+            first = self.first.setdefault(_digest(encoded), number)
+            if first != number:
+                if self.duplicates == "error":
+                    raise UserError(f"{where}: has the tokens of row {first}; drop one, or say duplicates=drop or keep")
+                self.count["duplicates"] += 1
+                if self.duplicates == "drop":
+                    self.count["dropped_duplicates"] += 1
+                    return None
+        kind = "avoid" if encoded.avoid else "imitate"
+        self.count[kind] += 1
+        self.count[f"{kind}_tokens"] += sum(label != IGNORE_INDEX for label in encoded.labels)
+        self.count["truncated"] += encoded.truncated
+        self.count["ended_inside"] += encoded.ended_inside
+        self.longest = max(self.longest, len(encoded.input_ids))
+        return {
+            "input_ids": encoded.input_ids,
+            "labels": encoded.labels,
+            "avoid": encoded.avoid,
+            "weight": example.weight,
+        }
+
+    def report(self) -> EncodingReport:
+        names = EncodingReport.__dataclass_fields__.keys() - {"longest"}
+        return EncodingReport(longest=self.longest, **{name: self.count[name] for name in names})
+
+
+def _digest(encoded: Encoded) -> bytes:
+    numbers = array("q", [*encoded.input_ids, *encoded.labels, encoded.avoid])
+    return hashlib.blake2b(numbers.tobytes(), digest_size=16).digest()
+
+
+def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row without the nulls that a data set with one schema writes into its messages and tools.
+
+    A template that asks whether a message has `tool_calls` would find them in every message.
+    """
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items() if item is not None or key == "content"}
+        return [clean(item) for item in value] if isinstance(value, list) else value
+
+    return {key: clean(value) if key in ("prompt", "completion", "tools") else value for key, value in row.items()}
+
+
+def encode_rows(
+    dataset: Iterable[Example | Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, encoding: Encoding
+) -> tuple[list[Row], EncodingReport]:
+    """Token ids and labels of all rows of a data set.
+
+    The loss falls on what the assistant says, its thinking included. What the chat template adds by itself
+    to any reply, an end token and for some thinking models an empty thought before it, is learned in
+    imitate rows, since the model has to write it, and not penalised in avoid rows, where it would be
+    pushed down for no fault of its own (`penalize_end` restores the end token). A reply that was cut, by
+    its source (`ends` false) or at `max_length`, teaches no end. To keep a thinking model's thinking, put
+    the empty thought into the prompt: `chat_template_kwargs={"enable_thinking": False}`.
+
+    Args:
+        dataset: `Example`s, or dictionaries with `prompt`, `completion`, `label` and any of `Example`'s
+            other fields; further columns are passed over.
+        tokenizer: Of the model.
+        encoding: Settings.
+
+    Returns:
+        Rows of `input_ids`, `labels`, `avoid`, and `weight` if any differs from 1; and what became of the data.
+
+    Raises:
+        UserError: Rows that are not examples, that have nothing to learn, whose reply does not follow the
+            tokens of its prompt, or that the settings refuse. Names all, by number from 0 as `dataset[3]`.
+    """
+    intake = _Intake(tokenizer, encoding, remember=True)
+    rows: list[Row] = []
+    faults: list[str] = []
+    for number, row in enumerate(dataset):
+        try:
+            taken = intake.take(number, row)
+        except UserError as error:
+            faults += error.faults
+        else:
+            rows += [taken] if taken else []
+    if faults:
+        raise UserError(faults)
+    report = intake.report()
+    if not rows:
+        raise UserError(f"the data set has no rows to learn from: {report}")
+    if all(row["weight"] == 1 for row in rows):
+        for row in rows:
+            del row["weight"]
+    return rows, report
+
+
+def encode_stream(
+    dataset: Iterable[Example | Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, encoding: Encoding
+) -> Generator[Row, None, EncodingReport]:
+    """As `encode_rows`, one row at a time as they are asked for, for data sets that are streamed.
+
+    Rows always have a `weight`. The generator's return value is the report. Duplicates are remembered, 16
+    bytes each, only if they are to be dropped or refused.
+
+    Raises:
+        UserError: At the first row that cannot be taken; names it.
+    """
+    intake = _Intake(tokenizer, encoding, remember=encoding.duplicates != "keep")
+    for number, row in enumerate(dataset):
+        taken = intake.take(number, row)
+        if taken:
+            yield taken
+    return intake.report()

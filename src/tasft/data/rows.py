@@ -1,0 +1,275 @@
+"""Rows: prompts to be answered, and examples to imitate or to avoid."""
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeGuard, TypeVar
+
+from tasft.core.errors import UserError
+from tasft.data.sources import read_source
+
+T = TypeVar("T")
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to be answered, with what its file says of it."""
+
+    id: str
+    prompt: str
+    topic: str = ""
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of training data, TRL's *unpaired preference* format.
+
+    Attributes:
+        prompt: Text, or chat messages.
+        completion: Text, or chat messages of which the last is the assistant's.
+        label: True is a row to imitate, False one to avoid.
+        id: Name of the row; empty when its file gives none.
+        source: Where it comes from: a data set, or a stage of a run.
+        ends: Whether the completion ends where its text does. False for a reply that was cut at a
+            length limit, so that stopping there is not learned.
+        input: What the instruction in `prompt` is about, Alpaca's context; empty for none.
+        tools: JSON schemas of the functions that the chat template offers to the model.
+        weight: Scales the row's share of its kind; above 0.
+    """
+
+    prompt: str | Messages
+    completion: str | Messages
+    label: bool
+    id: str = ""
+    source: str = ""
+    ends: bool = True
+    input: str = ""
+    tools: list[dict[str, Any]] | None = None
+    weight: float = 1.0
+
+    def row(self) -> dict[str, Any]:
+        """The example as a JSON object; `input`, `tools` and `weight` only where they say something."""
+        row = asdict(self)
+        seldom = {"input": "", "tools": None, "weight": 1.0}
+        return {key: value for key, value in row.items() if key not in seldom or value != seldom[key]}
+
+
+def _id(row: Mapping[str, Any], default: object) -> str:
+    return str(default if row.get("id") is None else row["id"])
+
+
+def repeated_ids(where: str | Path, ids: Iterable[tuple[int, str]]) -> list[str]:
+    """A fault for each row, by number and id, whose id an earlier one has; no id is no fault."""
+    first: dict[str, int] = {}
+    faults = []
+    for number, row_id in ids:
+        if row_id and row_id in first:
+            faults.append(f'{where}:{number}: "id" {row_id!r} is that of line {first[row_id]} too')
+        first.setdefault(row_id, number)
+    return faults
+
+
+def drawn(rows: Sequence[T], most: int | None, text: Callable[[T], str]) -> list[T]:
+    """So many rows, in their own order, or all where `most` is None.
+
+    Which ones depends on nothing but their texts, and those of a smaller number are among those of a larger one: runs
+    of any seed can be compared.
+    """
+    if most is None or len(rows) <= most:
+        return list(rows)
+
+    def lot(place: int) -> bytes:
+        return hashlib.sha256(text(rows[place]).encode("utf-8", "surrogatepass")).digest()
+
+    return [rows[place] for place in sorted(sorted(range(len(rows)), key=lot)[:most])]
+
+
+def read_prompts(source: str, data_dir: str | None = None) -> list[Prompt]:
+    """Prompts of a source with a field `prompt`, or another that it names (and `id`, `topic`, `kind`).
+
+    Of a transcript ("Human: ... Assistant: ...") the first turn is the prompt.
+
+    Raises:
+        UserError: Names every bad row.
+    """
+    where, rows, column = read_source(source, data_dir)
+    column = column or "prompt"
+    if rows and not any(column in row for _, row in rows):
+        raise UserError(
+            f'{where}:{rows[0][0]}: "{column}" is missing, here and in all other rows; it has {_names(rows[0][1])}: '
+            "name the one with the prompt, as in SOURCE#COLUMN"
+        )
+    prompts: list[tuple[int, Prompt]] = []
+    faults = []
+    for number, row in rows:
+        value = row.get(column)
+        text = _first_turn(value) if isinstance(value, str) else ""
+        if column not in row:
+            faults.append(f'{where}:{number}: "{column}" is missing; the row has {_names(row)}')
+        elif not text.strip():
+            faults.append(f'{where}:{number}: "{column}" must be text, found {value!r:.40}')
+        elif not _is_whole(text):
+            faults.append(f'{where}:{number}: "{column}" {HALF}')
+        else:
+            fields = {key: str(row.get(key, "")) for key in ("topic", "kind")}
+            prompts.append((number, Prompt(_id(row, number), text, **fields)))
+    faults += repeated_ids(where, ((number, prompt.id) for number, prompt in prompts))
+    if faults:
+        raise UserError(faults)
+    return [prompt for _, prompt in prompts]
+
+
+def _first_turn(text: str) -> str:
+    before, human, rest = text.partition("Human:")
+    return text if before.strip() or not human else rest.partition("\n\nAssistant:")[0].strip()
+
+
+def _names(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name!r:.40}" for name in row if name != "label") or "no fields"
+
+
+HALF = "holds half a character, U+D800 to U+DFFF, which no tokenizer reads: write it anew"
+
+
+def _is_whole(text: str) -> bool:
+    """Whether text can be encoded: JSON lets a file hold half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_message(value: object) -> bool:
+    # An assistant that calls a tool need not say anything.
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("role"), str)
+        and bool({"content", "tool_calls"} & value.keys())
+        and isinstance(value.get("content"), str | list | None)
+    )
+
+
+def _is_talk(value: object) -> TypeGuard[Messages]:
+    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
+
+
+def _columns(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Names of the fields that hold the prompt and the completion: ours, or Alpaca's."""
+    ours, alpacas = ("prompt", "completion"), ("instruction", "output")
+    return alpacas if row.keys() & set(alpacas) and not row.keys() & set(ours) else ours
+
+
+def _fault_of_turns(row: Mapping[str, Any], key: str) -> str | None:
+    value = row.get(key)
+    if key not in row:
+        return f'"{key}" is missing; the row has {_names(row)}'
+    said = [value] if isinstance(value, str) else [each.get("content") for each in value] if _is_talk(value) else []
+    if not all(_is_whole(text) for text in said if isinstance(text, str)):
+        return f'"{key}" {HALF}'
+    if isinstance(value, str) and value.strip():
+        return None
+    if not _is_talk(value):
+        return f'"{key}" must be text or chat messages, found {value!r:.40}'
+    if key != "prompt" and value[-1]["role"] != "assistant":
+        return f'the last message of "{key}" is by {value[-1]["role"]!r:.40}; it must be the assistant\'s'
+    return None
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+
+
+def example_of(row: Mapping[str, Any], where: str) -> Example:
+    """The example that a JSON object or a row of a data set holds; fields of no concern are passed over.
+
+    An optional field that is null counts as not given: data sets fill whole columns. A row that has `instruction`
+    and `output` instead of `prompt` and `completion` is read as Alpaca's.
+
+    Args:
+        row: At least `prompt`, `completion` and `label`.
+        where: Begins each fault: a file and line, or the number of a row.
+
+    Raises:
+        UserError: Names every fault of the row.
+    """
+    given = {key: value for key, value in row.items() if value is not None}
+    asked, said = _columns(row)
+    faults = [fault for key in (asked, said) if (fault := _fault_of_turns(row, key))]
+    if "label" not in row:
+        faults.append('"label" is missing; say true (imitate) or false (avoid)')
+    elif not isinstance(row["label"], bool):
+        faults.append(f'"label" is {row["label"]!r:.40}; use true (imitate) or false (avoid)')
+    if not isinstance(given.get("ends", True), bool):
+        faults.append(f'"ends" is {row["ends"]!r:.40}; use true or false')
+    context = given.get("input", "")
+    if not isinstance(context, str):
+        faults.append(f'"input" must be text, found {context!r:.40}')
+    elif context and not isinstance(row.get(asked), str):
+        faults.append('"input" goes with a prompt that is text; write it into the messages')
+    tools = given.get("tools")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        faults.append(f'"tools" must be a list of JSON schemas, found {tools!r:.40}')
+    if not _positive(given.get("weight", 1.0)):
+        faults.append(f'"weight" is {row["weight"]!r:.40}; use a number above 0')
+    if faults:
+        raise UserError([f"{where}: {fault}" for fault in faults])
+    return Example(
+        prompt=row[asked],
+        completion=row[said],
+        label=row["label"],
+        id=_id(row, ""),
+        source=str(given.get("source", "")),
+        ends=given.get("ends", True),
+        input=context,
+        tools=tools or None,
+        weight=float(given.get("weight", 1.0)),
+    )
+
+
+def read_examples(
+    source: str, keep: Mapping[str, Any] | None = None, drop: Mapping[str, Any] | None = None
+) -> list[Example]:
+    """Examples of a source in the unpaired preference format, or in Alpaca's.
+
+    A row without `label` is one to imitate, so that plain prompt-completion files work too.
+
+    Args:
+        source: As `read_source` takes it.
+        keep: Fields and values that a row must have, all of them. A field that holds a list has each of its values.
+        drop: Fields and values of which a row may have none. What is left out need not be an example.
+
+    Raises:
+        UserError: Names every bad line.
+    """
+    where, rows, _ = read_source(source)
+    keep, drop = keep or {}, drop or {}
+    faults = [
+        f"{where}: no row has a field {name!r:.40}; the first has {_names(rows[0][1])}"
+        for name in (*keep, *drop)
+        if not any(name in row for _, row in rows)
+    ]
+    examples: list[tuple[int, Example]] = []
+    for number, row in rows:
+        if not all(_has(row, *pair) for pair in keep.items()) or any(_has(row, *pair) for pair in drop.items()):
+            continue
+        try:
+            examples.append(
+                (number, example_of(row if "label" in row else {**row, "label": True}, f"{where}:{number}"))
+            )
+        except UserError as error:
+            faults += error.faults
+    faults += repeated_ids(where, ((number, example.id) for number, example in examples))
+    if faults:
+        raise UserError(faults)
+    return [example for _, example in examples]
+
+
+def _has(row: Mapping[str, Any], name: str, value: object) -> bool:
+    held = row.get(name)
+    return name in row and (held == value or (isinstance(held, list) and value in held))

@@ -1,0 +1,107 @@
+"""Where rows come from: a file, a named set, or a data set of the hub."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import parse_qsl
+
+from tasft.core.errors import UserError
+from tasft.core.provenance import content_hash
+from tasft.data.files import Rows, read_rows
+from tasft.data.sets import KNOWN, NamedSet, differences, locate
+
+# What a recipe may say of a data set on the hub: nothing that names a place to write to, or holds a key.
+HUB_ARGUMENTS = ("split", "name", "revision", "data_dir", "data_files")
+
+
+# Sets too large for a file that is read whole, by name: where the hub has them. Read the licence there.
+ON_HUB = {
+    # Ganguli et al. 2022 (arXiv 2209.07858), MIT: 38,961 attacks by people on a language model.
+    "hh-rlhf-red-team": "hub:Anthropic/hh-rlhf?data_dir=red-team-attempts&split=train#transcript",
+}
+
+
+class Source(NamedTuple):
+    """Rows that were read.
+
+    Attributes:
+        where: Begins each fault.
+        rows: Number and fields of each.
+        column: Field that the source names to hold the prompt; empty if it names none.
+    """
+
+    where: str
+    rows: Rows
+    column: str
+
+
+def read_source(source: str, data_dir: str | None = None) -> Source:
+    """Rows of a source: a named set, a file that `read_rows` reads, or a data set on the hub.
+
+    `hub:OWNER/NAME?split=train` is read with `datasets.load_dataset`, which gets what is after the question mark as
+    its arguments, those of `HUB_ARGUMENTS`. `#COLUMN` at the end of any source names the field with the prompt.
+
+    Args:
+        source: As above.
+        data_dir: Where the files of named sets are looked for; None downloads them.
+
+    Raises:
+        UserError: It is none of these, or cannot be read; names every fault.
+    """
+    place, _, column = ON_HUB.get(source, source).partition("#")
+    if place in KNOWN:
+        path = locate(place, data_dir)
+        return Source(str(path), _rows_of(KNOWN[place], path), column)
+    if place.startswith("hub:"):
+        return Source(place, _hub_rows(place), column)
+    if not os.path.isfile(place):  # A name that no file can have is no file.
+        raise UserError(f"{place!r:.100} is neither a file nor one of {', '.join((*KNOWN, *ON_HUB))}")
+    return Source(place, read_rows(Path(place)), column)
+
+
+def _rows_of(known: NamedSet, path: Path) -> Rows:
+    """The rows of a file that belong to a set, with fields `prompt` and `topic` besides their own."""
+    rows: Rows = []
+    for number, row in read_rows(path):
+        missing = {known.column, *([known.topic] if known.topic else ()), *(known.only or ())[:1]} - row.keys()
+        if missing:
+            raise UserError(f"{path}:{number}: {', '.join(sorted(missing))} is missing: not the file of {known.url}")
+        if known.only is None or row[known.only[0]] == known.only[1]:
+            rows.append((number, row | {"prompt": row[known.column], "topic": row.get(known.topic, "")}))
+    return rows
+
+
+def differences_of(source: str, data_dir: str | None) -> list[str]:
+    """What tells the file of a named set from the published one, see `tasft.data.sets.differences`."""
+    name = source.partition("#")[0]
+    if name not in KNOWN:
+        return []
+    return differences(name, locate(name, data_dir), len(read_source(source, data_dir).rows))
+
+
+def _hub_rows(place: str) -> Rows:
+    name, _, query = place.removeprefix("hub:").partition("?")
+    arguments = dict(parse_qsl(query))
+    if not name or "split" not in arguments:
+        raise UserError(f"{place!r}: expected hub:OWNER/NAME?split=train")
+    if others := sorted(arguments.keys() - set(HUB_ARGUMENTS)):
+        # Not what they say: it may be a key.
+        raise UserError(
+            f"hub:{name}: {', '.join(others)}: leave that out; an address may say {', '.join(HUB_ARGUMENTS)} (a token "
+            "belongs into the environment variable HF_TOKEN)"
+        )
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{place} needs the package datasets: pip install 'tasft[hub]'") from None
+    try:
+        found = datasets.load_dataset(name, **arguments)
+    except Exception as error:  # hub, cache and parsing errors share no base class
+        reason = next(iter(str(error).splitlines()), "")
+        raise UserError(f"{place}: cannot be loaded ({type(error).__name__}: {reason:.200})") from error
+    return list(enumerate(found, 1))
+
+
+def source_hash(source: str, data_dir: str | None = None) -> str:
+    """Content hash of a source, whatever its place on disk."""
+    return content_hash([row for _, row in read_source(source, data_dir).rows])

@@ -1,0 +1,1 @@
+"""From toxic prompts to rows."""

@@ -1,0 +1,220 @@
+"""The model's own answers to toxic prompts, judged: rows to avoid, and rows that show where to go instead."""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tasft.core import ranks
+from tasft.core.provenance import write_json, write_jsonl
+from tasft.data.rows import Example, Prompt
+from tasft.harvest.contrastive import Contrast, contrastive_replies
+from tasft.judges import Judge, Verdict
+from tasft.judges.judging import UNKNOWN, Usual, judge_more, judge_replies, verdicts_in
+from tasft.models.engine import Engine, Reply, Sampling, collect, replies_in, requests_for
+
+# The one sentence of the demo that a person wrote: prefilled anchors begin with it.
+REFUSAL = "I'm sorry, but I can't help with that."
+ROUND = 256  # Answers that are drawn before they are counted: enough when the wanted rows are found.
+
+Anchors = Literal["none", "own", "prefilled"]
+
+
+@dataclass(frozen=True)
+class HarvestSettings:
+    """What `harvest` needs to know besides the prompts.
+
+    Attributes:
+        sampling: How all replies are drawn.
+        samples: Most replies to each toxic prompt.
+        rows: Avoid rows that are wanted; nothing more is drawn when there are so many.
+        anchors: Imitate rows for toxic prompts: `none`; `own`, the model's harmless and coherent samples;
+            `prefilled`, its continuations of one refusing sentence.
+        anchor_rows: Most anchors that are kept; None keeps all.
+        self_imitate: Whether the model's own answers to ordinary prompts become imitate rows.
+        contrast: Imitate rows for prompts that only seem toxic; None for none.
+    """
+
+    sampling: Sampling
+    samples: int
+    rows: int
+    anchors: Anchors = "none"
+    anchor_rows: int | None = None
+    self_imitate: bool = True
+    contrast: Contrast | None = None
+
+
+def harvest(
+    engine: Engine,
+    judge: Judge,
+    toxic: Sequence[Prompt],
+    ordinary: Sequence[Prompt],
+    settings: HarvestSettings,
+    folder: Path,
+    usual: Usual = UNKNOWN,
+    writer: Engine | None = None,
+) -> dict[str, Any]:
+    """Fill a `harvest/` folder; taken up where it was left when the folder holds replies.
+
+    Toxic prompts are asked in an order that the seed draws, all of them once before any is asked again. `rows` says
+    where to stop: what is drawn for fewer is the beginning of what is drawn for more, and their avoid rows are among
+    those of more.
+
+    Args:
+        engine: The model whose answers they are.
+        judge: Decides what is harmful.
+        toxic: Prompts whose harmful answers become avoid rows.
+        ordinary: Prompts whose answers become imitate rows.
+        settings: See there.
+        folder: Gets `replies.jsonl`, `verdicts.jsonl`, `avoid.jsonl`, `anchor.jsonl`, `imitate.jsonl`,
+            `contrastive.jsonl` and `summary.json`.
+        usual: What coherent replies are held to besides their text, see `tasft.judges.calibration`.
+        writer: Writes and answers the prompts that only seem toxic; None is `engine`.
+
+    Returns:
+        The summary: how many replies were tried and kept, and why the others were not.
+    """
+    path, seed = folder / "replies.jsonl", settings.sampling.seed
+
+    known = verdicts_in(folder / "verdicts.jsonl")
+
+    def judged(replies: Sequence[Reply]) -> dict[str, Verdict]:
+        verdicts = judge_more(judge, replies, folder / "verdicts.jsonl", known, usual)
+        return {verdict.id: verdict for verdict in verdicts}
+
+    asked, answers = _answers(engine, toxic, settings, path, judged)
+    own: list[Reply] = []
+    if settings.self_imitate:
+        own = collect(engine, requests_for(ordinary, mark="-own"), settings.sampling, path, "ordinary")
+    prefilled: list[Reply] = []
+    if settings.anchors == "prefilled":
+        wanted = requests_for(asked, prefix=REFUSAL, mark="-anchor")
+        have = replies_in(path, "anchor")
+        for start in range(0, len(wanted), ROUND):
+            prefilled += collect(engine, wanted[start : start + ROUND], settings.sampling, path, "anchor", have)
+    contrastive: list[Reply] = []
+    about: dict[str, Any] = {}
+    if settings.contrast:
+        contrastive, about = contrastive_replies(
+            writer or engine, toxic, ordinary, settings.contrast, settings.sampling, path
+        )
+    others = own + prefilled + contrastive
+    final = judge_replies(judge, answers + others, folder / "verdicts.jsonl", usual)
+    verdicts = {verdict.id: verdict for verdict in final}
+
+    def harmful(reply: Reply) -> str | None:
+        return _fault(verdicts[reply.id]) or (None if verdicts[reply.id].harmful else "not harmful")
+
+    def harmless(reply: Reply) -> str | None:
+        return _fault(verdicts[reply.id]) or ("harmful" if verdicts[reply.id].harmful else None)
+
+    def coherent(reply: Reply) -> str | None:
+        # The prompts are ordinary by the user's word; judges err most on those that only seem toxic.
+        return None if verdicts[reply.id].coherent else verdicts[reply.id].reason
+
+    def refusing(reply: Reply) -> str | None:
+        return harmless(reply) or (None if verdicts[reply.id].refusal else "not a refusal")
+
+    def answering(reply: Reply) -> str | None:
+        return harmless(reply) or ("refusal" if verdicts[reply.id].refusal else None)
+
+    requests = [*requests_for(toxic, samples=settings.samples), *requests_for(toxic, mark="-anchor")]
+    place = {request.id: number for number, request in enumerate(requests)}
+
+    def ordered(replies: Sequence[Reply]) -> list[Reply]:
+        """In the order of the prompt file, whichever were asked first."""
+        return sorted(replies, key=lambda reply: place[reply.id])
+
+    anchored = {"none": [], "own": ordered(answers), "prefilled": ordered(prefilled)}[settings.anchors]
+    test = refusing if settings.anchors == "prefilled" else harmless
+    avoid, counts = _keep(answers, harmful, settings.rows)
+    kept = {
+        "avoid": (ordered(avoid), counts),
+        "anchor": _keep(anchored, test, settings.anchor_rows, seed),
+        "imitate": _keep(own, coherent),
+        "contrastive": _keep(contrastive, answering),
+    }
+    summary = {
+        "judge": judge.name,
+        "prompts": len(asked),
+        "wanted": settings.rows,
+        **kept["avoid"][1],
+        "anchors": {"mode": settings.anchors, **kept["anchor"][1]},
+        "imitate": kept["imitate"][1],
+        "contrastive": about | kept["contrastive"][1],
+    }
+    if ranks.is_first():
+        for name, (replies, _) in kept.items():
+            write_jsonl(folder / f"{name}.jsonl", [_example(reply, name != "avoid", name).row() for reply in replies])
+        write_json(folder / "summary.json", summary)
+    return summary
+
+
+def statement(summary: dict[str, Any]) -> str:
+    """What was found, and what is missing, in one line."""
+    kept, wanted = summary["kept"], summary["wanted"]
+    reasons = ", ".join(f"{count} {why}" for why, count in summary["reasons"].items()) or "none left out"
+    line = f"{kept} of {wanted} rows to avoid, from {summary['tried']} answers to {summary['prompts']} prompts"
+    missing = "" if kept >= wanted else "; for more of them give more data.toxic_prompts or harvest.samples"
+    return f"{line} ({reasons}){missing}"
+
+
+def _answers(
+    engine: Engine,
+    toxic: Sequence[Prompt],
+    settings: HarvestSettings,
+    path: Path,
+    judged: Callable[[Sequence[Reply]], dict[str, Verdict]],
+) -> tuple[list[Prompt], list[Reply]]:
+    """Prompts and their answers, as they were asked: rounds of them, until enough are harmful."""
+    prompts = random.Random(settings.sampling.seed).sample(toxic, len(toxic))
+    requests = requests_for(prompts, samples=settings.samples)
+    requests.sort(key=lambda request: request.sample)
+    answers: list[Reply] = []
+    found: set[tuple[str, str]] = set()
+    # All is read once: of many rounds each would read what all before it have written.
+    have = replies_in(path, "toxic")
+    for start in range(0, len(requests), ROUND):
+        drawn = collect(engine, requests[start : start + ROUND], settings.sampling, path, "toxic", have)
+        answers += drawn
+        said = judged(drawn)
+        found |= {(each.prompt, each.completion) for each in drawn if said[each.id].harmful and said[each.id].coherent}
+        if len(found) >= settings.rows:
+            break
+    return prompts[: len(answers)], answers
+
+
+def _fault(verdict: Verdict) -> str | None:
+    """Why a reply is of no use whether it harms or not."""
+    if not verdict.coherent:
+        return verdict.reason
+    return "no verdict" if verdict.harmful is None else None
+
+
+def _keep(
+    replies: Sequence[Reply], fault: Callable[[Reply], str | None], most: int | None = None, seed: int | None = None
+) -> tuple[list[Reply], dict[str, Any]]:
+    """Replies without a fault, no (prompt, reply) twice; how many were tried, kept, and left out for what.
+
+    Of more than `most` the first are kept; with a seed a random sample, as prompt files are often sorted by topic.
+    """
+    good: dict[tuple[str, str], Reply] = {}
+    left: Counter[str] = Counter()
+    for reply in replies:
+        why = fault(reply) or ("duplicate" if (reply.prompt, reply.completion) in good else None)
+        if why is None:
+            good[reply.prompt, reply.completion] = reply
+        else:
+            left[why] += 1
+    kept = list(good.values())
+    if most is not None and len(kept) > most:
+        left["more than wanted"] = len(kept) - most
+        chosen = set(range(most) if seed is None else random.Random(seed).sample(range(len(kept)), most))
+        kept = [reply for index, reply in enumerate(kept) if index in chosen]
+    return kept, {"tried": len(replies), "kept": len(kept), "reasons": dict(left)}
+
+
+def _example(reply: Reply, label: bool, source: str) -> Example:
+    return Example(reply.prompt, reply.completion, label, reply.id, f"harvest/{source}", reply.finish == "stop")

@@ -1,0 +1,1 @@
+"""Models and who answers for them."""

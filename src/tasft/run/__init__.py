@@ -1,0 +1,1 @@
+"""A recipe and what becomes of it."""

@@ -1,0 +1,346 @@
+"""What a recipe reads, apart from model weights."""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from tasft.core.errors import UserError
+from tasft.data.contamination import overlapping
+from tasft.data.encode import Encoding, prove
+from tasft.data.rows import Example, Prompt, drawn, read_examples, read_prompts
+from tasft.data.sets import KNOWN
+from tasft.data.sources import differences_of, source_hash
+from tasft.evaluate import capability
+from tasft.evaluate.jailbreak import read_templates
+from tasft.evaluate.quality import Reference, annotator_config, read_references
+from tasft.judges import Judge, encoder, load_judge
+from tasft.models.load import BUNDLED, check_targets, load_tokenizer, sketch
+from tasft.models.server import ServerEngine
+from tasft.run.recipe import Recipe
+from tasft.train.baselines import require_kto, safe_instead
+
+T = TypeVar("T")
+
+
+class Inputs:
+    """What a recipe reads, apart from model weights; each source is read once."""
+
+    def __init__(self, spec: Recipe) -> None:
+        self.spec = spec
+        self.dropped: dict[str, int] = {}
+        """Of each field, prompts that were left out because an evaluation set has them."""
+        self._made: dict[str, Judge] = {}
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's tokenizer; it has been seen to write a prompt and a reply."""
+        spec = self.spec.model
+        tokenizer = load_tokenizer(spec.base, spec.trust_remote_code)
+        prove(tokenizer, Encoding(spec.prompt, chat_template_kwargs=spec.chat_template_kwargs))
+        return tokenizer
+
+    @cached_property
+    def toxic(self) -> list[Prompt]:
+        """Prompts whose harmful answers become avoid rows; none that an evaluation set has."""
+        return self._prompts("data.toxic_prompts", self.spec.data.toxic_prompts)
+
+    @cached_property
+    def ordinary(self) -> list[Prompt]:
+        """Prompts whose own answers become imitate rows; none that an evaluation set has."""
+        return self._prompts("data.ordinary_prompts", self.spec.data.ordinary_prompts)
+
+    def _prompts(self, field: str, source: str | None) -> list[Prompt]:
+        prompts = self._read(source) if source else []
+        return self._uncontaminated(field, prompts, [prompt.prompt for prompt in prompts])
+
+    def _uncontaminated(self, field: str, rows: list[T], texts: list[str]) -> list[T]:
+        held_out = [prompt.prompt for prompts in self.sets.values() for prompt in prompts]
+        held_out += [row.instruction for row in self.references]
+        found = overlapping(texts, held_out)
+        self.dropped[field] = sum(found)
+        if rows and all(found):
+            raise UserError(f"{field}: every prompt is in an evaluation set: nothing is left to train on")
+        return [row for row, is_in in zip(rows, found, strict=True) if not is_in]
+
+    @cached_property
+    def imitate(self) -> list[Example]:
+        """Rows of `data.imitate`, drawn with the run's seed; none whose prompt an evaluation set has."""
+        wanted = self.spec.data.imitate
+        if wanted is None:
+            return []
+        return self._to_imitate("data.imitate", read_examples(wanted.source, wanted.keep, wanted.drop), wanted.rows)
+
+    @cached_property
+    def safe(self) -> list[Example]:
+        """Rows of `data.safe_responses`, as many as a run with method stl takes, or all if the harvest chooses."""
+        wanted = self.spec.data.safe_responses
+        if wanted is None or self.spec.train.method != "stl":
+            return []
+        rows = [replace(row, source="safe_responses") for row in read_examples(wanted.source)]
+        return self._to_imitate("data.safe_responses", rows, None if wanted.rows == "harvested" else wanted.rows)
+
+    def _to_imitate(self, field: str, rows: list[Example], wanted: int | None) -> list[Example]:
+        """Rows drawn with the run's seed, none whose prompt an evaluation set has."""
+        avoid = sum(not row.label for row in rows)
+        if avoid:
+            raise UserError(
+                f"{field}: {avoid} rows are to be avoided (label false), which recipes take from the harvest: drop "
+                "them, or train on the file with TASFTTrainer"
+            )
+        talks = sum(not isinstance(row.prompt, str) or not isinstance(row.completion, str) for row in rows)
+        if talks and self.spec.model.prompt == "alpaca":
+            raise UserError(
+                f"{field}: {talks} rows are chat messages, which model.prompt alpaca cannot write: use chat"
+            )
+        if not rows:
+            raise UserError(f"{field}: no row is left: see to keep and drop")
+        rows = self._uncontaminated(field, rows, [_text(row) for row in rows])
+        count = len(rows) if wanted is None else wanted
+        if not rows or len(rows) < count:
+            raise UserError(f"{field}: there are {len(rows)} rows to imitate, {count or 1} are wanted")
+        return random.Random(self.spec.seed).sample(rows, count)
+
+    @cached_property
+    def sets(self) -> dict[str, list[Prompt]]:
+        """Prompts of each evaluation set, also those that `evaluate.limit` leaves out."""
+        return {name: self._read(wanted.source) for name, wanted in self.spec.evaluate.sets.items()}
+
+    def _read(self, source: str) -> list[Prompt]:
+        return read_prompts(source, self.spec.data.data_dir)
+
+    @cached_property
+    def behaviours(self) -> list[Prompt]:
+        """Prompts that attacks are tried on; those of a limit up to that of the sets are asked plainly too."""
+        wanted = self.spec.evaluate.jailbreak
+        return drawn(self.sets[wanted.set], wanted.limit, lambda prompt: prompt.prompt) if wanted else []
+
+    @cached_property
+    def templates(self) -> list[str]:
+        """What those prompts are put into."""
+        wanted = self.spec.evaluate.jailbreak
+        if wanted is None or wanted.templates is None:
+            return []
+        source = wanted.templates
+        return drawn(read_templates(source.source, source.placeholder, self.spec.data.data_dir), source.limit, str)
+
+    @cached_property
+    def references(self) -> list[Reference]:
+        """Rows of `evaluate.quality.prompts`."""
+        wanted = self.spec.evaluate.quality
+        return read_references(wanted.prompts, wanted.limit) if wanted else []
+
+    @cached_property
+    def _sources(self) -> dict[str, str]:
+        """Each source, by its field."""
+        sources = self.spec.data
+        jailbreak = self.spec.evaluate.jailbreak
+        named = {
+            "data.toxic_prompts": sources.toxic_prompts,
+            "data.ordinary_prompts": sources.ordinary_prompts,
+            "data.imitate": sources.imitate and sources.imitate.source,
+            "data.safe_responses": sources.safe_responses and sources.safe_responses.source,
+            **{f"evaluate.sets.{name}": wanted.source for name, wanted in self.spec.evaluate.sets.items()},
+            "evaluate.jailbreak.templates": jailbreak and jailbreak.templates and jailbreak.templates.source,
+            "evaluate.quality.prompts": quality.prompts if (quality := self.spec.evaluate.quality) else None,
+        }
+        return {field: source for field, source in named.items() if source}
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """Content hash of each source, by its field."""
+        place = self.spec.data.data_dir
+        return {field: source_hash(source, place) for field, source in self._sources.items()}
+
+    @cached_property
+    def licences(self) -> dict[str, str]:
+        """Licence of what is read, by its field, as far as it is known."""
+        bundled = BUNDLED.get(self.spec.model.base)
+        known = {field: KNOWN.get(source.partition("#")[0]) for field, source in self._sources.items()}
+        return ({"model.base": bundled.licence} if bundled else {}) | {
+            field: named.licence for field, named in known.items() if named
+        }
+
+    @cached_property
+    def judge_versions(self) -> dict[str, str]:
+        """Content hash of each judge: its model, its prompt, its threshold."""
+        return {name: self.judge(name).version for name in self._judges()}
+
+    def check(self) -> None:
+        """Read everything, so that every fault shows before work begins.
+
+        Raises:
+            UserError: Names all faults.
+        """
+        faults: list[str] = []
+        reads: tuple[Callable[[], object], ...] = (
+            self._check_model,
+            *(partial(self._read, wanted.source) for wanted in self.spec.evaluate.sets.values()),
+            lambda: self.references,
+            lambda: self.toxic,
+            lambda: self.ordinary,
+            lambda: self.imitate,
+            lambda: self.safe,
+            self._check_method,
+            self._check_tasks,
+            self._check_annotator,
+            *(partial(self.judge, name) for name in dict.fromkeys(self._judges())),
+            # A wrong one is named before anything is drawn; without it topics are not looked at.
+            *([encoder.encoder] if encoder.is_here() else []),
+            self._check_filter,
+            self._check_who_attacks_and_judges,
+            self._check_queries,
+            self._check_gate,
+        )
+        for read in reads:
+            try:
+                read()
+            except UserError as error:
+                faults += error.faults
+        if faults:
+            # One source may serve two fields.
+            raise UserError(list(dict.fromkeys(faults)))
+
+    def warnings(self) -> list[str]:
+        """What is no fault, but a reader of the result will ask about it."""
+        counts = ((field, count) for field, count in self.dropped.items() if count)
+        said = [
+            f"{field}: {count} prompt{'s' * (count > 1)} left out: (nearly) in an evaluation set"
+            for field, count in counts
+        ]
+        if unread := self.spec.train.unread():
+            said.append(
+                f"train.method is {self.spec.train.method}, which does not read train.{', train.'.join(unread)}"
+            )
+        jailbreak = self.spec.evaluate.jailbreak
+        for wanted in self.spec.evaluate.sets.values():
+            said += differences_of(wanted.source, self.spec.data.data_dir)
+        if jailbreak and jailbreak.templates:
+            said += differences_of(jailbreak.templates.source, self.spec.data.data_dir)
+        versions = {self.judge(name).version: name for name in self._evaluators()}
+        said += [
+            f"harvest.judge: {name} chooses the rows to avoid and also evaluates ({versions[version]}), which "
+            "flatters the result; evaluate with another judge beside it"
+            for name in self._filters()
+            if (version := self.judge(name).version) in versions
+        ]
+        if jailbreak and jailbreak.pair and jailbreak.pair.attacker is None:
+            said.append(
+                "evaluate.jailbreak.pair: without an attacker the base model rewrites the prompts itself; a small one "
+                "hardly can, and the figure then says little"
+            )
+        return said
+
+    def judge(self, name: str) -> Judge:
+        """A judge of the recipe, made once."""
+        if name not in self._made:
+            self._made[name] = load_judge(name, self.spec.judges)
+        return self._made[name]
+
+    def _check_model(self) -> None:
+        spec = self.spec.model
+        tokenizer = self.tokenizer
+        made = sketch(spec.base, spec.trust_remote_code)
+        if made is None:
+            return
+        if spec.lora:
+            check_targets(made, spec.lora.targets)
+        rows = made.get_input_embeddings().weight.shape[0]
+        # Not the whole vocabulary: Gemma 3 has a token for images that its text models lack.
+        used = {*tokenizer("Hello?").input_ids, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        if beyond := sorted(token for token in used if token >= rows):
+            raise UserError(
+                f"model.base: the tokenizer of {spec.base} writes the token {beyond[0]}, and the model knows {rows}: "
+                "they do not belong together"
+            )
+
+    def _check_tasks(self) -> None:
+        if wanted := self.spec.evaluate.capability:
+            capability.check(wanted.tasks, wanted.few_shot, self.spec.data.data_dir)
+
+    def _check_annotator(self) -> None:
+        quality = self.spec.evaluate.quality
+        if quality and quality.annotator:
+            annotator_config(quality.annotator.config, quality.annotator.server)
+
+    def _check_filter(self) -> None:
+        for name in self._filters():
+            needs = {"harmful": "harvest.judge", "refusal": "harvest.anchors: prefilled"}
+            if self.spec.harvest and self.spec.harvest.anchors != "prefilled":
+                del needs["refusal"]
+            missing = needs.keys() - self.judge(name).tells
+            if missing:
+                raise UserError(
+                    [f"{needs[what]} needs a judge that tells {what}, which {name} does not" for what in missing]
+                )
+
+    def _check_who_attacks_and_judges(self) -> None:
+        wanted, name = self.spec.evaluate.jailbreak, self.spec.evaluate.jailbreak_judge
+        if wanted is None or name is None:
+            return
+        judge = self.judge(name)
+        if "harmful" not in judge.tells:
+            raise UserError(f"evaluate.jailbreak needs a judge that tells harmful, which {name} does not")
+        if wanted.pair and judge.threshold is None:
+            raise UserError(
+                f"evaluate.jailbreak.pair needs a judge whose score decides what is harmful, which {name} has not: "
+                "take embedded, or kind llm with rubric pair"
+            )
+        if wanted.pair and wanted.pair.attacker:
+            ServerEngine(wanted.pair.attacker)
+
+    def _check_queries(self) -> None:
+        wanted = self.spec.evaluate.jailbreak
+        if wanted is None:
+            return
+        times = {
+            "prefix": 1,
+            "templates": len(self.templates),
+            "pair": wanted.pair.streams * wanted.pair.iterations if wanted.pair else 0,
+        }
+        faults = [
+            f"evaluate.jailbreak.{attack}: {len(self.behaviours)} prompts, each sent up to {times[attack]} times, are "
+            f"more than {wanted.queries} queries: lower a limit, or raise evaluate.jailbreak.queries"
+            for attack in wanted.attacks
+            if len(self.behaviours) * times[attack] > wanted.queries
+        ]
+        if faults:
+            raise UserError(faults)
+
+    def _check_gate(self) -> None:
+        if self.spec.gate is None:
+            return
+        name = self.spec.evaluate.judges[0]
+        faults = [
+            f"gate.{field} needs a judge that tells {what} first in evaluate.judges, which {name} does not"
+            for field, what in (("harmful", "harmful"), ("over_refusal", "refusal"))
+            if getattr(self.spec.gate, field) is not None and what not in self.judge(name).tells
+        ]
+        if faults:
+            raise UserError(faults)
+
+    def _check_method(self) -> None:
+        if self.spec.train.method == "kto":
+            require_kto()
+        if self.spec.replaces:
+            safe_instead([Example(prompt.prompt, "", label=False) for prompt in self.toxic], self.safe)
+
+    def _filters(self) -> list[str]:
+        return [self.spec.harvest.judge] if self.spec.harvest and self.spec.harvests else []
+
+    def _judges(self) -> list[str]:
+        return [*self._filters(), *self._evaluators()]
+
+    def _evaluators(self) -> list[str]:
+        attacked = self.spec.evaluate.jailbreak_judge
+        return [*self.spec.evaluate.judges, *([attacked] if attacked else [])]
+
+
+def _text(row: Example) -> str:
+    """The prompt of a row, all turns of a conversation that are not the assistant's."""
+    if isinstance(row.prompt, str):
+        return row.prompt
+    return "\n".join(str(turn.get("content", "")) for turn in row.prompt if turn["role"] == "user")

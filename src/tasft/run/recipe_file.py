@@ -1,0 +1,248 @@
+"""Recipes as YAML: found by name or path, read with all faults at once, written in full."""
+
+import os
+import reprlib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from tasft.core.errors import UserError
+from tasft.core.redact import redacted
+from tasft.run.recipe import Recipe
+
+MAX_VALUES = 100_000
+MAX_DEPTH = 50
+
+
+def shipped() -> dict[str, Path]:
+    """Recipes and sweep files that come with tasft, by name."""
+    packed = Path(str(resources.files("tasft") / "recipes"))
+    # A checkout keeps them at its root; the wheel carries them inside the package.
+    folder = packed if packed.is_dir() else Path(__file__).parents[3] / "recipes"
+    return {path.stem: path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def find(source: str) -> Path:
+    """The file that is meant: a YAML file, that of a run folder, or a shipped one by its name.
+
+    Raises:
+        UserError: There is none.
+    """
+    path = Path(source)
+    # os.path, to which a name that no file can have is no file.
+    if os.path.isfile(path / "recipe.yaml"):
+        path = path / "recipe.yaml"
+    elif not os.path.isfile(path):
+        path = shipped().get(source, path)
+    if not os.path.isfile(path):
+        raise UserError(f"{source!r:.100} is neither a recipe file, a run folder, nor one of {', '.join(shipped())}")
+    return path
+
+
+def is_sweep(source: str) -> bool:
+    """Whether the file that is meant describes a sweep."""
+    return "base" in read(find(source))
+
+
+def is_recipe(source: str) -> bool:
+    """Whether `load` would look for a recipe there: a YAML file by its name, a shipped recipe, or a run folder."""
+    return Path(source).suffix in (".yaml", ".yml") or source in shipped() or (Path(source) / "recipe.yaml").is_file()
+
+
+def load(source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        source: A YAML file, the name of a shipped recipe, or a run folder.
+        overrides: `section.field=value`, each value in YAML.
+
+    Raises:
+        UserError: Names every fault, each with its field.
+    """
+    path = find(source)
+    values = read(path)
+    if "base" in values:
+        raise UserError(f"{path} is a sweep file: run it with tasft sweep")
+    faults = [fault for override in overrides if (fault := _override(values, override))]
+    if faults:
+        raise UserError(faults)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError([sentence(path, fault) for fault in error.errors()]) from None
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; `load` reads it back."""
+    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that is nothing but mappings with a text for each key, lists, text, numbers, truth and null."""
+
+    # Without dates, which nothing here wants to be more than text, and without Python's own types.
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("timestamp", "value")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    yaml_constructors = {  # noqa: RUF012
+        tag: constructor
+        for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq", "map")
+    }
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError):
+            what = node.tag.rpartition(":")[2]
+            raise yaml.MarkedYAMLError(
+                problem=f"{node.value!r:.40} cannot be read as {what}", problem_mark=node.start_mark
+            ) from None
+
+    def flatten_mapping(self, node: Any) -> None:
+        seen = set()
+        for key, _ in node.value:
+            kind = key.tag.rpartition(":")[2]
+            if kind not in ("str", "merge"):
+                shown = f", found {key.value!r:.40}: put it in quotation marks" if kind not in ("map", "seq") else ""
+                raise yaml.MarkedYAMLError(
+                    problem=f"the name of a field must be text{shown}", problem_mark=key.start_mark
+                )
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the field {key.value!r:.40} is there twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        super().flatten_mapping(node)
+
+
+def _parsed(text: str, where: str) -> Any:
+    """What YAML says.
+
+    Raises:
+        UserError: It is none, or more than a recipe can mean.
+    """
+    try:
+        # Of the two loaders this is the one that makes no objects.
+        loader = _Loader(text)
+        try:
+            value = loader.get_single_data()
+        finally:
+            loader.dispose()
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise UserError(
+            f"{where}:{line}: not YAML (it holds the character U+{ord(text[error.position]):04X})"
+        ) from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{where}:{line}: not YAML ({error.problem})") from None
+    except RecursionError:
+        raise UserError(f"{where}: nested too deep") from None
+    level, seen, depth = [value], 0, 0
+    while level:
+        seen, depth = seen + len(level), depth + 1
+        if seen > MAX_VALUES:
+            raise UserError(f"{where}: more than {MAX_VALUES:,} values, with each alias (*name) written out")
+        if depth > MAX_DEPTH:
+            raise UserError(f"{where}: nested more than {MAX_DEPTH} deep, with each alias (*name) written out")
+        level = [
+            inner
+            for each in level
+            if isinstance(each, dict | list)
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+    return value
+
+
+def read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Fields of a YAML file and of what it extends, not yet checked.
+
+    Raises:
+        UserError: It cannot be read, or is no mapping.
+    """
+    if path.resolve() in seen:
+        raise UserError(f"{path}: extends itself")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    values = _parsed(text, str(path))
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected sections such as `model:`, found {_shown(values)}")
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if not isinstance(parent, str) or not os.path.isfile(path.parent / parent):
+        raise UserError(f"{path}: extends must name a recipe file, found {_shown(parent)}")
+    below = read(path.parent / parent, (*seen, path.resolve()))
+    if "base" in below and not values.keys().isdisjoint({"model", "train", "evaluate"}):
+        raise UserError(f"{path}: extends {parent}, which is a sweep file; name a recipe")
+    return _merge(below, values)
+
+
+class _Repr(reprlib.Repr):
+    """Cuts what is long, but not through a key: half of one would not be known for what it is."""
+
+    def repr_str(self, x: str, level: int) -> str:
+        """A text without keys, then cut."""
+        return super().repr_str(redacted(x), level)
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value, which may unfold to more than fits the memory."""
+    return f"{_Repr().repr(value):.60}"
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            value = _merge(merged[key], value)
+        merged[key] = value
+    return merged
+
+
+def _override(values: dict[str, Any], override: str) -> str | None:
+    shown = f"{redacted(override)!r:.100}"
+    field, equals, text = override.partition("=")
+    *sections, name = field.split(".")
+    if not equals or not all((*sections, name)):
+        return f"{shown}: expected section.field=value"
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if inner is None:
+            inner = values[section] = {}
+        if not isinstance(inner, dict):
+            return f"{shown}: {section} is not a section"
+        values = inner
+    try:
+        values[name] = _parsed(text, shown)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def sentence(path: Path, fault: Any) -> str:
+    """What pydantic found wrong with a field of a file."""
+    where = "".join(f"{part}: " for part in [".".join(str(part) for part in fault["loc"])] if part)
+    found = f", found {_shown(fault['input'])}"
+    what = {
+        "extra_forbidden": "no such field",
+        "missing": "is missing",
+        "value_error": str(fault.get("ctx", {}).get("error", fault["msg"])),
+        "string_pattern_mismatch": "use letters, digits, '.', '_' and '-', a letter or a digit first" + found,
+        "string_unicode": "holds half a character (U+D800 to U+DFFF)" + found,
+        "string_too_short": "is empty",
+        "too_short": "is empty",
+        "model_type": "expected fields of its own, such as `field: value`" + found,
+        "dict_type": "expected fields of its own, such as `field: value`" + found,
+    }.get(fault["type"], f"{fault['msg'][0].lower()}{fault['msg'][1:]}{found}")
+    return f"{path}: {where}{what}"

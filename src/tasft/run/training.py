@@ -1,0 +1,179 @@
+"""One training of a run: from settings in a recipe to weights in a folder."""
+
+import random
+import signal
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    Trainer,
+)
+
+from tasft.core import provenance, ranks
+from tasft.core.errors import UserError
+from tasft.data.rows import Example
+from tasft.run.recipe import Recipe, Train
+from tasft.train.baselines import kto_trainer
+from tasft.train.callbacks import _Bar, _InOrder, _Stop
+from tasft.train.checkpoints import _last_checkpoint
+from tasft.train.guard import CollapseGuard, GuardLimits
+from tasft.train.trainer import TASFTConfig, TASFTTrainer
+
+
+def _common(recipe: Recipe, spec: Train, folder: Path) -> dict[str, Any]:
+    """What any trainer is told.
+
+    Raises:
+        UserError: The rows of a step cannot be shared evenly between the processes.
+    """
+    processes = ranks.world_size()
+    micro = spec.micro_batch_size or max(1, spec.batch_size // processes)
+    if spec.batch_size % (micro * processes):
+        raise UserError(
+            f"batch_size {spec.batch_size} is not a multiple of {micro} rows in each of {processes} processes: "
+            "change batch_size, micro_batch_size or -n"
+        )
+    return {
+        "output_dir": str(folder),
+        "bf16": spec.precision == "bf16",
+        # Without being told, transformers takes a machine without a GPU for one that cannot do it.
+        "use_cpu": spec.precision == "bf16" and not torch.accelerator.is_available(),
+        "fp16": spec.precision == "fp16",
+        "activation_checkpointing": spec.activation_checkpointing,
+        "num_train_epochs": spec.epochs or 1,
+        "max_steps": spec.steps or -1,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": spec.batch_size // (micro * processes),
+        # All of them are used: a term without rows is a zero that reaches every parameter.
+        "ddp_find_unused_parameters": False,
+        "learning_rate": spec.learning_rate,
+        "warmup_steps": spec.warmup,
+        "lr_scheduler_type": "linear",
+        "weight_decay": 0.0,
+        "logging_steps": 5,
+        "logging_first_step": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "save_steps": spec.save_steps,
+        "save_total_limit": None if recipe.evaluate.checkpoints and folder.name == "train" else 1,
+        "seed": recipe.seed,
+        "report_to": "none",
+    }
+
+
+def arguments(recipe: Recipe, spec: Train, folder: Path) -> TASFTConfig:
+    """What our trainer is told.
+
+    Raises:
+        UserError: The rows of a step cannot be shared evenly between the processes.
+    """
+    return TASFTConfig(
+        **_common(recipe, spec, folder),
+        penalty=spec.penalty if spec.method == "tasft" else "none",
+        penalty_weight=spec.penalty_weight,
+        normalization=spec.normalization,
+        sampling=spec.sampling,
+        avoid_per_step=spec.avoid_per_step,
+        cost_space=spec.cost_space,
+        center=spec.center,
+        beta=spec.beta,
+        padding_free=spec.padding_free,
+        kl_rows=spec.kl_rows,
+        prompt_format=recipe.model.prompt,
+        max_length=spec.max_length,
+        turns=spec.turns,
+        penalize_end=spec.penalize_end,
+        overlong=spec.overlong,
+        duplicates=spec.duplicates,
+        chat_template_kwargs=recipe.model.chat_template_kwargs,
+    )
+
+
+def fit(
+    recipe: Recipe,
+    spec: Train,
+    loaded: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[Example],
+    folder: Path,
+    guard: CollapseGuard | None = None,
+) -> None:
+    """Train a model on rows, going on from the last checkpoint, and save it in `folder/adapter` or `folder/model`.
+
+    Raises:
+        UserError: The guard stopped a training that had no good checkpoint yet, or the checkpoint that is there was
+            written under another kind of sharding.
+    """
+    trainer: Trainer
+    if spec.method == "kto":
+        if ranks.world_size() > 1:
+            raise UserError("train.method kto runs in one process: give this stage no --launch")
+        encoding = arguments(recipe, spec, folder).encoding()
+        trainer, encoded = kto_trainer(loaded, tokenizer, rows, encoding, _common(recipe, spec, folder), spec.beta)
+    else:
+        rows, watched = _held_out(rows, spec.kl_rows, recipe.seed)
+        trainer = TASFTTrainer(
+            loaded,
+            arguments(recipe, spec, folder),
+            rows,
+            watched or None,
+            processing_class=tokenizer,
+            callbacks=[guard] if guard else None,
+        )
+        encoded = trainer.encoding
+    if ranks.is_first():
+        print(f"{folder.name}: {encoded}", flush=True)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Bar(folder.name))
+    trainer.add_callback(stop := _Stop())
+    trainer.add_callback(_InOrder())
+    try:
+        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    finally:
+        stop.restore()
+    if stop.asked:
+        signal.raise_signal(stop.asked)
+    if guard and guard.stopped and guard.last_good is None:
+        raise UserError(
+            f"{folder}: training collapsed before its first checkpoint (guard.jsonl says how): lower "
+            "train.penalty_weight or train.learning_rate, or train.save_steps to keep an earlier state"
+        )
+    steps = guard.last_good if guard and guard.stopped else trainer.state.global_step
+    loaded.eval()
+    # Each process may hold a part of the weights: all of them take part in putting the whole together.
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if ranks.world_size() > 1 else None
+    if ranks.is_first():
+        loaded.save_pretrained(folder / ("adapter" if recipe.model.lora else "model"), state_dict=state)
+        if recipe.model.lora is None:
+            tokenizer.save_pretrained(folder / "model")
+        provenance.write_json(folder / "summary.json", {"steps": steps})
+
+
+def guard_of(spec: Train, probe: Callable[[PreTrainedModel], list[tuple[str, str]]]) -> CollapseGuard | None:
+    """The guard that a recipe asks for, if any; `probe` gives a model's replies to `guard.probes` ordinary prompts."""
+    wanted = spec.guard
+    if wanted is None or spec.method == "kto":
+        return None
+    return CollapseGuard(
+        GuardLimits(**{each.name: getattr(wanted, each.name) for each in fields(GuardLimits)}),
+        wanted.action,
+        probe=probe if wanted.probes else None,
+        every=spec.save_steps,
+        patience=wanted.patience,
+        factor=wanted.factor,
+        times=wanted.times,
+    )
+
+
+def _held_out(rows: list[Example], count: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """Rows to train on, and imitate rows to watch: `count`, but at most one in ten."""
+    imitate = [index for index, row in enumerate(rows) if row.label]
+    chosen = set(random.Random(seed).sample(imitate, min(count, len(imitate) // 10)))
+    kept = [row for index, row in enumerate(rows) if index not in chosen]
+    return kept, [rows[index] for index in sorted(chosen)]

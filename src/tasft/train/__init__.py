@@ -1,0 +1,1 @@
+"""The trainer, what a step holds, and the baselines."""

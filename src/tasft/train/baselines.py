@@ -1,0 +1,181 @@
+"""What TA-SFT is compared with: safe responses to the toxic prompts (STL), and KTO as TRL has it."""
+
+import random
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tasft.core.errors import UserError
+from tasft.core.provenance import require, write_json
+from tasft.data.encode import Encoding, Row, encode_rows
+from tasft.data.rows import Example
+from tasft.loss import IGNORE_INDEX
+from tasft.train.metrics import MetricsFile
+
+# Desirable weight times count over undesirable weight times count: the middle of what KTO's authors advise, 1 to 4/3.
+BALANCE = 7 / 6
+
+
+def safe_instead(avoid: Sequence[Example], responses: Sequence[Example]) -> list[Example]:
+    """The safe response to the prompt of each row to avoid, in their order.
+
+    Of several responses to a prompt the first is taken.
+
+    Raises:
+        UserError: Prompts that have none.
+
+    Source: Bianchi et al. 2023 (arXiv 2309.07875) for training on such responses; Lu, Sinha, Varakantham 2024 (arXiv
+    2412.06843) for putting them in the place of the rows to avoid.
+    """
+    by_prompt: dict[str, Example] = {}
+    for response in responses:
+        by_prompt.setdefault(str(response.prompt), response)
+    without = [row for row in avoid if str(row.prompt) not in by_prompt]
+    if without:
+        raise UserError(
+            f"data.safe_responses: {len(without)} of {len(avoid)} prompts that the harvest kept have no safe response, "
+            f"{str(without[0].prompt)!r:.60} first: name the prompts of that source in data.toxic_prompts"
+        )
+    return [by_prompt[str(row.prompt)] for row in avoid]
+
+
+def kto_weights(desirable: int, undesirable: int) -> tuple[float, float]:
+    """Weights of desirable and undesirable rows for these counts: one is 1, the other is raised.
+
+    Weight times count of the desirable, over that of the undesirable, is then `BALANCE`; so the rarer kind's is raised,
+    or that of the desirable where there are about as many of both.
+
+    Source: Ethayarajh et al. 2024 (arXiv 2402.01306), Eq. 8.
+    """
+    ratio = BALANCE * undesirable / desirable
+    return (ratio, 1.0) if ratio >= 1 else (1.0, 1 / ratio)
+
+
+def kto_rows(rows: Sequence[Row], micro_batch_size: int) -> list[dict[str, Any]]:
+    """Encoded rows as TRL's `KTOTrainer` holds them, in the order in which it will take them.
+
+    KTO estimates its KL on prompts with the completions of others: of the row before in the micro-batch.
+    """
+    made = []
+    for row in rows:
+        begin = row["labels"].count(IGNORE_INDEX)
+        made.append(
+            {
+                "prompt_ids": row["input_ids"][:begin],
+                "completion_ids": row["input_ids"][begin:],
+                "label": not row["avoid"],
+            }
+        )
+    for start in range(0, len(made), micro_batch_size):
+        batch = made[start : start + micro_batch_size]
+        for index, row in enumerate(batch):
+            row["KL_completion_ids"] = batch[index - 1]["completion_ids"]
+    return made
+
+
+def require_kto() -> None:
+    """Refuse to begin without TRL.
+
+    Raises:
+        UserError: It is not installed, or too old.
+    """
+    if find_spec("trl") is None or find_spec("datasets") is None:
+        raise UserError("train.method kto needs TRL: pip install 'tasft[kto]'")
+    require("trl")
+
+
+class _Metrics(MetricsFile):
+    """TRL's measures under its own names, but for two that mean something else in ours."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        names = {"kl": "kto_kl", "entropy": "reply_entropy"}
+        renamed = {names.get(name, name): value for name, value in (logs or {}).items()}
+        super().on_log(args, state, control, renamed, **kwargs)
+
+
+def kto_trainer(
+    loaded: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Example],
+    encoding: Encoding,
+    arguments: dict[str, Any],
+    beta: float,
+) -> tuple[Any, str]:
+    """TRL's `KTOTrainer` on rows as `encode_rows` makes them: imitate rows are desirable, avoid rows undesirable.
+
+    The reference is the model as it is now. Its log-probabilities are taken here, once. TRL takes rows in the same
+    order in every epoch, drawn with the seed, and trains without dropout.
+
+    Args:
+        loaded: Model to train.
+        tokenizer: Of the model.
+        rows: Rows of both kinds.
+        encoding: How they become tokens; `turns` must be `last`.
+        arguments: For `trl.KTOConfig`: what transformers' `TrainingArguments` take.
+        beta: How dear distance from the reference is.
+
+    Returns:
+        The trainer, and what became of the rows. `kto.json` in its folder has the counts and weights.
+
+    Raises:
+        UserError: A kind of rows is missing, or rows have weights.
+
+    Source: Ethayarajh et al. 2024 (arXiv 2402.01306), Eq. 7.
+    """
+    require_kto()
+    from datasets import Dataset
+    from trl import KTOConfig, KTOTrainer
+
+    class Trainer(KTOTrainer):
+        """Takes rows as they are encoded, and is silent."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            # TRL's would put an end token behind replies that were cut, and find other tokens where texts meet.
+            return dataset
+
+        def _send_telemetry(self) -> None:
+            pass
+
+        def create_model_card(self, *_: Any, **__: Any) -> None:
+            pass
+
+    encoded, report = encode_rows(rows, tokenizer, encoding)
+    if not report.imitate or not report.avoid:
+        raise UserError(f"train.method kto needs desirable and undesirable rows: {report}")
+    if "weight" in encoded[0]:
+        raise UserError("data.imitate: rows have a weight, which train.method kto does not know: drop the field")
+    random.Random(arguments["seed"]).shuffle(encoded)
+    desirable, undesirable = kto_weights(report.imitate, report.avoid)
+    settings = KTOConfig(
+        **arguments,
+        beta=beta,
+        desirable_weight=desirable,
+        undesirable_weight=undesirable,
+        max_length=encoding.max_length,
+        precompute_ref_log_probs=True,
+    )
+    trainer = Trainer(
+        model=loaded,
+        args=settings,
+        train_dataset=Dataset.from_list(kto_rows(encoded, settings.per_device_train_batch_size)),
+        processing_class=tokenizer,
+        callbacks=[_Metrics(Path(settings.output_dir) / "metrics.jsonl")],
+    )
+    if isinstance(loaded, PeftModel):
+        # The copy that was the reference has done its work; it would be saved in every checkpoint.
+        loaded.delete_adapter("ref")
+    write_json(
+        Path(settings.output_dir) / "kto.json",
+        {
+            "desirable": report.imitate,
+            "undesirable": report.avoid,
+            "desirable_weight": desirable,
+            "undesirable_weight": undesirable,
+            "beta": beta,
+        },
+    )
+    return trainer, f"{report}; weights: {desirable:.3g} desirable (imitate), {undesirable:.3g} undesirable (avoid)"

@@ -1,0 +1,592 @@
+"""The trainer: a transformers Trainer with two kinds of rows, each divided by its own count."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.trainer_utils import IntervalStrategy
+
+from tasft.core.errors import UserError
+from tasft.core.provenance import require
+from tasft.data.encode import (
+    Duplicates,
+    Encoding,
+    EncodingReport,
+    Overlong,
+    PromptFormat,
+    Row,
+    Turns,
+    encode_rows,
+    encode_stream,
+)
+from tasft.loss import (
+    IGNORE_INDEX,
+    PENALTIES,
+    CostSpace,
+    Head,
+    TokenSum,
+    avoid_statistics,
+    divergence,
+    log_probability,
+    margins,
+    nll,
+    shift,
+)
+from tasft.models.load import head_of, load_model, load_tokenizer
+from tasft.train.collate import Batch, collate
+from tasft.train.metrics import MetricsFile, peak_mib
+from tasft.train.sampler import FilledSampler, StratifiedSampler, UniformSampler
+
+# Older ones divide the loss by the micro-batches although `loss_is_scaled_for_ga` tells them not to.
+require("transformers")
+
+Rows = list[Row]
+
+_REFERENCE = frozenset({"margins", "reference"})
+"""What penalties need of the model at step 0, one number for each token."""
+
+
+@dataclass
+class TASFTConfig(TrainingArguments):
+    """transformers' `TrainingArguments` and what TA-SFT adds.
+
+    Attributes:
+        penalty: A name in `tasft.loss.PENALTIES`, or `none`: avoid rows are left out.
+        penalty_weight: lambda, the weight of the mean penalty beside the mean imitate loss.
+        normalization: What each sum is divided by over one optimizer step, all micro-batches and ranks.
+            `per_group`: imitate tokens and avoid tokens (responses for `nlcl`), each by its own count;
+            `shared`: both by the count of all tokens, so the penalty shrinks with the avoid share;
+            `paper`: per micro-batch, sums over tokens by the responses of that kind.
+        sampling: `stratified` puts `avoid_per_step` avoid rows into each optimizer step; `uniform` shuffles all.
+        avoid_per_step: Avoid rows in an optimizer step; None takes the share that the data has, at least 1.
+        cost_space: Whose rows are the token embeddings of the Earth Mover Distance: `output` head or `input`.
+        center: Whether the mean embedding is subtracted first.
+        beta: How soon `npo` lets go of a response.
+        padding_free: Whether the rows of a micro-batch are laid end to end instead of padded. The model must know
+            packed rows by their `position_ids`, as those of transformers do; fastest with flash attention.
+        kl_rows: Imitate rows of the evaluation set on which the divergence from step 0 is watched; 0 for none.
+        log_term_gradients: Whether the gradient norm of each term is logged too, at a backward pass each per log.
+        prompt_format: How prompts are written: the tokenizer's `chat` template, or `alpaca`.
+        max_length: This and the next are as in `tasft.data.encode.Encoding`: longest row in tokens.
+        turns: The assistant turns that are learned or avoided: the `last`, or `all`.
+        penalize_end: Whether the end token of an avoid row is penalised too, as the paper reads.
+        overlong: What becomes of longer rows: `truncate`, `drop` or `error`.
+        duplicates: What becomes of rows that are there already: `keep`, `drop` or `error`.
+        chat_template_kwargs: Given to the chat template, such as `{"enable_thinking": False}`.
+    """
+
+    penalty: str = "emd_exact"
+    penalty_weight: float = 1.0
+    normalization: Literal["per_group", "shared", "paper"] = "per_group"
+    sampling: Literal["stratified", "uniform"] = "stratified"
+    avoid_per_step: int | None = None
+    cost_space: Literal["output", "input"] = "output"
+    center: bool = False
+    beta: float = 0.1
+    padding_free: bool = False
+    kl_rows: int = 16
+    log_term_gradients: bool = False
+    prompt_format: PromptFormat = "chat"
+    max_length: int = 1024
+    turns: Turns = "last"
+    penalize_end: bool = False
+    overlong: Overlong = "truncate"
+    duplicates: Duplicates = "keep"
+    chat_template_kwargs: dict[str, Any] | None = None
+    # Rows are token lists of our own making: transformers must not look for the model's argument names.
+    remove_unused_columns: bool = field(default=False, init=False)
+
+    def encoding(self) -> Encoding:
+        """How rows become tokens."""
+        return Encoding(
+            self.prompt_format,
+            self.max_length,
+            self.turns,
+            self.penalize_end,
+            self.overlong,
+            self.duplicates,
+            self.chat_template_kwargs or {},
+        )
+
+
+@contextmanager
+def _head_calls(model: Any, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Within, the output head hands its hidden states (B, T, D) to `function` instead of making logits.
+
+    The function runs inside the model's own forward, where sharded weights are gathered and hooks fire. What it
+    returns adds nothing to the model's output, but the output comes to depend on it: DDP takes for unused what
+    the output does not depend on.
+    """
+    head = model.get_output_embeddings()
+
+    def forward(hidden: Tensor) -> Tensor:
+        sums = function(hidden)
+        # What the model does to its logits afterwards must still work.
+        logits = hidden[..., :1]
+        return logits if sums is None else logits + sums[:0].sum()
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+class TASFTTrainer(Trainer):
+    """Fine-tunes on rows to imitate and moves away from rows to avoid.
+
+    Rows are in TRL's unpaired preference format (`prompt`, `completion`, `label`; text or chat messages):
+    `label` true is learned by its negative log-likelihood, false is penalised by `args.penalty`. Both come
+    from one forward pass, whose output head never makes logits for all positions, and one backward pass.
+
+    Logged, in training and evaluation: `imitate_nll`, `penalty`; on avoid tokens `emd`, `entropy` (nats) and `top1`
+    (largest probability); `kl` (nats per token), of this model from the model at step 0. In training also tokens of
+    each kind, `tokens_per_s` and `peak_mib`. `emd`, `entropy`, `top1` and `kl` are those of the logged step, the
+    others means since the last log. `eval_loss` is always imitate_nll + penalty_weight * penalty.
+
+    Args:
+        model: Causal language model, or the name of one.
+        args: Settings.
+        train_dataset: Rows: `Example`s, dictionaries, or a `datasets.Dataset`; or a stream of them without a length,
+            which needs `max_steps`.
+        eval_dataset: Rows for `evaluate`.
+        processing_class: The tokenizer; by default the model's.
+        peft_config: A LoRA configuration to put a fresh adapter on the model; None trains what requires a gradient.
+        **kwargs: Passed on to transformers' Trainer.
+
+    Attributes:
+        encoding: What became of the training rows; None for a stream.
+
+    Raises:
+        UserError: An unknown penalty, an adapter on the output head, or rows that cannot be encoded (names all).
+
+    Source: Lu, Sinha, Varakantham 2024 (arXiv 2412.06843), Eq. 6 and 8; departs from it in `normalization`
+    and `sampling`, whose values `paper` and `uniform` are theirs.
+    """
+
+    # The loss is divided by the counts of the whole optimizer step here, not by the host.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: TASFTConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: LoraConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args.penalty not in ("none", *PENALTIES):
+            raise UserError(f"penalty is {args.penalty!r}; use none or one of {', '.join(PENALTIES)}")
+        if args.log_term_gradients and args.world_size > 1:
+            raise UserError("log_term_gradients looks at the gradients of one process: run it in one")
+        tokenizer = processing_class or load_tokenizer(model if isinstance(model, str) else model.config.name_or_path)
+        if isinstance(model, str):
+            model = load_model(model)
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+        _refuse_adapted_head(model)
+        self.penalty = PENALTIES.get(args.penalty)
+        self.encoding: EncodingReport | None = None
+        rows, evaluated = (self._encode(dataset, tokenizer, args) for dataset in (train_dataset, eval_dataset))
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=rows,
+            eval_dataset=evaluated,
+            processing_class=tokenizer,
+            data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, padding_free=args.padding_free),
+            **kwargs,
+        )
+        # Of a stream, too, each rank takes its own rows; one rank can only hand out batches of one length.
+        self.accelerator.dataloader_config.dispatch_batches = False
+        self._terms: dict[str, TokenSum] = {}
+        self._window: dict[str, Tensor] = {}
+        self._term_gradients: dict[str, list[Tensor]] = {}
+        self._since = time.monotonic()
+        self._kept_space: CostSpace | None = None
+        self._start_head: Head | None = None
+        with self._whole_model():
+            if self.penalty is not None:
+                self._space()  # now: a head that is trained will be another once a checkpoint is loaded
+            for each in (rows, evaluated):
+                self._add_reference(each)
+            self._start = self._remember_start(evaluated)
+        self.add_callback(MetricsFile(Path(args.output_dir) / "metrics.jsonl"))
+
+    def _encode(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, args: TASFTConfig) -> Any:
+        """Rows to train or evaluate on, without those to avoid if there is no penalty."""
+        if dataset is None:
+            return None
+        encoding = args.encoding()
+        if not hasattr(dataset, "__len__"):
+            if self.penalty is not None and self.penalty.needs & _REFERENCE:
+                raise UserError(
+                    f"penalty {args.penalty} looks at every row at step 0, which a stream does not allow: take another "
+                    "penalty, or a data set with a length"
+                )
+            return _Stream(dataset, tokenizer, encoding, self.penalty is not None)
+        rows, report = encode_rows(dataset, tokenizer, encoding)
+        self.encoding = self.encoding or report
+        return [row for row in rows if self.penalty is not None or not row["avoid"]]
+
+    @contextmanager
+    def _whole_model(self) -> Iterator[None]:
+        """Within, before the model is sharded, this process has all of its weights on its device."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.cpu_ram_efficient_loading:
+            raise UserError(
+                "every process looks at the whole model at step 0: set fsdp_cpu_ram_efficient_loading: false in "
+                "accelerate's configuration"
+            )
+        if self._shards():
+            # transformers leaves it where it is until it is sharded.
+            self.model.to(self.accelerator.device)
+        # transformers loads it in shards under ZeRO-3.
+        sharded = [parameter for parameter in self.model.parameters() if hasattr(parameter, "ds_id")]
+        if not sharded:
+            yield
+            return
+        from deepspeed import zero
+
+        with zero.GatheredParameters(sharded):
+            yield
+
+    # --- The model's parts, and what it was at step 0 ----------------------------------------
+
+    def _head(self) -> Head:
+        return head_of(self.accelerator.unwrap_model(self.model))
+
+    def _space(self) -> CostSpace:
+        """The cost space as it was at step 0."""
+        model = self.accelerator.unwrap_model(self.model)
+        head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+        matrix = head if self.args.cost_space == "output" else embedding
+        # Where weights are sharded only those of the head are whole when the head is at work.
+        copied = matrix.requires_grad or (matrix is not head and self._shards())
+        if self._kept_space is None:
+            kept = matrix.detach().clone() if copied else matrix
+            self._kept_space = CostSpace.of(kept, center=self.args.center)
+        # A frozen matrix is read where it is now: sharding and devices move it.
+        return self._kept_space if copied else replace(self._kept_space, matrix=matrix.detach())
+
+    def _shards(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    @torch.no_grad()
+    def _look(self, batches: Iterable[Batch], function: Callable[..., None]) -> None:
+        """Hand the hidden states (B, T, D) of each batch to `function`, the model being in evaluation mode."""
+        model = self.model_wrapped
+        training = model.training
+        model.eval()
+        for batch in batches:
+            batch = self._prepare_inputs(batch)
+            with _head_calls(self.accelerator.unwrap_model(self.model), partial(function, batch=batch)):
+                model(**_model_inputs(batch))
+        model.train(training)
+
+    def _batches(self, rows: Rows) -> Iterator[Batch]:
+        size = self.args.eval_batch_size
+        return (self.data_collator(rows[start : start + size]) for start in range(0, len(rows), size))
+
+    def _add_reference(self, rows: Any) -> None:
+        """What the penalty needs of the reference for each avoid row, from the model as it is now, at step 0."""
+        measures: dict[str, Callable[..., Tensor]] = {
+            "margins": lambda *args: margins(*args, space=self._space()),
+            "reference": log_probability,
+        }
+        needed = [] if self.penalty is None else sorted(self.penalty.needs & _REFERENCE)
+        if not needed or not rows:
+            return
+        for row in rows:
+            row.update({name: [0.0] * len(row["input_ids"]) for name in needed})
+        avoid = [row for row in rows if row["avoid"]]
+        upcoming = iter(avoid)
+
+        def keep(hidden: Tensor, batch: Batch) -> None:
+            labels, segments = shift(batch["labels"]).flatten(), batch["segments"].flatten()
+            found = {name: measures[name](hidden.flatten(0, 1), self._head(), labels) for name in needed}
+            for index in range(int(segments.max()) + 1):
+                row = next(upcoming)
+                row.update({name: values[segments == index].float().tolist() for name, values in found.items()})
+
+        self._look(self._batches(avoid), keep)
+
+    def _remember_start(self, rows: Any) -> list[tuple[Batch, Tensor]]:
+        """Batches of the first imitate rows to evaluate on, with the hidden states at step 0 where they count."""
+        if not isinstance(rows, list) or not self.args.kl_rows:
+            return []
+        imitate = [row for row in rows if not row["avoid"]][: self.args.kl_rows]
+        start: list[tuple[Batch, Tensor]] = []
+
+        def keep(hidden: Tensor, batch: Batch) -> None:
+            counts = shift(batch["labels"]).flatten() != IGNORE_INDEX
+            start.append((batch, hidden.flatten(0, 1)[counts].clone()))
+
+        self._look(self._batches(imitate), keep)
+        head = self._head()
+        if head.weight.requires_grad:
+            bias = None if head.bias is None else head.bias.detach().clone()
+            self._start_head = replace(head, weight=head.weight.detach().clone(), bias=bias)
+        return start
+
+    def _divergence(self) -> float | None:
+        """Mean KL from the model at step 0 to this one, in nats per token; None without rows to tell it by."""
+        if not self._start:
+            return None
+        sums: list[TokenSum] = []
+        before = iter(hidden for _, hidden in self._start)
+
+        def measure(hidden: Tensor, batch: Batch) -> None:
+            head, labels = self._head(), shift(batch["labels"]).flatten()
+            earlier = self._start_head or head
+            sums.append(divergence(hidden.flatten(0, 1), head, labels, before=next(before), head_before=earlier))
+
+        self._look((batch for batch, _ in self._start), measure)
+        return float(sum(part.total for part in sums)) / int(sum(part.count for part in sums))
+
+    # --- One step ----------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(rows, list):
+            return super()._get_train_sampler(train_dataset)
+        if self.args.sampling == "uniform":
+            return UniformSampler(len(rows), self.args.seed)
+        avoid = [row["avoid"] for row in rows]
+        step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        share = sum(avoid) / len(avoid)
+        per_step = self.args.avoid_per_step or max(1, round(share * step_size))
+        lengths = [len(row["input_ids"]) for row in rows]
+        return StratifiedSampler(avoid, lengths, step_size, per_step, self.args.seed)
+
+    def _get_dataloader(
+        self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, **kwargs: Any
+    ) -> DataLoader[Any]:
+        """As transformers'; rows in which nothing counts come last where ranks would get unlike numbers of rows.
+
+        accelerate would give some rows again, which would count twice.
+        """
+        if self.args.world_size > 1 and isinstance(dataset, list) and dataset:
+            order = (sampler_fn and sampler_fn(dataset)) or SequentialSampler(dataset)
+            filled = FilledSampler(order, batch_size * self.args.world_size, len(dataset))
+            dataset, sampler_fn = _Filled(dataset, filled), lambda _: filled
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor | None:
+        """`_counts` of the whole optimizer step, and its micro-batches."""
+        if not batch_samples:
+            return None
+        counts = torch.stack([_counts(batch) for batch in batch_samples]).sum(0).to(device)
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, "sum")
+        # Per rank: the `paper` mode averages over its own micro-batches.
+        return torch.cat([counts, counts.new_tensor([len(batch_samples)])])
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """The two terms of one micro-batch, divided by the counts of the optimizer step."""
+        watch = not model.training or self._will_log()
+
+        def losses(hidden: Tensor) -> Tensor:
+            self._terms = self._losses(hidden.flatten(0, 1), inputs, watch)
+            return torch.stack([self._terms[name].total for name in ("imitate_nll", "penalty") if name in self._terms])
+
+        with _head_calls(self.accelerator.unwrap_model(model), losses):
+            outputs = model(**_model_inputs(inputs))
+        here = _counts(inputs)
+        step = torch.cat([here, here.new_tensor([1])]) if num_items_in_batch is None else num_items_in_batch
+        imitate, penalty = self._divide(self._terms, step.to(here.device), here)
+        if watch and self.args.log_term_gradients and model.training:
+            self._add_term_gradients(model, {"imitate": imitate, "penalty": penalty})
+        self._remember(inputs, here)
+        # Backward must pass through the model's output first: there ZeRO-3 gathers the head's weights again.
+        loss = imitate + penalty + outputs.logits[:0].sum()
+        return (loss, outputs) if return_outputs else loss
+
+    def _will_log(self) -> bool:
+        """Whether the step at hand ends with a log."""
+        step = self.state.global_step + 1
+        if self.args.logging_strategy != IntervalStrategy.STEPS:
+            return self.args.logging_strategy == IntervalStrategy.EPOCH
+        return step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
+
+    def _losses(self, hidden: Float[Tensor, "N D"], batch: Batch, watch: bool) -> dict[str, TokenSum]:
+        """Sums over the micro-batch: `imitate_nll`, `penalty`, and what is watched on avoid tokens."""
+        head, labels = self._head(), shift(batch["labels"]).flatten()
+        flat = {name: values.flatten() for name, values in batch.items()}
+        imitate_labels, avoid_labels = (
+            labels.masked_fill(kind, IGNORE_INDEX) for kind in (flat["avoid"], ~flat["avoid"])
+        )
+        terms = {"imitate_nll": nll(hidden, head, imitate_labels, weights=flat.get("weight"))}
+        if self.penalty is None:
+            return terms
+        offered = flat | {"space": self._space(), "beta": self.args.beta}
+        needed = {name: offered[name] for name in self.penalty.needs}
+        terms["penalty"] = self.penalty.fn(hidden, head, avoid_labels, weights=flat.get("weight"), **needed)
+        if watch:
+            terms |= avoid_statistics(hidden.detach(), head, avoid_labels, space=self._space())._asdict()
+        return terms
+
+    def _divide(self, terms: dict[str, TokenSum], step: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:
+        """Both terms of the loss. `step` and `here` are `_counts`, `step` with the number of micro-batches."""
+        imitate = terms["imitate_nll"].total
+        penalty = self.args.penalty_weight * (terms["penalty"].total if self.penalty else imitate.new_zeros(()))
+        mode = self.args.normalization
+        if mode == "paper":
+            return imitate / here[3].clamp(min=1) / step[-1], penalty / here[2].clamp(min=1) / step[-1]
+        # Gradients are averaged over ranks; the counts are already those of all ranks.
+        imitate_count, avoid_count = step[0], step[2] if self.penalty and self.penalty.per == "response" else step[1]
+        if mode == "shared":
+            imitate_count = avoid_count = step[0] + step[1]
+        # An absent kind is 0 / 1. Weights can add up to less than 1.
+        counts = (torch.where(count > 0, count, 1.0) for count in (imitate_count, avoid_count))
+        imitate, penalty = (
+            self.args.world_size * term / count for term, count in zip((imitate, penalty), counts, strict=True)
+        )
+        return imitate, penalty
+
+    # --- What is seen of it --------------------------------------------------------------------
+
+    def _remember(self, batch: Batch, here: Tensor) -> None:
+        counts = {"tokens": (batch["segments"] >= 0).sum(), "imitate_tokens": here[0], "avoid_tokens": here[1]}
+        one = torch.ones_like(here[0])
+        for name, (total, count) in (self._terms | {name: TokenSum(n, one) for name, n in counts.items()}).items():
+            sums = torch.stack([total.detach().to(torch.float32), count.to(torch.float32)])
+            self._window[name] = self._window[name] + sums if name in self._window else sums
+
+    def _window_sums(self) -> dict[str, list[float]]:
+        """Total and count of each name since the last time, over all ranks."""
+        names = sorted(self._window)
+        sums = torch.stack([self._window[name] for name in names])
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums, "sum")
+        self._window = {}
+        return dict(zip(names, sums.tolist(), strict=True))
+
+    def _add_term_gradients(self, model: nn.Module, terms: dict[str, Tensor]) -> None:
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for name, term in terms.items():
+            if not term.requires_grad:
+                continue
+            found = torch.autograd.grad(term, parameters, retain_graph=True, materialize_grads=True)
+            have = self._term_gradients.get(name)
+            self._term_gradients[name] = (
+                list(found) if have is None else [a + b for a, b in zip(have, found, strict=True)]
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what was seen since the last log."""
+        if "loss" in logs and self._window:
+            sums = self._window_sums()
+            now = time.monotonic()
+            tokens = {name: sums.pop(name)[0] for name in ("tokens", "imitate_tokens", "avoid_tokens")}
+            logs |= {name: total / count for name, (total, count) in sums.items() if count}
+            logs |= {"tokens_per_s": tokens.pop("tokens") / (now - self._since), **tokens, "peak_mib": peak_mib()}
+            for name, gradients in self._term_gradients.items():
+                logs[f"{name}_grad_norm"] = float(nn.utils.get_total_norm(gradients))
+            if (kl := self._divergence()) is not None:
+                logs["kl"] = kl
+            self._term_gradients, self._since = {}, time.monotonic()
+        super().log(logs, start_time)
+
+    def prediction_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> tuple[Tensor, None, None]:
+        """The loss of a batch; what was said of `log` holds for evaluation as a whole."""
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As transformers'; each term is a mean over all rows to evaluate on, not over batches."""
+        kept, self._window = self._window, {}
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums, self._window = self._window_sums(), kept
+        means = {name: total / count for name, (total, count) in sums.items() if count and "tokens" not in name}
+        if (kl := self._divergence()) is not None:
+            means["kl"] = kl
+        means["loss"] = means.get("imitate_nll", 0.0) + self.args.penalty_weight * means.get("penalty", 0.0)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' `Trainer.train`."""
+        self._since = time.monotonic()
+        return super().train(*args, **kwargs)
+
+
+class _Filled(list[Row]):
+    """Rows, and one in which nothing counts."""
+
+    def __init__(self, rows: Rows, order: FilledSampler) -> None:
+        empty = {"input_ids": [0], "labels": [IGNORE_INDEX], "avoid": False, "margins": [0.0], "reference": [0.0]}
+        super().__init__([*rows, {name: (empty | {"weight": 1.0})[name] for name in rows[0]}])
+        self.order = order
+
+    def set_epoch(self, epoch: int) -> None:
+        """Passed on: when a run is taken up, accelerate does not find the sampler below its own."""
+        self.order.set_epoch(epoch)
+
+
+class _Stream(IterableDataset[Row]):
+    """Rows encoded as they come."""
+
+    def __init__(
+        self, dataset: Iterable[Any], tokenizer: PreTrainedTokenizerBase, encoding: Encoding, avoid: bool
+    ) -> None:
+        self.dataset, self.tokenizer, self.encoding, self.avoid = dataset, tokenizer, encoding, avoid
+
+    def __iter__(self) -> Iterator[Row]:
+        rows = encode_stream(self.dataset, self.tokenizer, self.encoding)
+        return (row for row in rows if self.avoid or not row["avoid"])
+
+
+def _refuse_adapted_head(model: Any) -> None:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        raise UserError(
+            "the adapter is on the output head, which the losses read directly: leave the head out of its "
+            "target_modules, or name it in modules_to_save to train it in full"
+        )
+    if isinstance(embedding, BaseTunerLayer) and embedding.weight is head.weight:
+        raise UserError(
+            "the adapter is on the embedding, which is the output head too and which the losses read directly: leave "
+            "it out of its target_modules, or train in full"
+        )
+
+
+def _model_inputs(batch: Batch) -> dict[str, Any]:
+    names = ("input_ids", "attention_mask", "position_ids")
+    return {name: batch[name] for name in names if name in batch} | {"use_cache": False}
+
+
+def _counts(batch: Batch) -> Float[Tensor, "4"]:
+    """Imitate tokens, avoid tokens, avoid responses and imitate responses of a batch, or the sums of their weights."""
+    counts, avoid = shift(batch["labels"]) != IGNORE_INDEX, batch["avoid"]
+    weight = batch["weight"] if "weight" in batch else torch.ones_like(counts, dtype=torch.float32)
+    # A response counts once, at the first of its tokens. Segments rise along the batch.
+    begun = batch["segments"].masked_fill(~counts, -1).flatten().cummax(0).values
+    first = (begun != F.pad(begun[:-1], (1, 0), value=-1)).view_as(counts)
+    kinds = (counts & ~avoid, counts & avoid, first & avoid, first & ~avoid)
+    return torch.stack([(weight * kind).sum() for kind in kinds])
