@@ -38,7 +38,7 @@ from tasft.models.load import load_model, load_tokenizer
 from tasft.models.local import TransformersEngine
 
 MODEL = "smollm2-135m-instruct"
-SOURCES = ("demo-ordinary-train", "demo-ordinary-heldout", "demo-ordinary-validation", "demo-toxic-harvest")
+SOURCES = ("demo-benign-train", "demo-benign-heldout", "demo-benign-validation", "demo-toxic-harvest")
 ENDINGS = ("", " Answer in one word.", " Answer in one sentence.", " Answer in two sentences.")
 BEFORE = (0, 2, 6)  # Questions before the one that is to be answered.
 BATCH = 64  # The engine's default.

@@ -2,8 +2,8 @@
 
 Each number of rows has a process of its own, whose seconds are those that it computed (the clock depends on what else
 the machine does) and whose memory is the most that it held. A stub answers the prompts, in English words; everything
-else is what a run does: files, resumption, the judge `phrases`, coherence, the comparison with held-out prompts, the
-tokenizer and chat template of SmolLM2-135M-Instruct.
+else is what a run does: files, resumption, the judge `refusal_matching`, coherence, the comparison with held-out
+prompts, the tokenizer and chat template of SmolLM2-135M-Instruct.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def harvested(rows: int, folder: Path, clock: Clock) -> None:
     held_out = [sentences(draw, 12) for _ in range(HELD_OUT)]
     clock("compare with held-out prompts", lambda: overlapping([each.prompt for each in prompts], held_out))
     settings = HarvestSettings(Sampling(48), samples=1, rows=rows, anchors="none", self_imitate=False)
-    judge = load_judge("phrases")
+    judge = load_judge("refusal_matching")
     found = clock("harvest", lambda: harvest(Stub(), judge, prompts, [], settings, folder / "harvest"))
     again = clock("take up again", lambda: harvest(Stub(), judge, prompts, [], settings, folder / "harvest"))
     assert found == again

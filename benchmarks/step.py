@@ -147,7 +147,7 @@ class Entry:
     def encoded(self) -> list[dict[str, Any]]:
         """The rows of one step: token ids and labels."""
         # KTO's trainer puts an end token behind every row, so all have it.
-        rows, _ = encode_rows(self.examples, self.tokenizer, Encoding(penalize_end=True))
+        rows, _ = encode_rows(self.examples, self.tokenizer, Encoding(penalize_eos=True))
         return rows
 
     def repeated(self, rows: list[Any]) -> list[Any]:
@@ -163,7 +163,7 @@ def tasft(penalty: str, entry: Entry) -> Trainer:
     if penalty == "none":
         examples = [Example(row.prompt, row.completion, label=True) for row in examples]
     # In the given order: every step has the same rows.
-    arguments = TASFTConfig(**entry.plan.arguments(), penalty=penalty, penalize_end=True, sampling="uniform")
+    arguments = TASFTConfig(**entry.plan.arguments(), penalty=penalty, penalize_eos=True, sampling="uniform")
     return TASFTTrainer(
         entry.model,
         arguments,
@@ -259,7 +259,7 @@ def missing() -> dict[str, str]:
 
 
 def texts() -> list[str]:
-    return [prompt.prompt for prompt in read_prompts("demo-ordinary-train")]
+    return [prompt.prompt for prompt in read_prompts("demo-benign-train")]
 
 
 def made_tokenizer() -> PreTrainedTokenizerBase:
@@ -562,7 +562,7 @@ def main() -> None:
         folder = f"{temporary}/model"
         size = save(model, folder)
         plan = Plan(folder, f"{temporary}/run", args.device, args.dtype, threads, rows, micro_batch, 1 + rounds)
-        encoded, _ = encode_rows(examples(rows), load_tokenizer(folder), Encoding(penalize_end=True))
+        encoded, _ = encode_rows(examples(rows), load_tokenizer(folder), Encoding(penalize_eos=True))
         runners, rates = measure(names, plan, reasons)
     lengths = [len(row["input_ids"]) for row in encoded]
     labels = sum(len(row["labels"]) - row["labels"].count(IGNORE_INDEX) for row in encoded)

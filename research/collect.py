@@ -48,21 +48,21 @@ def before_after(run: dict[str, Any]) -> str:
     """One run: measures down, before and after across, both judges."""
     rows = ["| | judge | before | after |", "|---|---|---|---|"]
     wanted = {"toxic": ["safe_coherent", "harmful", "refusal", "incoherent", "distinct"]}
-    wanted["ordinary"] = ["refusal", "incoherent", "harmful"]
+    wanted["benign"] = ["refusal", "incoherent", "harmful"]
     for name, measures in wanted.items():
         for measure in measures:
-            for judge in ("embedded", "phrases"):
-                if judge == "phrases" and measure in ("incoherent", "distinct", "harmful"):
+            for judge in ("embedded", "refusal_matching"):
+                if judge == "refusal_matching" and measure in ("incoherent", "distinct", "harmful"):
                     continue
                 before, after = (run["rates"][state][name][judge][measure] for state in ("base", "final"))
                 label = measure.replace("safe_coherent", "**safe and coherent**")
                 rows.append(f"| {name} prompts: {label} | {judge} | {cell(before)} | {cell(after)} |")
     n = run["rates"]["final"]["toxic"]["embedded"]["harmful"]["n"]
-    m = run["rates"]["final"]["ordinary"]["embedded"]["harmful"]["n"]
+    m = run["rates"]["final"]["benign"]["embedded"]["harmful"]["n"]
     minutes = sum(stage["seconds"] for stage in run["stages"].values()) / 60
     machine = run["machine"]
     rows.append(
-        f"\nn = {n} toxic and {m} ordinary held-out prompts, greedy, 95% Wilson intervals, seed "
+        f"\nn = {n} toxic and {m} benign held-out prompts, greedy, 95% Wilson intervals, seed "
         f"{run['recipe']['seed']}, commit {machine['commit']}; {minutes:.1f} minutes on {machine['cores']} cores."
     )
     return "\n".join(rows)
@@ -71,17 +71,17 @@ def before_after(run: dict[str, Any]) -> str:
 def tries(runs: list[dict[str, Any]]) -> str:
     """Many runs, one a row: settings, and rates on validation prompts."""
     rows = [
-        "| penalty, weight | lr, steps | rows: avoid, anchor, ordinary | harmful | safe and coherent | incoherent "
-        "| refuses ordinary | mean EMD, entropy at the end |",
+        "| penalty, weight | lr, steps | rows: avoid, anchor, benign | harmful | safe and coherent | incoherent "
+        "| refuses benign | mean EMD, entropy at the end |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for number, run in enumerate(runs):
         train, harvest = run["recipe"]["train"], run["harvest"]
         if harvest is None:
             raise SystemExit(f"{run['run']}: it has harvested nothing, and so has no place in this table")
-        toxic, ordinary = (run["rates"]["final"][name]["embedded"] for name in ("toxic", "ordinary"))
+        toxic, benign = (run["rates"]["final"][name]["embedded"] for name in ("toxic", "benign"))
         if number == 0:
-            before = [run["rates"]["base"][name]["embedded"] for name in ("toxic", "ordinary")]
+            before = [run["rates"]["base"][name]["embedded"] for name in ("toxic", "benign")]
             rows.append(
                 f"| the model as it is | | | {cell(before[0]['harmful'])} | {cell(before[0]['safe_coherent'])} "
                 f"| {cell(before[0]['incoherent'])} | {cell(before[1]['refusal'])} | |"
@@ -95,7 +95,7 @@ def tries(runs: list[dict[str, Any]]) -> str:
             f"| {name} | {train['learning_rate']:g}, {train['steps']} "
             f"| {avoid}, {anchors}, {harvest['imitate']['kept']} "
             f"| {cell(toxic['harmful'])} | {cell(toxic['safe_coherent'])} | {cell(toxic['incoherent'])} "
-            f"| {cell(ordinary['refusal'])} | {end} |"
+            f"| {cell(benign['refusal'])} | {end} |"
         )
     return "\n".join(rows)
 

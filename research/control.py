@@ -22,7 +22,7 @@ from tasft.run import recipe_file
 from tasft.run.pipeline import Run
 
 ARMS = {"penalty": [], "none": ["train.penalty=none", "train.batch_size=6", "train.avoid_per_step=null"]}
-SETS = {"toxic": "toxic", "ordinary": "ordinary"}
+SETS = {"toxic": "toxic", "benign": "benign"}
 MEASURES = {
     "harmful": lambda verdict: verdict["harmful"],
     "refusal": lambda verdict: verdict["refusal"],
@@ -36,7 +36,7 @@ def write_prompts(data: Path, out: Path) -> None:
     harmful = json.loads((data / "stl" / "HarmfulQ.json").read_text())[:100]
     with (data / "xstest" / "xstest_prompts.csv").open(newline="") as file:
         safe = [row["prompt"] for row in csv.DictReader(file) if row["label"] == "safe"][::4]
-    for name, prompts in (("toxic", malicious + harmful), ("ordinary", safe)):
+    for name, prompts in (("toxic", malicious + harmful), ("benign", safe)):
         rows = [{"id": f"{name}-{number}", "prompt": prompt} for number, prompt in enumerate(prompts)]
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

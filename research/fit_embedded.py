@@ -30,7 +30,7 @@ from sklearn.model_selection import GroupKFold
 from tasft.core.stats import Estimate, agreement, auroc
 from tasft.judges.embedded import OPENING_WORDS, Head, harm_features, opening, refusal_features
 from tasft.judges.encoder import PACKAGE, WEIGHTS_SHA256, WIDTH, Encoder, Floats
-from tasft.judges.phrases import declines
+from tasft.judges.refusal_matching import declines
 
 ROOT = Path(__file__).parents[1]
 XSTEST_MODELS = ("gpt4", "llama2new", "llama2orig", "mistralguard", "mistralinstruct")
@@ -128,7 +128,7 @@ def safe_rlhf(data: Path) -> pd.DataFrame:
     )
 
 
-def ordinary(rows: pd.DataFrame, source: str) -> pd.DataFrame:
+def benign(rows: pd.DataFrame, source: str) -> pd.DataFrame:
     """400 instructions without input and their answers: nothing to flag."""
     rows = rows[(rows["input"] == "") & (rows["output"] != "")].sample(400, random_state=0)
     return pd.DataFrame(
@@ -152,8 +152,8 @@ def all_rows(data: Path) -> pd.DataFrame:
             gptfuzz(data, "evaluate", 40),
             do_not_answer(data),
             safe_rlhf(data),
-            ordinary(alpaca[~alpaca["safety_related"].astype(bool)], "alpaca"),
-            ordinary(pd.read_json(data / "alpaca/dolly_3k.json"), "dolly"),
+            benign(alpaca[~alpaca["safety_related"].astype(bool)], "alpaca"),
+            benign(pd.read_json(data / "alpaca/dolly_3k.json"), "dolly"),
         ],
         ignore_index=True,
     )
@@ -331,7 +331,7 @@ Intervals: 95%, bootstrap over prompts. n counts replies.
 
 ### What is flagged where nothing should be, and in collapse
 
-| replies | n | embedded: harmful | embedded: refusal | phrases: harmful | phrases: refusal |
+| replies | n | embedded: harmful | embedded: refusal | refusal_matching: harmful | refusal_matching: refusal |
 |---|---:|---:|---:|---:|---:|
 {alarms}
 
@@ -458,7 +458,7 @@ def measured(bench: Bench, fitted: Fit) -> tuple[list[dict[str, Any]], list[dict
         decided = scores >= fitted.refusal_head.threshold
         refusals += [
             measure(part, truth, scores, decided, "embedded", what, note),
-            measure(part, truth, None, bench.phrase[chosen], "phrases", what, note),
+            measure(part, truth, None, bench.phrase[chosen], "refusal_matching", what, note),
         ]
     mixed = bench.source("safe_rlhf", "alpaca", "dolly")
     for what, note, chosen, every in (
@@ -473,7 +473,7 @@ def measured(bench: Bench, fitted: Fit) -> tuple[list[dict[str, Any]], list[dict
         decided = scores >= fitted.harm_head.threshold
         harms += [
             measure(part, truth, scores, decided, "embedded", what, note),
-            measure(part, truth, None, ~bench.phrase[chosen], "phrases", what, note),
+            measure(part, truth, None, ~bench.phrase[chosen], "refusal_matching", what, note),
         ]
     return refusals, harms
 
@@ -491,13 +491,13 @@ def share(what: str, harm: Floats, refusal: Floats, phrase: NDArray[np.bool_], f
 
 
 def shares(bench: Bench, fitted: Fit) -> list[dict[str, Any]]:
-    """What is flagged among ordinary replies, refusals, compliance and collapse."""
+    """What is flagged among benign replies, refusals, compliance and collapse."""
     xs, declined, unsafe = bench.xstest, bench.refusal == 1, bench.unsafe
     result = [
         share(what, fitted.harm[chosen], fitted.refusal[chosen], bench.phrase[chosen], fitted)
         for what, chosen in (
-            ("Alpaca, ordinary instructions", bench.source("alpaca")),
-            ("Dolly, ordinary instructions", bench.source("dolly")),
+            ("Alpaca, benign instructions", bench.source("alpaca")),
+            ("Dolly, benign instructions", bench.source("dolly")),
             ("XSTest, compliance with a safe prompt", xs & ~declined & ~unsafe),
             ("XSTest, refusal of an unsafe prompt", xs & declined & unsafe),
             ("XSTest, compliance with an unsafe prompt", xs & ~declined & unsafe),

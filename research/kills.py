@@ -131,7 +131,7 @@ def result(folder: Path) -> dict[str, Any]:
     rows = {
         str(path.relative_to(folder)): sorted(path.read_bytes().split(b"\n"))
         for path in folder.rglob("*.jsonl")
-        if path.name not in ("metrics.jsonl", "guard.jsonl")
+        if path.name not in ("metrics.jsonl", "monitor.jsonl")
     }
     weights = {
         str(path.relative_to(folder)): path.read_bytes()
@@ -191,7 +191,7 @@ def disturb(recipe: str, overrides: Sequence[str], kills: int, seed: int, out: P
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", default="quick")
-    parser.add_argument("overrides", nargs="*", help="fields of the recipe, such as train.steps=5")
+    parser.add_argument("overrides", nargs="*", help="fields of the recipe, such as train.max_steps=5")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/kills"))

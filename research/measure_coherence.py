@@ -3,7 +3,7 @@
     python research/measure_coherence.py --limit-from SAMPLED.jsonl REPLIES.jsonl [REPLIES.jsonl ...]
 
 Rows have `prompt` and `completion`, and `loss_nats` where the model is at hand: the mean loss in nats per token under
-it. All are replies to ordinary prompts, so that every flag counts as a false alarm (a small model that really loops
+it. All are replies to benign prompts, so that every flag counts as a false alarm (a small model that really loops
 makes some of them right: read them, they are printed). Those of the last file are also given to the prompt of the row
 after theirs, where they should be flagged. The limit on the loss is taken from SAMPLED.jsonl, which should hold replies
 to other prompts. Writes docs/coherence.json and the table between the `coherence` markers of
@@ -79,7 +79,7 @@ def section(result: dict[str, Any]) -> str:
         "|---|---|---|---|",
         line("collapses (should be flagged)", result["collapses"]),
         line("the last replies below, each to the prompt of the next (should be flagged)", result["of another prompt"]),
-        *(line(f"ordinary: {name}", found) for name, found in result["ordinary"].items()),
+        *(line(f"benign: {name}", found) for name, found in result["benign"].items()),
     ]
     note = (
         f"Limit on the mean loss where it is known: {result['loss_limit_nats']:.2f} nats per token. The rules were "
@@ -90,7 +90,7 @@ def section(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure tasft.judges.coherence on collapses and ordinary replies.")
+    parser = argparse.ArgumentParser(description="Measure tasft.judges.coherence on collapses and benign replies.")
     parser.add_argument("replies", type=Path, nargs="+")
     parser.add_argument("--limit-from", type=Path, required=True)
     asked = parser.parse_args()
@@ -98,7 +98,7 @@ def main() -> None:
     limit = loss_limit([row["loss_nats"] for row in rows(asked.limit_from)])
     collapses = measured([incoherence(row["prompt"], row["reply"]) for row in rows(COLLAPSES)])
     sets = {path.stem.replace("_", " "): rows(path) for path in asked.replies}
-    ordinary = {name: on_replies(name, found, limit) for name, found in sets.items()}
+    benign = {name: on_replies(name, found, limit) for name, found in sets.items()}
     last = list(sets.values())[-1]
     moved = [{"prompt": after["prompt"], "completion": row["completion"]} for row, after in pairwise([*last, last[0]])]
     wrong = on_replies("of another prompt", moved, limit)
@@ -106,7 +106,7 @@ def main() -> None:
         "loss_limit_nats": limit,
         "min_similarity": MIN_SIMILARITY,
         "collapses": collapses,
-        "ordinary": ordinary,
+        "benign": benign,
         "of another prompt": wrong,
     }
     (ROOT / "docs" / "coherence.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

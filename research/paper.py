@@ -53,17 +53,17 @@ model:
   base: {hub}                        # paper, section 4.1
   prompt: alpaca                     # paper, as STL
   dtype: bfloat16                    # ours; not stated
-  lora: {{r: 8, alpha: 16, dropout: 0.05, targets: [q_proj, v_proj]}}   # paper
+  lora: {{r: 8, lora_alpha: 16, lora_dropout: 0.05, target_modules: [q_proj, v_proj]}}   # paper
 data:
   imitate: {{source: "hub:tatsu-lab/alpaca?split=train", rows: 20000}}    # paper: 20,000 random rows of Alpaca
   toxic_prompts: hh-rlhf-red-team    # paper: red-team prompts of HH-RLHF
-  # Ours: what an ordinary reply looks like, for coherence; none of them is trained on by themselves.
-  ordinary_prompts: "hub:tatsu-lab/alpaca?split=train[:200]#instruction"
+  # Ours: what a benign reply looks like, for coherence; none of them is trained on by themselves.
+  benign_prompts: "hub:tatsu-lab/alpaca?split=train[:200]#instruction"
   data_dir: data
 judges:
   deberta: {{kind: stl_deberta}}       # paper: mean score, 0 to 5
   # Paper: a mean judge score of 1 to 10 for its attack; by whom is not stated.
-  rated: {{kind: llm, rubric: pair, server: {{urls: ["https://api.openai.com/v1"], model: gpt-4o-mini}}}}
+  rated: {{kind: llm_judge, rubric: pair, server: {{urls: ["https://api.openai.com/v1"], model: gpt-4o-mini}}}}
 sft:                                 # paper: as below
   epochs: {epochs}
   batch_size: 96
@@ -83,7 +83,7 @@ train:
   save_steps: 100                    # ours
 evaluate:
   sets: [i-malicious, i-cona, i-controversial, harmfulq, xstest-safe, xstest-unsafe]   # paper: 518 prompts, and XSTest
-  judges: [deberta, openai_moderation, phrases]    # paper, and phrases for refusals
+  judges: [deberta, openai_moderation, refusal_matching]    # paper, and phrases for refusals
   max_new_tokens: 256                # ours
   checkpoints: true                  # paper, figures 2 and 3
   capability: {{tasks: [boolq, piqa, openbookqa], limit: null}}                        # paper, table 5

@@ -7,7 +7,7 @@
     python research/small.py tables                             # docs/results/README.md from what was kept
 
 The utility of a weight is the share of safe and coherent replies to the toxic validation prompts, less the shares of
-refused and of incoherent replies to the ordinary ones: a model that refuses everything or falls silent gains nothing.
+refused and of incoherent replies to the benign ones: a model that refuses everything or falls silent gains nothing.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def table(folder: Path) -> list[Row]:
 
 
 def utility(row: Row) -> float:
-    wrong = float(row["final.ordinary.embedded.refusal"]) + float(row["final.ordinary.embedded.incoherent"])
+    wrong = float(row["final.benign.embedded.refusal"]) + float(row["final.benign.embedded.incoherent"])
     return float(row["final.toxic.embedded.safe_coherent"]) - wrong
 
 
@@ -155,12 +155,12 @@ def search_table(rows: list[Row]) -> str:
         "harmful",
         "incoherent",
         "of these off topic",
-        "ordinary refused",
-        "ordinary incoherent",
+        "benign refused",
+        "benign incoherent",
     ]
     head += ["utility"]
     columns = [f"final.toxic.embedded.{name}" for name in ("safe_coherent", "harmful", "incoherent", "off_topic")]
-    columns += [f"final.ordinary.embedded.{name}" for name in ("refusal", "incoherent")]
+    columns += [f"final.benign.embedded.{name}" for name in ("refusal", "incoherent")]
     first = rows[0]
     lines = [["the SFT model", "", *(percent(first, each.replace("final", "base", 1)) for each in columns), ""]]
     for row in rows:
@@ -239,8 +239,8 @@ def grid_table(rows: list[Row]) -> str:
 
     def figures(row: Row, before: str, state: str) -> list[str]:
         together = [percent(row, f"{before}{name}") for name in ("safe_coherent", "harmful", "incoherent")]
-        ordinary = [percent(row, f"{state}.xstest-safe.embedded.{name}") for name in ("refusal", "incoherent")]
-        return [*together, pooled(row, state, "off_topic"), *ordinary]
+        benign = [percent(row, f"{state}.xstest-safe.embedded.{name}") for name in ("refusal", "incoherent")]
+        return [*together, pooled(row, state, "off_topic"), *benign]
 
     lines = [["the SFT model", "", "", *figures(rows[0], "before.", "base")]]
     for row in rows:
@@ -332,7 +332,7 @@ def pairs(sweep: Path) -> dict[str, Any]:
                 if row["judge"] == "embedded" and row["set"] in ("4 toxic sets", "xstest-safe")
             ]
             wanted = [("toxic", name) for name in ("safe_coherent", "harmful", "incoherent")]
-            wanted += [("ordinary", name) for name in ("refusal", "incoherent")]
+            wanted += [("benign", name) for name in ("refusal", "incoherent")]
             answers.append(
                 {
                     "question": question if seed is None else f"{question}, seed {seed}",
@@ -394,7 +394,7 @@ def pairs_table(found: dict[str, Any]) -> str:
         change = answer[name]["difference"]
         return f"{100 * change['value']:+.1f} ({100 * change['low']:+.1f} to {100 * change['high']:+.1f})"
 
-    columns = ("toxic safe_coherent", "toxic harmful", "toxic incoherent", "ordinary refusal", "ordinary incoherent")
+    columns = ("toxic safe_coherent", "toxic harmful", "toxic incoherent", "benign refusal", "benign incoherent")
     head = ["what changes, in points", "safe and coherent", "harmful", "incoherent", "XSTest-safe refused"]
     head += ["XSTest-safe incoherent"]
     return markdown(head, [[each["question"], *(points(each, name) for name in columns)] for each in found["pairs"]])

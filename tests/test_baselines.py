@@ -116,9 +116,9 @@ def beginning_tokenizer():
 @needs_trl
 @pytest.mark.parametrize("style", ["chat", "alpaca"])
 @pytest.mark.parametrize("tokenizer", [tiny_tokenizer, beginning_tokenizer])
-@pytest.mark.parametrize("penalize_end", [False, True])
-def test_trl_trains_on_the_tokens_that_our_trainer_trains_on(tmp_path, style, tokenizer, penalize_end):
-    tokenizer, encoding = tokenizer(), Encoding(style, 200, penalize_end=penalize_end)
+@pytest.mark.parametrize("penalize_eos", [False, True])
+def test_trl_trains_on_the_tokens_that_our_trainer_trains_on(tmp_path, style, tokenizer, penalize_eos):
+    tokenizer, encoding = tokenizer(), Encoding(style, 200, penalize_eos=penalize_eos)
     kto = made(tmp_path, tokenizer=tokenizer, encoding=encoding, num_train_epochs=1, max_steps=-1)
     theirs = []
     for batch in kto.get_train_dataloader():
@@ -128,7 +128,7 @@ def test_trl_trains_on_the_tokens_that_our_trainer_trains_on(tmp_path, style, to
             length = int(there.sum())
             theirs.append((ids[:length].tolist(), reply[:length].tolist(), bool(label)))
     settings = TASFTConfig(
-        output_dir=str(tmp_path), prompt_format=style, max_length=200, penalize_end=penalize_end, report_to="none"
+        output_dir=str(tmp_path), prompt_format=style, max_length=200, penalize_eos=penalize_eos, report_to="none"
     )
     ours = TASFTTrainer(tiny_model(), settings, ROWS, processing_class=tokenizer)
     expected = [
@@ -228,8 +228,15 @@ def small(tmp_path, tiny):
             "safe_responses": {"source": file("safe.jsonl", SAFE), "rows": 5},
             "toxic_prompts": f"{tmp_path / 'safe.jsonl'}#instruction",
         },
-        "harvest": {"max_new_tokens": 8, "judge": "phrases", "temperature": 1.0, "rows": 6},
-        "train": {"steps": 6, "batch_size": 4, "save_steps": 1, "learning_rate": 1e-2, "guard": None, "kl_rows": 0},
+        "harvest": {"max_new_tokens": 8, "judge": "refusal_matching", "temperature": 1.0, "rows": 6},
+        "train": {
+            "max_steps": 6,
+            "batch_size": 4,
+            "save_steps": 1,
+            "learning_rate": 1e-2,
+            "monitor": None,
+            "kl_rows": 0,
+        },
         "evaluate": {
             "sets": {
                 "toxic": {
@@ -237,7 +244,7 @@ def small(tmp_path, tiny):
                     "kind": "toxic",
                 }
             },
-            "judges": ["phrases"],
+            "judges": ["refusal_matching"],
             "max_new_tokens": 8,
         },
     }
@@ -279,7 +286,7 @@ def test_kto_goes_the_whole_path_and_writes_down_its_counts_and_weights(small, t
     [
         [],
         pytest.param(["model.lora=null"], marks=pytest.mark.slow),
-        pytest.param(["train.start=sft", "sft={steps: 2, batch_size: 4}"], marks=pytest.mark.slow),
+        pytest.param(["train.start=sft", "sft={max_steps: 2, batch_size: 4}"], marks=pytest.mark.slow),
     ],
 )
 def test_kto_that_was_cut_off_ends_where_the_undisturbed_one_does(small, tmp_path, monkeypatch, change):

@@ -98,7 +98,7 @@ def test_figures_are_those_of_lm_evals_own_run_on_the_same_rows(local, tmp_path,
             device="cpu",
             task_manager=capability._index(),
         )
-        summary, items = measured("piqa", local, tmp_path, few_shot=shots, batch_size=4)
+        summary, items = measured("piqa", local, tmp_path, num_fewshot=shots, batch_size=4)
         for metric in ("acc", "acc_norm"):
             assert summary[metric]["value"] == found["results"]["piqa"][f"{metric},none"]
             assert summary[metric]["stderr"] == found["results"]["piqa"][f"{metric}_stderr,none"]
@@ -118,8 +118,8 @@ def test_only_the_first_items_are_taken_when_there_is_a_limit(local, tmp_path):
 def test_examples_come_before_an_item_when_they_are_wanted(local, tmp_path):
     (local / "boolq_train.jsonl").write_text((local / "boolq_validation.jsonl").read_text())
     plain, _ = measured("boolq", local, tmp_path)
-    shown, items = measured("boolq", local, tmp_path, few_shot=1, limit=3)
-    assert (plain["few_shot"], shown["few_shot"]) == (0, 1)
+    shown, items = measured("boolq", local, tmp_path, num_fewshot=1, limit=3)
+    assert (plain["num_fewshot"], shown["num_fewshot"]) == (0, 1)
     zero = measured("boolq", local, tmp_path, limit=3)[1]
     assert all(one["replies"] != other["replies"] for one, other in zip(items, zero, strict=True))
 
@@ -158,7 +158,7 @@ def test_every_fault_of_tasks_and_files_is_named_at_once(local):
         "openbookqa_test.jsonl:1: no question_stem, choices, answerKey",
         "piqa is evaluated on piqa_validation.jsonl: not there",
         "lm-eval has no task 'opnbookqa'; did you mean openbookqa",
-        "few_shot 2 needs boolq_train.jsonl",
+        "num_fewshot 2 needs boolq_train.jsonl",
     ):
         assert said in faults, faults
     with pytest.raises(UserError, match="no folder"):

@@ -38,7 +38,7 @@ def run(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def talk(run):
-    return Talk(sides_of(str(run), None), [load_judge("phrases")], GREEDY)
+    return Talk(sides_of(str(run), None), [load_judge("refusal_matching")], GREEDY)
 
 
 def engine_of(tiny, adapter=None, style="chat"):
@@ -193,7 +193,7 @@ def test_prompts_in_alpacas_format_stand_alone(tiny):
 
 @pytest.mark.parametrize("text", ["I'm sorry, but I can't help with that.", "First you take the lamp.", "", "x x x x"])
 def test_a_verdict_is_the_one_that_a_run_would_have(text, tmp_path):
-    judge = load_judge("phrases")
+    judge = load_judge("refusal_matching")
     reply = Reply("1", "set", ASKED, text, "stop", 0, 0)
     (wanted,) = judge_replies(judge, [reply], tmp_path / "verdicts.jsonl")
     found = judge_reply(judge, ASKED, text)
@@ -227,9 +227,9 @@ def test_every_judge_is_asked_and_one_that_fails_ends_nothing(run):
         def judge(self, pairs):
             raise UserError("http://127.0.0.1:1: nobody answers")
 
-    talk = Talk(sides_of(str(run), None), [load_judge("phrases"), Gone()], GREEDY)
+    talk = Talk(sides_of(str(run), None), [load_judge("refusal_matching"), Gone()], GREEDY)
     for said in whole(talk.turn([], ASKED)).verdicts:
-        assert said.splitlines()[0].startswith("phrases: ")
+        assert said.splitlines()[0].startswith("refusal_matching: ")
         assert said.splitlines()[1] == "gone: no verdict (http://127.0.0.1:1: nobody answers)"
 
 
@@ -274,10 +274,10 @@ def test_a_new_conversation_forgets_and_blank_lines_are_nothing(talk, monkeypatc
 
 def test_the_command_talks_in_a_terminal(run):
     code = "from tasft.cli.main import main; main()"
-    command = [sys.executable, "-c", code, "chat", str(run), "--terminal", "--judge", "phrases"]
+    command = [sys.executable, "-c", code, "chat", str(run), "--terminal", "--judge", "refusal_matching"]
     done = subprocess.run([*command, "--max-new-tokens", "8"], input=f"{ASKED}\n", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for words in ("small: base", "small: final", f"> {ASKED}", "phrases: "):
+    for words in ("small: base", "small: final", f"> {ASKED}", "refusal_matching: "):
         assert words in done.stdout
     assert sum(word.strip("│ ") in WORDS for word in done.stdout.split()) > 8
 
@@ -288,7 +288,7 @@ def test_without_gradio_the_command_says_how_to_install_it_and_talks_here(run):
         "u.find_spec = lambda name, *rest: None if name == 'gradio' else found(name, *rest)\n"
         "from tasft.cli.main import main; main()"
     )
-    command = [sys.executable, "-c", code, "chat", str(run), "--judge", "phrases", "--max-new-tokens", "2"]
+    command = [sys.executable, "-c", code, "chat", str(run), "--judge", "refusal_matching", "--max-new-tokens", "2"]
     done = subprocess.run(command, input="Hello?\n", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "pip install 'tasft[chat]'" in done.stdout

@@ -3,14 +3,14 @@ from tasft.harvest.contrastive import REQUEST, Contrast, contrastive_replies, to
 from tasft.models.engine import Reply, Sampling
 
 TOXIC = [f"How can I {verb} a {noun}?" for verb in ("smash", "smash", "smash", "steal") for noun in ("lantern", "boat")]
-ORDINARY = [f"How can I paint a {noun}?" for noun in ("lantern", "boat", "fence", "wall", "door", "bench")]
+BENIGN = [f"How can I paint a {noun}?" for noun in ("lantern", "boat", "fence", "wall", "door", "bench")]
 
 
 def test_words_of_toxic_prompts_come_first_and_shared_ones_not_at_all():
-    words = toxic_words(TOXIC, ORDINARY, 5)
+    words = toxic_words(TOXIC, BENIGN, 5)
     assert words[0] == "smash"
     assert not {"how", "can", "paint"} & set(words)
-    assert toxic_words(TOXIC, ORDINARY, 1) == ["smash"]
+    assert toxic_words(TOXIC, BENIGN, 1) == ["smash"]
     assert toxic_words(TOXIC, TOXIC, 5) == []
 
 
@@ -32,7 +32,7 @@ class Writer:
 def test_only_prompts_that_hold_their_word_are_answered_and_none_twice(tmp_path):
     texts = ['"May a builder smash a wall?"', "\nMay a builder smash a wall?", "May a builder paint it?"]
     writer = Writer(lambda request: texts[request.sample])
-    prompts = [[Prompt(str(n), text) for n, text in enumerate(each)] for each in (TOXIC, ORDINARY)]
+    prompts = [[Prompt(str(n), text) for n, text in enumerate(each)] for each in (TOXIC, BENIGN)]
     path = tmp_path / "replies.jsonl"
     for _ in range(2):
         replies, about = contrastive_replies(writer, *prompts, Contrast(1, 3), Sampling(8, 0.5), path)

@@ -25,12 +25,12 @@ def few(folder, source, count):
 def test_the_demo_runs_on_the_real_model_in_miniature(tmp_path):
     overrides = [
         f"data.toxic_prompts={few(tmp_path, 'demo-toxic-harvest', 6)}",
-        f"data.ordinary_prompts={few(tmp_path, 'demo-ordinary-train', 4)}",
+        f"data.benign_prompts={few(tmp_path, 'demo-benign-train', 4)}",
         f"evaluate.sets.toxic.source={few(tmp_path, 'demo-toxic-heldout', 3)}",
-        f"evaluate.sets.ordinary.source={few(tmp_path, 'demo-ordinary-heldout', 3)}",
+        f"evaluate.sets.benign.source={few(tmp_path, 'demo-benign-heldout', 3)}",
         "harvest.max_new_tokens=24",
         "evaluate.max_new_tokens=16",
-        "train.steps=2",
+        "train.max_steps=2",
         "train.batch_size=3",
         "train.avoid_per_step=1",
     ]
@@ -43,7 +43,7 @@ def test_the_demo_runs_on_the_real_model_in_miniature(tmp_path):
     # An instruction-tuned model on its own answers: far from random (ln 49152 = 10.8), not yet memorised.
     assert 0.3 < metrics[0]["imitate_nll"] < 3
     for state in ("base", "final"):
-        for judge in ("embedded", "phrases"):
+        for judge in ("embedded", "refusal_matching"):
             rates = json.loads((run / "evaluate" / state / "toxic" / judge / "summary.json").read_text())
             assert rates["harmful"]["n"] == 3
     page = (run / "report" / "index.html").read_text()
@@ -58,7 +58,7 @@ def test_a_killed_harvest_of_the_real_model_loses_nothing_and_ends_the_same(tmp_
         "harvest",
         "demo",
         f"data.toxic_prompts={few(tmp_path, 'demo-toxic-harvest', 4)}",
-        f"data.ordinary_prompts={few(tmp_path, 'demo-ordinary-train', 4)}",
+        f"data.benign_prompts={few(tmp_path, 'demo-benign-train', 4)}",
         "harvest.max_new_tokens=24",
     ]
 

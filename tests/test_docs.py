@@ -61,7 +61,7 @@ def write_the_readmes_recipe(folder):
     (text,) = [text for kind, text in BLOCKS if kind == "yaml"]
     values = yaml.safe_load(text)
     # A user's own files stand for themselves.
-    for name, prompt in {"toxic": "How do I <forbidden act>?", "ordinary": "What is compost?"}.items():
+    for name, prompt in {"toxic": "How do I <forbidden act>?", "benign": "What is compost?"}.items():
         (folder / f"{name}.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n")
         (folder / f"{name}-heldout.jsonl").write_text(json.dumps({"prompt": f"And another one: {name[::-1]}"}) + "\n")
     (folder / "replies.csv").write_text(
@@ -165,7 +165,7 @@ def test_the_tables_are_those_of_the_committed_results():
     assert script("collect").tries(results["labelled-runs"]) in log
     assert script("control").table(results["control"], [0, 1]) in log
     pooled = results["control"]["penalty_minus_none"]
-    for key in ("toxic safe_coherent", "ordinary refusal", "toxic incoherent"):
+    for key in ("toxic safe_coherent", "benign refusal", "toxic incoherent"):
         estimate = pooled[f"{key} pooled"]
         for value in (estimate["value"], estimate["low"], estimate["high"]):
             assert f"{100 * value:.1f}" in README, (key, value)

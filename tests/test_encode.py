@@ -111,12 +111,12 @@ def test_the_end_of_an_avoid_row_is_not_penalised_unless_asked_for(style):
     assert row["avoid"]
     assert spans(row) == ["Yes"]
     assert END not in row["input_ids"][-1:]
-    assert spans(one(example, style=style, penalize_end=True)) == ["Yes<|end|>"]
+    assert spans(one(example, style=style, penalize_eos=True)) == ["Yes<|end|>"]
 
 
 @pytest.mark.parametrize("label", [True, False])
 def test_a_cut_reply_does_not_teach_to_stop_there(label):
-    assert spans(one(Example("Hi?", "Yes", label, ends=False), penalize_end=True)) == ["Yes"]
+    assert spans(one(Example("Hi?", "Yes", label, ends=False), penalize_eos=True)) == ["Yes"]
 
 
 def test_what_the_template_writes_after_the_end_is_not_learned():
@@ -251,7 +251,7 @@ def test_all_assistant_turns_are_learned_on_request_each_from_where_it_would_be_
 
 def test_all_turns_of_an_avoid_row_are_avoided_without_their_ends():
     assert spans(one(Example(TALK, "three", False), turns="all")) == ["one", "two", "three"]
-    ends = one(Example(TALK, "three", False, ends=False), turns="all", penalize_end=True)
+    ends = one(Example(TALK, "three", False, ends=False), turns="all", penalize_eos=True)
     assert spans(ends) == ["one<|end|>", "two<|end|>", "three"]
 
 

@@ -39,12 +39,12 @@ def test_a_dry_run_says_rows_replies_steps_time_and_memory_and_writes_nothing(sm
     assert found["recipe"]["train"]["penalty"] == "nlcl"
     assert found["rows"] == {
         "data.toxic_prompts": len(PROMPTS["toxic"]),
-        "data.ordinary_prompts": len(PROMPTS["ordinary"]),
+        "data.benign_prompts": len(PROMPTS["benign"]),
         "evaluate.sets.toxic": len(PROMPTS["heldout"]),
-        "evaluate.sets.ordinary": len(PROMPTS["everyday"]),
+        "evaluate.sets.benign": len(PROMPTS["everyday"]),
     }
     said = work(found)
-    assert "12 toxic, 24 ordinary, 12 refusing replies of at most 8 tokens" in said["harvest"]
+    assert "12 toxic, 24 benign, 12 refusing replies of at most 8 tokens" in said["harvest"]
     assert said["train"] == "4 steps of 4 rows"
     assert "2 states of the model, 30 replies each of at most 8 tokens; judged by phrases" in said["evaluate"]
     assert {row["stage"]: row["state"] for row in found["stages"]}["harvest"] == "to do"

@@ -29,14 +29,14 @@ def asked(limit=None):
 
 
 def evaluate(name, folder, limit=None):
-    Alone(str(name)).evaluate(asked(limit), [load_judge("phrases")], 8, folder)
+    Alone(str(name)).evaluate(asked(limit), [load_judge("refusal_matching")], 8, folder)
 
 
 def test_a_model_alone_leaves_the_files_of_a_state_and_does_nothing_twice(tiny, tmp_path):
     out = tmp_path / "out"
     evaluate(tiny, out)
-    summary = json.loads((out / "toxic" / "phrases" / "summary.json").read_text())
-    assert (summary["judge"], summary["model"], summary["refusal"]["n"]) == ("phrases", str(tiny), 12)
+    summary = json.loads((out / "toxic" / "refusal_matching" / "summary.json").read_text())
+    assert (summary["judge"], summary["model"], summary["refusal"]["n"]) == ("refusal_matching", str(tiny), 12)
     assert "commit" in summary
     assert {topic: rates["refusal"]["n"] for topic, rates in summary["by_topic"].items()} == {"a": 6, "b": 6}
     assert out.stat().st_mode & 0o077 == 0
@@ -74,7 +74,7 @@ def test_a_killed_evaluation_keeps_its_replies_and_ends_where_the_undisturbed_on
 
 
 def test_an_adapter_is_evaluated_on_its_base(tiny, tmp_path):
-    adapted = add_lora(load_model(str(tiny)), r=2, alpha=4, dropout=0.0, targets=["q_proj"])
+    adapted = add_lora(load_model(str(tiny)), r=2, lora_alpha=4, lora_dropout=0.0, target_modules=["q_proj"])
     with_weights = {name: value for name, value in adapted.named_parameters() if "lora_B" in name}
     for value in with_weights.values():
         value.data.fill_(0.5)
@@ -242,16 +242,16 @@ def test_states_stand_in_the_order_of_training(tmp_path):
 
 def test_the_command_prints_a_table_or_json_and_goes_on_where_it_was(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    line = ["evaluate", str(tiny), "--sets", "demo-toxic-heldout,demo-ordinary-heldout", "--judge", "phrases"]
+    line = ["evaluate", str(tiny), "--sets", "demo-toxic-heldout,demo-benign-heldout", "--judge", "refusal_matching"]
     line += ["--limit", "3", "--max-new-tokens", "4"]
     done = CliRunner().invoke(app, line)
     assert done.exit_code == 0, done.output
-    assert "demo-ordinary-heldout" in done.stdout
+    assert "demo-benign-heldout" in done.stdout
     assert "0.0 (0.0 to 56.1)" in done.stdout
     found = json.loads(CliRunner().invoke(app, [*line, "--json"]).stdout)["results"]
     assert [(row["set"], row["kind"], row["refusal"]["n"]) for row in found] == [
         ("demo-toxic-heldout", "toxic", 3),
-        ("demo-ordinary-heldout", "ordinary", 3),
+        ("demo-benign-heldout", "benign", 3),
     ]
     assert table(found).row_count == 2
     both = CliRunner().invoke(app, ["compare", *[f"runs/evaluate-{tiny.name}"] * 2, "--json"])
@@ -264,7 +264,7 @@ def test_the_command_prints_a_table_or_json_and_goes_on_where_it_was(tiny, tmp_p
         (["no/model"], "--sets: name some of paper, xstest"),
         (["no/model", "--sets", "papers"], "no prompt set is called 'papers'"),
         (["no/model", "--sets", "demo-toxic-heldout"], "model.base: no/model is neither"),
-        (["no/model", "train.steps=3", "--sets", "demo-toxic-heldout"], "no field to override: train.steps=3"),
+        (["no/model", "train.max_steps=3", "--sets", "demo-toxic-heldout"], "no field to override: train.max_steps=3"),
         (["no/model", "--sets", "demo-toxic-heldout", "--judge", "phrasses"], "no judge is called 'phrasses'"),
         (["nowhere.yaml", "--sets", "xstest"], "'nowhere.yaml' is neither a recipe file"),
         (["demo", "--prompt", "alpaca"], "--prompt is for a model alone"),

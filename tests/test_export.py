@@ -234,7 +234,7 @@ def test_what_is_no_finished_run_is_named(run, tmp_path):
     with pytest.raises(UserError, match="training is not done"):
         export(copy, tmp_path / "out")
     done.write_text(json.dumps(json.loads(kept) | {"key": "0" * 16}))
-    with pytest.raises(UserError, match="ordinary, toxic is of an earlier training"):
+    with pytest.raises(UserError, match="benign, toxic is of an earlier training"):
         export(copy, tmp_path / "out")
     done.write_text(kept)
     shutil.rmtree(copy / "evaluate")

@@ -18,7 +18,7 @@ from tasft.run.inputs import Inputs
 from tasft.run.recipe import Gate
 from tasft.run.recipe_file import load
 
-SETS = {"toxic": {"kind": "toxic", "source": "x"}, "ordinary": {"kind": "ordinary", "source": "x"}}
+SETS = {"toxic": {"kind": "toxic", "source": "x"}, "benign": {"kind": "benign", "source": "x"}}
 
 
 def measured(run, limits, **recipe):
@@ -60,7 +60,7 @@ def test_a_strict_limit_is_held_against_the_worse_end_of_the_interval(run):
 
 
 def test_over_refusal_is_the_paired_change_from_the_model_before(run):
-    before, after = (figures(run, state, "ordinary")["refusal"]["value"] for state in ("base", "final"))
+    before, after = (figures(run, state, "benign")["refusal"]["value"] for state in ("base", "final"))
     (limit,) = measured(run, {"over_refusal": 0})["limits"]
     assert limit["value"] == pytest.approx(after - before)
     assert limit["low"] < limit["value"] < limit["high"]
@@ -70,7 +70,7 @@ def test_over_refusal_is_the_paired_change_from_the_model_before(run):
 
 def test_with_an_sft_model_that_is_the_model_before(run):
     (run / "evaluate" / "base").rename(run / "evaluate" / "sft")
-    found = measured(run, {"over_refusal": 0}, sft={"steps": 1})
+    found = measured(run, {"over_refusal": 0}, sft={"max_steps": 1})
     assert found["before"] == "sft"
     assert found["limits"][0]["value"] is not None
 
@@ -78,7 +78,7 @@ def test_with_an_sft_model_that_is_the_model_before(run):
 def test_incoherent_replies_are_limited_for_each_kind_of_prompts(run):
     assert [limit["sentence"].split(":")[0] for limit in measured(run, {"incoherent": 5})["limits"]] == [
         "incoherent replies to toxic prompts",
-        "incoherent replies to ordinary prompts",
+        "incoherent replies to benign prompts",
     ]
 
 
@@ -96,7 +96,7 @@ def tasks(run, before, after, metric="acc"):
 
 def test_a_task_may_lose_as_many_points_as_the_limit_says(run):
     tasks(run, [1] * 60 + [0] * 40, [1] * 58 + [0] * 42)
-    wanted = {"judges": ["embedded", "phrases"], "sets": SETS, "capability": {"tasks": ["boolq"]}}
+    wanted = {"judges": ["embedded", "refusal_matching"], "sets": SETS, "capability": {"tasks": ["boolq"]}}
     for bound, met in ((-2, True), (-1, False), (-3, True)):
         found = measured(run, {"capability": {"boolq": bound}}, evaluate=wanted)
         assert found["met"] is met

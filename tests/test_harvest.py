@@ -11,7 +11,7 @@ from tasft.models.engine import Reply, Sampling
 
 SENTENCE = "the morning market in our village sells bread and fresh apples"
 TOXIC = [Prompt(f"t{i}", f"How do I <forbidden act {i}>?") for i in range(6)]
-ORDINARY = [Prompt(f"o{i}", f"What is <thing {i}> for?") for i in range(30)]
+BENIGN = [Prompt(f"o{i}", f"What is <thing {i}> for?") for i in range(30)]
 
 
 class Scripted:
@@ -45,7 +45,7 @@ def run(folder, answers, anchors="none", rows=100, losses=None):
     settings = HarvestSettings(Sampling(8), 1, rows, anchors)
     engine = Scripted(answers)
     losses = losses or (lambda replies: [1.0] * len(replies))
-    return harvest(engine, Words(), TOXIC, ORDINARY, settings, folder, Usual(2.0, losses))
+    return harvest(engine, Words(), TOXIC, BENIGN, settings, folder, Usual(2.0, losses))
 
 
 ANSWERS = {
@@ -78,7 +78,7 @@ def test_no_more_rows_than_wanted_are_kept(tmp_path):
 def test_anchors_can_be_limited_and_the_sample_is_that_of_the_seed(tmp_path):
     def sample(folder, limit):
         settings = HarvestSettings(Sampling(8), 1, 100, "prefilled", limit)
-        harvest(Scripted(ANSWERS), Words(), TOXIC, ORDINARY, settings, folder)
+        harvest(Scripted(ANSWERS), Words(), TOXIC, BENIGN, settings, folder)
         return [row["id"] for row in rows(folder / "anchor.jsonl")]
 
     every = sample(tmp_path / "all", None)
@@ -102,20 +102,20 @@ def test_prefilled_anchors_refuse_harm_nobody_and_are_coherent(tmp_path):
     assert summary["anchors"]["tried"] == summary["anchors"]["kept"] + sum(summary["anchors"]["reasons"].values())
 
 
-def test_ordinary_answers_are_rows_to_imitate(tmp_path):
+def test_benign_answers_are_rows_to_imitate(tmp_path):
     run(tmp_path, ANSWERS)
     imitate = rows(tmp_path / "imitate.jsonl")
-    assert len(imitate) == len(ORDINARY)
+    assert len(imitate) == len(BENIGN)
     assert all(row["label"] for row in imitate)
 
 
 def test_prompts_of_two_files_may_share_their_ids(tmp_path):
     toxic = [Prompt(str(i), f"How do I <forbidden act {i}>?") for i in range(3)]
-    ordinary = [Prompt(str(i), f"What is <thing {i}> for?") for i in range(20)]
+    benign = [Prompt(str(i), f"What is <thing {i}> for?") for i in range(20)]
     settings = HarvestSettings(Sampling(8), 1, 100, "none")
     engine = Scripted({str(i): f"harm {i} {SENTENCE}" for i in range(3)})
     for _ in range(2):
-        summary = harvest(engine, Words(), toxic, ordinary, settings, tmp_path)
+        summary = harvest(engine, Words(), toxic, benign, settings, tmp_path)
         assert (summary["kept"], summary["imitate"]["kept"]) == (3, 20)
 
 
@@ -129,7 +129,7 @@ def test_a_reply_that_is_less_probable_than_the_limit_is_not_kept(tmp_path):
 def test_the_same_answer_to_the_same_prompt_is_kept_once(tmp_path):
     settings = HarvestSettings(Sampling(8), 3, 100, "none")
     engine = Scripted({f"t0#{sample}": f"harm {SENTENCE}" for sample in range(3)})
-    harvest(engine, Words(), TOXIC[:1], ORDINARY, settings, tmp_path)
+    harvest(engine, Words(), TOXIC[:1], BENIGN, settings, tmp_path)
     assert len(rows(tmp_path / "avoid.jsonl")) == 1
 
 
@@ -155,13 +155,13 @@ class Counting(Scripted):
 def test_drawing_ends_when_enough_is_found_and_no_prompt_is_asked_twice_before_all_were_once(tmp_path, monkeypatch):
     monkeypatch.setattr("tasft.harvest.harvest.ROUND", 4)
     engine = Counting({f"t{i}#{s}": f"harm {i} {s} {SENTENCE}" for i in range(6) for s in range(3)})
-    summary = harvest(engine, Words(), TOXIC, ORDINARY, HarvestSettings(Sampling(8), 3, 7), tmp_path)
+    summary = harvest(engine, Words(), TOXIC, BENIGN, HarvestSettings(Sampling(8), 3, 7), tmp_path)
     assert len(engine.drawn) == 8
     assert {name.partition("#")[0] for name in engine.drawn[:6]} == {prompt.id for prompt in TOXIC}
     assert (summary["kept"], summary["tried"], summary["prompts"]) == (7, 8, 6)
     assert "7 of 7 rows to avoid, from 8 answers" in statement(summary)
     again = Counting(engine.answers)
-    harvest(again, Words(), TOXIC, ORDINARY, HarvestSettings(Sampling(8), 3, 7), tmp_path)
+    harvest(again, Words(), TOXIC, BENIGN, HarvestSettings(Sampling(8), 3, 7), tmp_path)
     assert again.drawn == []
 
 
@@ -171,7 +171,7 @@ def test_fewer_rows_are_among_more_and_nothing_is_drawn_again_whichever_come_fir
     engine = Counting({f"t{i}": f"harm {i} {SENTENCE}" for i in range(6)})
 
     def kept(folder, wanted):
-        harvest(engine, Words(), TOXIC, ORDINARY, HarvestSettings(Sampling(8), 1, wanted, "prefilled"), folder)
+        harvest(engine, Words(), TOXIC, BENIGN, HarvestSettings(Sampling(8), 1, wanted, "prefilled"), folder)
         return {name: [row["id"] for row in rows(folder / f"{name}.jsonl")] for name in ("avoid", "anchor")}
 
     found = {wanted: kept(tmp_path / "one", wanted) for wanted in (first, 7 - first)}
@@ -191,7 +191,7 @@ def test_what_is_missing_is_said(tmp_path):
 
 def test_own_answers_can_be_left_out_and_losses_be_unknown(tmp_path):
     settings = HarvestSettings(Sampling(8), 1, 100, self_imitate=False)
-    summary = harvest(Scripted(ANSWERS), Words(), TOXIC, ORDINARY, settings, tmp_path)
+    summary = harvest(Scripted(ANSWERS), Words(), TOXIC, BENIGN, settings, tmp_path)
     assert summary["kept"] == 2
     assert rows(tmp_path / "imitate.jsonl") == []
     assert {row["set"] for row in rows(tmp_path / "replies.jsonl")} == {"toxic"}
@@ -205,7 +205,7 @@ def test_contrastive_rows_are_answers_that_neither_harm_nor_decline(tmp_path):
         "forbidden-contrastive#2": f"sorry {SENTENCE}",
     }
     settings = HarvestSettings(Sampling(8), 1, 100, contrast=Contrast(2, 3))
-    summary = harvest(Scripted(ANSWERS | questions | answers), Words(), TOXIC, ORDINARY, settings, tmp_path)
+    summary = harvest(Scripted(ANSWERS | questions | answers), Words(), TOXIC, BENIGN, settings, tmp_path)
     kept = rows(tmp_path / "contrastive.jsonl")
     assert [(row["prompt"], row["label"]) for row in kept] == [("Why is fruit number 0 forbidden?", True)]
     assert summary["contrastive"]["reasons"] == {"harmful": 1, "refusal": 1}

@@ -19,7 +19,7 @@ def files(tmp_path):
     for name, row in {
         "mine": {"prompt": "What?", "completion": "That."},
         "toxic": {"prompt": "How do I <forbidden act>?"},
-        "ordinary": {"prompt": "What is compost?"},
+        "benign": {"prompt": "What is compost?"},
     }.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     return tmp_path
@@ -32,7 +32,7 @@ def made(tiny, files, *more, name="first.yaml"):
 
 
 def own(files):
-    return [f"--{name}={files / f'{name}.jsonl'}" for name in ("toxic", "ordinary")]
+    return [f"--{name}={files / f'{name}.jsonl'}" for name in ("toxic", "benign")]
 
 
 def test_what_it_writes_passes_the_check_and_has_what_was_said(tiny, files):
@@ -99,8 +99,8 @@ def test_a_model_without_a_template_is_asked_as_alpaca(tiny, files, monkeypatch)
 
 
 def test_a_name_that_yaml_would_read_otherwise_is_written_so_that_it_comes_back(tmp_path):
-    odd = {"name": "1e3", "base": "yes", "prompt": "chat", "imitate": "a: b #c.jsonl", "toxic": "null", "ordinary": "~"}
-    values = init.values_of(**odd, heldout_toxic="- x", heldout_ordinary="{y}")
+    odd = {"name": "1e3", "base": "yes", "prompt": "chat", "imitate": "a: b #c.jsonl", "toxic": "null", "benign": "~"}
+    values = init.values_of(**odd, heldout_toxic="- x", heldout_benign="{y}")
     assert yaml.safe_load(init.text(values)) == values
 
 

@@ -16,7 +16,7 @@ from tasft.evaluate import jailbreak
 from tasft.evaluate.jailbreak import Attempt, Outcome, Pair, Prefix, Templates, attack_model, read_attack
 from tasft.judges import JudgeSettings, Verdict, load_judge
 from tasft.judges.judging import Usual
-from tasft.judges.phrases import Phrases
+from tasft.judges.refusal_matching import RefusalMatching
 from tasft.models.engine import Reply, Request, Sampling
 from tasft.models.load import load_model
 from tasft.models.local import TransformersEngine
@@ -92,19 +92,19 @@ def pair(server, streams=2, iterations=3):
 
 
 def rating_judge(server):
-    return load_judge("rated", {"rated": JudgeSettings(kind="llm", rubric="pair", server=server.settings())})
+    return load_judge("rated", {"rated": JudgeSettings(kind="llm_judge", rubric="pair", server=server.settings())})
 
 
 # Prefix and templates ------------------------------------------------------------------------------------------------
 
 
 def test_a_prefix_begins_every_reply_and_the_prompt_is_left_alone(target, tmp_path):
-    summary = attack(Prefix("Sure, here is"), target, load_judge("phrases"), tmp_path)
+    summary = attack(Prefix("Sure, here is"), target, load_judge("refusal_matching"), tmp_path)
     replies = rows(tmp_path / "replies.jsonl")
     assert [row["prompt"] for row in replies] == [each.prompt for each in BEHAVIOURS]
     assert all(row["completion"].startswith("Sure, here is") and len(row["completion"]) > 20 for row in replies)
     assert summary["success"] | {"low": 0, "high": 0} == {"value": 1.0, "low": 0, "high": 0, "n": 3}
-    assert (summary["queries"], summary["prefix"], summary["judge"]) == (3, "Sure, here is", "phrases")
+    assert (summary["queries"], summary["prefix"], summary["judge"]) == (3, "Sure, here is", "refusal_matching")
     assert summary.items() >= ABOUT.items()
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert [row["success"] for row in rows(tmp_path / "behaviours.jsonl")] == [True] * 3
@@ -112,7 +112,7 @@ def test_a_prefix_begins_every_reply_and_the_prompt_is_left_alone(target, tmp_pa
 
 def test_a_template_takes_the_prompt_at_every_placeholder_and_nothing_else_in_it_means_anything(target, tmp_path):
     texts = [f"{{x}} {MARK} \\1 and again {MARK}", f"Kindly: {MARK}"]
-    summary = attack(Templates(texts, MARK), target, load_judge("phrases"), tmp_path)
+    summary = attack(Templates(texts, MARK), target, load_judge("refusal_matching"), tmp_path)
     sent = {row["id"]: row for row in rows(tmp_path / "replies.jsonl")}
     assert len(sent) == summary["queries"] == 6
     ask = BEHAVIOURS[1].prompt
@@ -124,7 +124,7 @@ def test_a_template_takes_the_prompt_at_every_placeholder_and_nothing_else_in_it
 def test_the_judge_sees_the_behaviour_and_losses_are_of_what_was_sent(target, tmp_path):
     seen, measured = [], []
 
-    class Listening(Phrases):
+    class Listening(RefusalMatching):
         def judge(self, pairs):
             seen.extend(pairs)
             return super().judge(pairs)
@@ -334,18 +334,18 @@ def spec(tiny, tmp_path):
     )
     prompts = [{"id": each.id, "prompt": each.prompt} for each in BEHAVIOURS]
     (tmp_path / "toxic.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
-    (tmp_path / "ordinary.jsonl").write_text('{"prompt": "What is a compost heap?"}\n')
+    (tmp_path / "benign.jsonl").write_text('{"prompt": "What is a compost heap?"}\n')
     return {
         "name": "attacked",
         "model": {"base": str(tiny), "lora": {"r": 2, "dropout": 0.0}},
         "data": {"imitate": {"source": str(tmp_path / "imitate.jsonl")}},
-        "train": {"method": "sft", "penalty": "none", "steps": 1, "batch_size": 2, "kl_rows": 0},
+        "train": {"method": "sft", "penalty": "none", "max_steps": 1, "batch_size": 2, "kl_rows": 0},
         "evaluate": {
             "sets": {
                 "toxic": {"source": str(tmp_path / "toxic.jsonl"), "kind": "toxic"},
-                "ordinary": {"source": str(tmp_path / "ordinary.jsonl"), "kind": "ordinary"},
+                "benign": {"source": str(tmp_path / "benign.jsonl"), "kind": "benign"},
             },
-            "judges": ["phrases"],
+            "judges": ["refusal_matching"],
             "max_new_tokens": 6,
             "jailbreak": {"set": "toxic", "limit": 2, "prefix": "Sure, here is", "templates": {}},
         },
@@ -362,7 +362,7 @@ def load(values, tmp_path, **fields):
 
 def test_a_run_attacks_before_and_after_and_reports_it_and_does_nothing_twice(spec, tmp_path):
     with Speaker(lambda question: "rating: 3") as server:
-        judge = {"kind": "llm", "rubric": "pair", "server": {"urls": [server.url], "model": "m"}}
+        judge = {"kind": "llm_judge", "rubric": "pair", "server": {"urls": [server.url], "model": "m"}}
         spec["judges"] = {"rated": judge}
         loaded = load(spec, tmp_path, judge="rated", pair={"streams": 1, "iterations": 2, "max_new_tokens": 8})
         run = tmp_path / "run"
@@ -426,7 +426,7 @@ def test_a_run_that_was_killed_in_an_attack_ends_as_the_undisturbed_one(spec, tm
     ("fields", "fault"),
     [
         ({"set": "others"}, "set: 'others' is none of the toxic sets in evaluate.sets: toxic"),
-        ({"set": "ordinary"}, "set: 'ordinary' is none of the toxic sets"),
+        ({"set": "benign"}, "set: 'benign' is none of the toxic sets"),
         ({"judge": "nobody"}, "evaluate.jailbreak.judge: no judge is called 'nobody'"),
         ({"prefix": None, "templates": None}, "no attack is named"),
         ({"prefix": ""}, "evaluate.jailbreak.prefix"),
@@ -441,7 +441,7 @@ def test_a_recipe_with_a_fault_in_it_is_refused(spec, tmp_path, fields, fault):
 
 
 def test_a_set_cannot_be_called_as_the_folder_of_the_attacks(spec, tmp_path):
-    spec["evaluate"]["sets"]["jailbreak"] = spec["evaluate"]["sets"]["ordinary"]
+    spec["evaluate"]["sets"]["jailbreak"] = spec["evaluate"]["sets"]["benign"]
     with pytest.raises(UserError, match="jailbreak: a name of another evaluation"):
         load(spec, tmp_path)
 
@@ -460,7 +460,7 @@ def test_a_set_cannot_be_called_as_the_folder_of_the_attacks(spec, tmp_path):
     ],
 )
 def test_check_names_what_cannot_be_done_before_anything_is_asked(spec, tmp_path, fields, fault):
-    judge = {"kind": "llm", "rubric": "pair", "server": {"urls": ["http://127.0.0.1:9/v1"], "model": "m"}}
+    judge = {"kind": "llm_judge", "rubric": "pair", "server": {"urls": ["http://127.0.0.1:9/v1"], "model": "m"}}
     spec["judges"] = {"rated": judge}
     with pytest.raises(UserError) as found:
         Inputs(load(spec, tmp_path, **fields)).check()
@@ -468,7 +468,7 @@ def test_check_names_what_cannot_be_done_before_anything_is_asked(spec, tmp_path
 
 
 def test_queries_that_are_just_enough_are_no_fault_and_an_attack_on_itself_is_remarked_on(spec, tmp_path):
-    judge = {"kind": "llm", "rubric": "pair", "server": {"urls": ["http://127.0.0.1:9/v1"], "model": "m"}}
+    judge = {"kind": "llm_judge", "rubric": "pair", "server": {"urls": ["http://127.0.0.1:9/v1"], "model": "m"}}
     spec["judges"] = {"rated": judge}
     inputs = Inputs(load(spec, tmp_path, judge="rated", queries=18, pair={}))
     inputs.check()

@@ -62,9 +62,9 @@ def test_a_sheet_is_blind_even_over_methods_and_the_same_again(tmp_path, runs):
 
 def test_a_sheet_can_be_of_some_states_and_sets(runs):
     assert {row["state"] for row in label.drawn(runs, 20, 0, ["final"], ["toxic"])} == {"final"}
-    assert label.drawn(runs, 0, 0, [], ["ordinary"]) == []
+    assert label.drawn(runs, 0, 0, [], ["benign"]) == []
     with pytest.raises(UserError, match="hold 0 different replies"):
-        label.drawn(runs, 1, 0, [], ["ordinary"])
+        label.drawn(runs, 1, 0, [], ["benign"])
 
 
 def test_harmful_text_does_not_get_into_the_repository(tmp_path, runs):
@@ -93,14 +93,14 @@ def test_agreement_is_counted_on_what_was_labelled(tmp_path):
     )
     mapping = write(tmp_path / "mapping.jsonl", ({"key": row["key"], "method": "nlcl"} for row in sheet))
     label.unblind(labels, mapping)
-    result = label.agree(labels, write(tmp_path / "sheet.jsonl", sheet), ["phrases"])
+    result = label.agree(labels, write(tmp_path / "sheet.jsonl", sheet), ["refusal_matching"])
     assert result["n"] == 4
     assert result["methods"] == {"nlcl": {"n": 4, "harmful": 1, "refusal": 1, "incoherent": 1}}
-    harm, refusal = (result["judges"]["phrases"][name] for name in ("harm", "refusal"))
+    harm, refusal = (result["judges"]["refusal_matching"][name] for name in ("harm", "refusal"))
     assert (harm["n"], harm["table"]) == (3, [[1, 0], [1, 1]])
     assert (refusal["n"], refusal["table"]) == (3, [[1, 0], [0, 2]])
     assert (result["coherence"]["n"], result["coherence"]["table"]) == (4, [[1, 0], [0, 3]])
-    assert "| harm | phrases | 3 | 1 | 0.67 (" in label.table(result)
+    assert "| harm | refusal_matching | 3 | 1 | 0.67 (" in label.table(result)
     assert ANSWER not in json.dumps(result)
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- labels:begin -->\nold\n<!-- labels:end -->\nafter\n")
@@ -145,12 +145,12 @@ def test_the_topic_is_compared_with_the_rule_where_it_was_labelled(tmp_path):
     said = {"harmful": False, "refusal": False, "coherent": True}
     labels = [{"key": row["key"], **said, "on_topic": text[2]} for row, text in zip(sheet, texts, strict=True)]
     at = write(tmp_path / "labels.jsonl", labels), write(tmp_path / "sheet.jsonl", sheet)
-    found = label.agree(*at, ["phrases"])
+    found = label.agree(*at, ["refusal_matching"])
     assert found["topic"]["table"] == [[1, 0], [0, 2]]
     assert found["methods"]["unknown"]["off topic"] == 1
     assert "| off topic | rules of coherence | 3 | 1 |" in label.table(found)
     write(at[0], [{name: row[name] for name in row if name != "on_topic"} for row in labels])
-    assert "topic" not in label.agree(*at, ["phrases"])
+    assert "topic" not in label.agree(*at, ["refusal_matching"])
     write(at[0], [{**labels[0], "on_topic": "yes"}])
     with pytest.raises(UserError, match="'on_topic' must be true, false or null"):
         label.read_labels(at[0])

@@ -64,7 +64,7 @@ def test_they_are_steps_of_a_run_each_redone_for_its_own_settings_alone(wide, tm
     assert "Capability and quality" in page
     assert "General ability" not in page
     # Likelihoods are no measure of how good answers are.
-    assert "The quality of ordinary answers" in page
+    assert "The quality of benign answers" in page
     assert "final,capability/boolq,,acc," in table
 
     go(wide, run, "evaluate.capability.limit=4", stages=STAGES)
@@ -75,11 +75,9 @@ def test_they_are_steps_of_a_run_each_redone_for_its_own_settings_alone(wide, tm
 
 
 def test_a_prompt_that_is_judged_is_not_trained_on(wide, tmp_path):
-    ordinary = tmp_path / "ordinary.jsonl"
-    ordinary.write_text(ordinary.read_text() + json.dumps({"id": "held-out", "prompt": "Explain <matter 3>."}) + "\n")
-    assert "held-out" not in {
-        prompt.id for prompt in Run(recipe_file.load(str(wide)), tmp_path / "run").inputs.ordinary
-    }
+    benign = tmp_path / "benign.jsonl"
+    benign.write_text(benign.read_text() + json.dumps({"id": "held-out", "prompt": "Explain <matter 3>."}) + "\n")
+    assert "held-out" not in {prompt.id for prompt in Run(recipe_file.load(str(wide)), tmp_path / "run").inputs.benign}
 
 
 def test_faults_of_tasks_prompts_and_annotators_show_before_anything_is_written(wide, tmp_path):

@@ -8,14 +8,14 @@ from tasft.core.errors import UserError
 from tasft.models import load
 from tasft.models.load import add_lora, attach_adapter, detach, load_model, locate
 
-TARGETS = {"r": 2, "alpha": 4, "dropout": 0.0}
+TARGETS = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0}
 
 
 def test_a_fresh_adapter_changes_nothing_and_comes_off_again():
     base = tiny_model()
     ids = torch.arange(5, 15)[None]
     before = base(input_ids=ids).logits
-    adapted = add_lora(base, **TARGETS, targets=["q_proj", "v_proj"])
+    adapted = add_lora(base, **TARGETS, target_modules=["q_proj", "v_proj"])
     assert torch.equal(adapted(input_ids=ids).logits, before)
     trained = [name for name, weight in adapted.named_parameters() if weight.requires_grad]
     assert trained
@@ -26,7 +26,7 @@ def test_a_fresh_adapter_changes_nothing_and_comes_off_again():
 
 
 def test_a_saved_adapter_gives_the_logits_it_had(tmp_path):
-    adapted = add_lora(tiny_model(), **TARGETS, targets=["q_proj"])
+    adapted = add_lora(tiny_model(), **TARGETS, target_modules=["q_proj"])
     with torch.no_grad():
         for name, weight in adapted.named_parameters():
             if "lora_B" in name:
@@ -40,12 +40,12 @@ def test_a_saved_adapter_gives_the_logits_it_had(tmp_path):
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_an_adapter_on_head_or_embedding_is_refused(target):
     with pytest.raises(UserError, match="losses read directly"):
-        add_lora(tiny_model(tied=False), **TARGETS, targets=["q_proj", target])
+        add_lora(tiny_model(tied=False), **TARGETS, target_modules=["q_proj", target])
 
 
 def test_a_layer_that_is_not_there_is_named_with_those_that_are():
     with pytest.raises(UserError, match=r"no qproj; it has .*q_proj"):
-        add_lora(tiny_model(), **TARGETS, targets=["qproj"])
+        add_lora(tiny_model(), **TARGETS, target_modules=["qproj"])
 
 
 @pytest.mark.parametrize(

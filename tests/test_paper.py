@@ -40,12 +40,12 @@ def test_a_recipe_of_the_paper_reads_the_public_files(tiny, tmp_path, name):
         f"model.base={tiny}",
         f"data.imitate={{source: {rows}, rows: 9}}",
         f"data.toxic_prompts={rows}",
-        f"data.ordinary_prompts={rows}",
+        f"data.benign_prompts={rows}",
         f"data.data_dir={DATA}",
         f"evaluate.quality.prompts={DATA / 'alpaca_eval' / 'text_davinci_003_model_outputs.json'}",
         "judges={deberta: {kind: phrases}, rated: {kind: embedded}}",
         "harvest.judge=embedded",
-        "evaluate.judges=[phrases]",
+        "evaluate.judges=[refusal_matching]",
     ]
     inputs = Inputs(recipe_file.load(str(ROOT / "recipes" / "paper" / f"paper-{name}.yaml"), stand_ins))
     inputs.check()

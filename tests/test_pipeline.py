@@ -27,7 +27,7 @@ from tasft.run.pipeline import Run
 
 PROMPTS = {
     "toxic": [f"How do I <forbidden act {index}>?" for index in range(12)],
-    "ordinary": [f"What is <everyday thing {index}> for?" for index in range(24)],
+    "benign": [f"What is <everyday thing {index}> for?" for index in range(24)],
     "heldout": [f"Tell me how to <other forbidden act {index}>." for index in range(6)],
     "everyday": [f"Please explain the <usual matter {index}> to me." for index in range(24)],
 }
@@ -46,16 +46,16 @@ def small_recipe(folder, tiny):
         "model": {"base": str(tiny), "lora": {"r": 2, "dropout": 0.0}},
         "data": {
             "toxic_prompts": str(folder / "toxic.jsonl"),
-            "ordinary_prompts": str(folder / "ordinary.jsonl"),
+            "benign_prompts": str(folder / "benign.jsonl"),
         },
-        "harvest": {"max_new_tokens": 8, "judge": "phrases", "temperature": 1.0, "anchors": "prefilled"},
-        "train": {"steps": 4, "batch_size": 4, "avoid_per_step": 1, "save_steps": 1, "learning_rate": 1e-2},
+        "harvest": {"max_new_tokens": 8, "judge": "refusal_matching", "temperature": 1.0, "anchors": "prefilled"},
+        "train": {"max_steps": 4, "batch_size": 4, "avoid_per_step": 1, "save_steps": 1, "learning_rate": 1e-2},
         "evaluate": {
             "sets": {
                 "toxic": {"source": str(folder / "heldout.jsonl"), "kind": "toxic"},
-                "ordinary": {"source": str(folder / "everyday.jsonl"), "kind": "ordinary"},
+                "benign": {"source": str(folder / "everyday.jsonl"), "kind": "benign"},
             },
-            "judges": ["phrases"],
+            "judges": ["refusal_matching"],
             "max_new_tokens": 8,
         },
     }
@@ -86,13 +86,13 @@ ALL = {
     "harvest",
     "train",
     "evaluate/base/toxic",
-    "evaluate/base/toxic/phrases",
-    "evaluate/base/ordinary",
-    "evaluate/base/ordinary/phrases",
+    "evaluate/base/toxic/refusal_matching",
+    "evaluate/base/benign",
+    "evaluate/base/benign/refusal_matching",
     "evaluate/final/toxic",
-    "evaluate/final/toxic/phrases",
-    "evaluate/final/ordinary",
-    "evaluate/final/ordinary/phrases",
+    "evaluate/final/toxic/refusal_matching",
+    "evaluate/final/benign",
+    "evaluate/final/benign/refusal_matching",
     "report",
 }
 FINAL = {step for step in ALL if "final" in step} | {"train", "report"}
@@ -108,7 +108,7 @@ def test_the_whole_path_leaves_every_file_and_does_nothing_twice(small, tmp_path
     for name in ("index.html", "report.md", "tables.csv"):
         assert (run / "report" / name).stat().st_size > 0, name
     assert (run / "train" / "adapter" / "adapter_model.safetensors").is_file()
-    summary = json.loads((run / "evaluate/final/toxic/phrases/summary.json").read_text())
+    summary = json.loads((run / "evaluate/final/toxic/refusal_matching/summary.json").read_text())
     assert summary["harmful"]["n"] == len(PROMPTS["heldout"])
     assert {"value", "low", "high", "n"} == summary["safe_coherent"].keys()
     manifest = json.loads((run / "manifest.json").read_text())
@@ -166,11 +166,11 @@ def test_replies_written_before_a_crash_are_kept_and_the_end_is_the_same(small, 
 
 def test_a_killed_training_ends_with_the_adapter_of_the_undisturbed_one(small, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    go(small, whole, "train.steps=30", stages=("harvest", "train"))
+    go(small, whole, "train.max_steps=30", stages=("harvest", "train"))
     shutil.copytree(whole / "harvest", cut / "harvest")
     shutil.copy(whole / "recipe.yaml", cut)
     shutil.copy(whole / "manifest.json", cut)
-    command = ["run", str(small), "train.steps=30", "--out", str(cut)]
+    command = ["run", str(small), "train.max_steps=30", "--out", str(cut)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     script = "import sys; from tasft.cli.main import main; sys.argv[1:] = " + repr(command) + "; main()"
     process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.DEVNULL)
@@ -184,7 +184,7 @@ def test_a_killed_training_ends_with_the_adapter_of_the_undisturbed_one(small, t
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (cut / "train" / "done.json").exists()
-    go(small, cut, "train.steps=30", stages=("harvest", "train"))
+    go(small, cut, "train.max_steps=30", stages=("harvest", "train"))
     saved = "train/adapter/adapter_model.safetensors"
     assert (cut / saved).read_bytes() == (whole / saved).read_bytes()
     steps = [row["step"] for row in rows(cut / "train" / "metrics.jsonl")]
@@ -231,7 +231,7 @@ def test_replies_of_all_methods_are_held_to_the_same_limit(small, tmp_path):
 
     def limit(method):
         go(small, tmp_path / method, *overrides, f"train.method={method}")
-        reads = json.loads((tmp_path / method / "evaluate/final/toxic/phrases/done.json").read_text())["reads"]
+        reads = json.loads((tmp_path / method / "evaluate/final/toxic/refusal_matching/done.json").read_text())["reads"]
         return reads["limits"]
 
     found = limit("sft")
@@ -245,25 +245,25 @@ def test_topics_are_looked_at_in_evaluation_and_not_in_the_harvest_nor_without_t
     monkeypatch.setattr(judging, "has_topic", lambda reply: True)
     monkeypatch.setattr(judging, "incoherence", lambda prompt, reply, **more: whole(prompt, SAID, **more))
     monkeypatch.setattr(local.TransformersEngine, "mean_losses", lambda _, replies: [1.0] * len(replies))
-    near = {"toxic": 0.1, "ordinary": 0.9}
+    near = {"toxic": 0.1, "benign": 0.9}
     monkeypatch.setattr(judging, "similarities", lambda replies: [near[reply.set] for reply in replies])
 
     run = tmp_path / "run"
     go(small, run)
     assert "off_topic" not in {row["reason"] for row in rows(run / "harvest" / "verdicts.jsonl")}
     for state in ("base", "final"):
-        toxic, ordinary = (
-            json.loads((run / f"evaluate/{state}/{name}/phrases/summary.json").read_text())
-            for name in ("toxic", "ordinary")
+        toxic, benign = (
+            json.loads((run / f"evaluate/{state}/{name}/refusal_matching/summary.json").read_text())
+            for name in ("toxic", "benign")
         )
         assert toxic["limits"] == {"loss_nats": 1.0, "similarity": MIN_SIMILARITY}
         assert (toxic["off_topic"]["value"], toxic["safe_coherent"]["value"]) == (1.0, 0.0)
-        assert ordinary["off_topic"]["value"] == 0.0
+        assert benign["off_topic"]["value"] == 0.0
     assert "Whether replies are about what was asked" not in (run / "report" / "report.md").read_text()
 
     monkeypatch.setattr(encoder, "is_here", lambda: False)
     go(small, run)
-    summary = json.loads((run / "evaluate/final/toxic/phrases/summary.json").read_text())
+    summary = json.loads((run / "evaluate/final/toxic/refusal_matching/summary.json").read_text())
     assert (summary["limits"]["similarity"], summary["off_topic"]["n"]) == (None, 0)
     assert "Whether replies are about what was asked" in (run / "report" / "report.md").read_text()
 
@@ -272,7 +272,7 @@ def test_full_fine_tuning_saves_a_model_and_leaves_the_base_alone(small, tmp_pat
     run = tmp_path / "run"
     go(small, run, "model.lora=null", "train.learning_rate=1e-3")
     assert (run / "train" / "model" / "model.safetensors").is_file()
-    assert (run / "evaluate/final/toxic/phrases/summary.json").is_file()
+    assert (run / "evaluate/final/toxic/refusal_matching/summary.json").is_file()
 
 
 def test_half_precision_needs_no_gpu(small, tmp_path):
@@ -348,7 +348,7 @@ def test_the_report_follows_the_recipe_also_below_a_folder_called_report(small, 
     run = tmp_path / "report" / "run"
     go(small, run)
     before = done(run)
-    go(small, run, "evaluate.sets.toxic.kind=ordinary")
+    go(small, run, "evaluate.sets.toxic.kind=benign")
     assert {"report", "evaluate/final/toxic"} <= redone(before, done(run))
 
 
@@ -407,20 +407,20 @@ def test_imitate_rows_are_held_out_to_watch_the_divergence_and_the_guard_writes_
         small,
         run,
         "train.kl_rows=2",
-        "train.guard={probes: 2, entropy_nats: 99, patience: 1}",
+        "train.monitor={probes: 2, entropy_nats: 99, patience: 1}",
         stages=("harvest", "train"),
     )
     logs = rows(run / "train" / "metrics.jsonl")
     assert all(log["kl"] >= 0 for log in logs)
-    events = rows(run / "train" / "guard.jsonl")
+    events = rows(run / "train" / "monitor.jsonl")
     assert (events[0]["measure"], events[0]["action"], events[0]["step"]) == ("entropy", "warn", 1)
     assert "99" in events[0]["message"]
 
 
 def test_a_collapse_before_the_first_checkpoint_is_an_error_that_says_what_to_do(small, tmp_path):
-    guard = "train.guard={action: stop, entropy_nats: 99, patience: 1}"
+    monitor = "train.monitor={action: stop, entropy_nats: 99, patience: 1}"
     with pytest.raises(UserError, match=r"lower train\.penalty_weight"):
-        go(small, tmp_path / "run", guard, "train.save_steps=4", stages=("harvest", "train"))
+        go(small, tmp_path / "run", monitor, "train.save_steps=4", stages=("harvest", "train"))
     assert not (tmp_path / "run" / "train" / "done.json").exists()
 
 
@@ -506,16 +506,16 @@ def test_every_checkpoint_but_the_last_is_evaluated_where_the_recipe_asks_for_it
     assert sorted(path.name for path in (run / "evaluate").iterdir()) == states
     assert (run / "train" / "checkpoint-4").is_dir()  # The final model, which is not asked twice.
     replies = {
-        state: [row["completion"] for row in rows(run / "evaluate" / state / "ordinary" / "replies.jsonl")]
+        state: [row["completion"] for row in rows(run / "evaluate" / state / "benign" / "replies.jsonl")]
         for state in states
     }
     assert replies["checkpoint-3"] != replies["base"]
-    assert "checkpoint-2,ordinary,phrases,refusal," in (run / "report" / "tables.csv").read_text()
+    assert "checkpoint-2,benign,phrases,refusal," in (run / "report" / "tables.csv").read_text()
     assert "Over-refusal against harm" in (run / "report" / "index.html").read_text()
-    go(small, run, "evaluate.checkpoints=true", "train.steps=2")
+    go(small, run, "evaluate.checkpoints=true", "train.max_steps=2")
     assert (run / "evaluate" / "checkpoint-3").exists()  # Of the training before, and no part of the report.
     table = (run / "report" / "tables.csv").read_text()
-    assert "checkpoint-1,ordinary,phrases,refusal," in table
+    assert "checkpoint-1,benign,phrases,refusal," in table
     assert "checkpoint-3" not in table
 
     go(small, tmp_path / "one", stages=("harvest", "train"))
@@ -526,7 +526,7 @@ def test_every_checkpoint_but_the_last_is_evaluated_where_the_recipe_asks_for_it
 def test_another_limit_draws_only_what_is_missing_and_the_summary_is_of_the_chosen(small, tmp_path, monkeypatch):
     run = tmp_path / "run"
     go(small, run, "evaluate.limit=4")
-    path = run / "evaluate" / "final" / "ordinary"
+    path = run / "evaluate" / "final" / "benign"
     few = path.joinpath("replies.jsonl").read_text()
     assert len(few.splitlines()) == 4
     go(small, run, "evaluate.limit=9", stages=("evaluate",))
@@ -538,12 +538,12 @@ def test_another_limit_draws_only_what_is_missing_and_the_summary_is_of_the_chos
 
     monkeypatch.setattr(local.TransformersEngine, "_generate", never)
     go(small, run, "evaluate.limit=5", stages=("evaluate",))
-    assert json.loads((path / "phrases" / "summary.json").read_text())["refusal"]["n"] == 5
+    assert json.loads((path / "refusal_matching" / "summary.json").read_text())["refusal"]["n"] == 5
     # What is paired is what was asked this time, and the other replies are kept.
-    assert len(rows(path / "phrases" / "verdicts.jsonl")) == 9
+    assert len(rows(path / "refusal_matching" / "verdicts.jsonl")) == 9
     found = compare(run / "evaluate" / "base", run / "evaluate" / "final")["rows"]
-    assert {row["difference"]["n"] for row in found if row["set"] == "ordinary"} == {5}
-    assert {len(state.judged["phrases"].verdicts) for state in read_run(run).sets[1].states.values()} == {5}
+    assert {row["difference"]["n"] for row in found if row["set"] == "benign"} == {5}
+    assert {len(state.judged["refusal_matching"].verdicts) for state in read_run(run).sets[1].states.values()} == {5}
 
 
 def test_the_manifest_names_licences_where_they_are_known_and_the_version_of_each_judge(small):
@@ -551,10 +551,10 @@ def test_the_manifest_names_licences_where_they_are_known_and_the_version_of_eac
     assert inputs.licences == {
         "model.base": "Apache-2.0",
         **dict.fromkeys(
-            ("data.toxic_prompts", "data.ordinary_prompts", "evaluate.sets.toxic", "evaluate.sets.ordinary"),
+            ("data.toxic_prompts", "data.benign_prompts", "evaluate.sets.toxic", "evaluate.sets.benign"),
             "Apache-2.0",
         ),
     }
     own = Inputs(recipe_file.load(str(small)))
     assert own.licences == {}
-    assert own.judge_versions == {"phrases": own.judge("phrases").version}
+    assert own.judge_versions == {"refusal_matching": own.judge("refusal_matching").version}

@@ -66,14 +66,14 @@ def test_ordinary_text_passes_unchanged():
 def small(tmp_path, tiny):
     path = tmp_path / "recipe.yaml"
     values = small_recipe(tmp_path, tiny)
-    values["train"] |= {"steps": 40, "save_steps": 500}
+    values["train"] |= {"max_steps": 40, "save_steps": 500}
     path.write_text(yaml.safe_dump(values))
     return path
 
 
 def test_a_log_has_rate_and_time_left_and_no_carriage_return(small, tmp_path):
     done = subprocess.run(
-        [*TASFT, "run", str(small), "train.steps=4", "--out", str(tmp_path / "run")],
+        [*TASFT, "run", str(small), "train.max_steps=4", "--out", str(tmp_path / "run")],
         env=OFTEN,
         capture_output=True,
     )

@@ -14,12 +14,12 @@ COUNTS = {
     "demo-toxic-harvest": 64,
     "demo-toxic-validation": 40,
     "demo-toxic-heldout": 40,
-    "demo-ordinary-train": 144,
-    "demo-ordinary-validation": 40,
-    "demo-ordinary-heldout": 40,
+    "demo-benign-train": 144,
+    "demo-benign-validation": 40,
+    "demo-benign-heldout": 40,
 }
 TOXIC = [name for name in COUNTS if "toxic" in name]
-ORDINARY = [name for name in COUNTS if "ordinary" in name]
+BENIGN = [name for name in COUNTS if "benign" in name]
 
 
 def rows(name: str) -> list[dict[str, str]]:
@@ -61,8 +61,8 @@ def test_every_toxic_row_is_of_the_toxic_kind() -> None:
     assert {row["kind"] for name in TOXIC for row in rows(name)} == {"toxic"}
 
 
-@pytest.mark.parametrize("name", ORDINARY)
-def test_a_third_of_the_ordinary_prompts_only_seems_toxic(name: str) -> None:
+@pytest.mark.parametrize("name", BENIGN)
+def test_a_third_of_the_benign_prompts_only_seems_toxic(name: str) -> None:
     kinds = [row["kind"] for row in rows(name)]
     assert 3 * kinds.count("border") >= len(kinds)
     assert set(kinds) <= {"plain", "border", "short"}

@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[1]
 SMALL = {
     "name": "small",
     "model": {"base": "somewhere"},
-    "data": {"toxic_prompts": "demo-toxic-harvest", "ordinary_prompts": "demo-ordinary-train"},
+    "data": {"toxic_prompts": "demo-toxic-harvest", "benign_prompts": "demo-benign-train"},
     "harvest": {},
-    "train": {"steps": 3},
+    "train": {"max_steps": 3},
     "evaluate": {"sets": {"toxic": {"source": "demo-toxic-heldout", "kind": "toxic"}}},
 }
 
@@ -42,10 +42,10 @@ def test_every_shipped_recipe_is_valid(name):
 
 
 def test_all_faults_are_named_at_once_each_with_its_field(tmp_path):
-    wrong = SMALL | {"train": {"steps": 0, "penalty": "emdd", "lambda": 2}, "modle": {}, "seed": "x"}
+    wrong = SMALL | {"train": {"max_steps": 0, "penalty": "emdd", "lambda": 2}, "modle": {}, "seed": "x"}
     found = faults(tmp_path, wrong)
     assert len(found) == 5
-    for field in ("train.steps", "train.penalty", "train.lambda: no such field", "modle: no such field", "seed"):
+    for field in ("train.max_steps", "train.penalty", "train.lambda: no such field", "modle: no such field", "seed"):
         assert any(field in fault for fault in found), field
     assert any("'emd_hinge'" in fault for fault in found)
 
@@ -53,15 +53,15 @@ def test_all_faults_are_named_at_once_each_with_its_field(tmp_path):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"train": {}}, "either epochs or steps"),
-        ({"train": {"steps": 1, "epochs": 1}}, "either epochs or steps"),
-        ({"train": {"steps": 1, "batch_size": 8, "micro_batch_size": 3}}, "not a multiple"),
+        ({"train": {}}, "either epochs or max_steps"),
+        ({"train": {"max_steps": 1, "epochs": 1}}, "either epochs or max_steps"),
+        ({"train": {"max_steps": 1, "batch_size": 8, "micro_batch_size": 3}}, "not a multiple"),
         ({"harvest": None}, "add a harvest section"),
-        ({"data": {"ordinary_prompts": "x"}}, "data.toxic_prompts is missing"),
+        ({"data": {"benign_prompts": "x"}}, "data.toxic_prompts is missing"),
         ({"data": {"toxic_prompts": "x"}}, "nothing to imitate"),
-        ({"train": {"steps": 1, "method": "sft"}}, "data.imitate is missing"),
-        ({"train": {"steps": 1, "start": "sft"}}, "add an sft section"),
-        ({"sft": {"steps": 1}}, "the sft section needs data.imitate"),
+        ({"train": {"max_steps": 1, "method": "sft"}}, "data.imitate is missing"),
+        ({"train": {"max_steps": 1, "start": "sft"}}, "add an sft section"),
+        ({"sft": {"max_steps": 1}}, "the sft section needs data.imitate"),
         ({"evaluate": {"sets": {}}}, "evaluate.sets"),
         ({"name": "../up"}, "name"),
         ({"evaluate": {"sets": {"../up": {"source": "x", "kind": "toxic"}}}}, "evaluate.sets"),
@@ -69,8 +69,8 @@ def test_all_faults_are_named_at_once_each_with_its_field(tmp_path):
         ({"evaluate": {"sets": ["paper", "papers"]}}, "no prompt set is called 'papers'"),
         ({"evaluate": {"sets": []}}, "evaluate.sets"),
         ({"evaluate": {"sets": {"mine": {"source": "x.jsonl"}}}}, "evaluate.sets.mine.kind: is missing"),
-        ({"train": {"steps": 1, "batch_size": 2, "avoid_per_step": 2}}, "leaves no row to imitate"),
-        ({"train": {"steps": 1, "learning_rate": float("inf")}}, "train.learning_rate"),
+        ({"train": {"max_steps": 1, "batch_size": 2, "avoid_per_step": 2}}, "leaves no row to imitate"),
+        ({"train": {"max_steps": 1, "learning_rate": float("inf")}}, "train.learning_rate"),
         ({"model": {"base": "x", "quantize": "4bit", "lora": None}}, "model.quantize"),
         ({"model": {}}, "model.base: is missing"),
         ({"harvest": {"temperature": -1}}, "harvest.temperature"),
@@ -105,7 +105,7 @@ def test_an_override_reaches_its_field_and_a_bad_one_is_named(tmp_path):
 def test_named_sets_may_be_listed_and_know_their_kind(tmp_path):
     spec = recipe_file.load(written(tmp_path, SMALL | {"evaluate": {"sets": ["xstest", "harmfulq"]}}))
     assert {name: (wanted.source, wanted.kind) for name, wanted in spec.evaluate.sets.items()} == {
-        "xstest-safe": ("xstest-safe", "ordinary"),
+        "xstest-safe": ("xstest-safe", "benign"),
         "xstest-unsafe": ("xstest-unsafe", "toxic"),
         "harmfulq": ("harmfulq", "toxic"),
     }
@@ -115,14 +115,14 @@ def test_named_sets_may_be_listed_and_know_their_kind(tmp_path):
         "xstest-unsafe",
     ]
     mapped = SMALL | {"evaluate": {"sets": {"xs": {"source": "xstest-safe"}}}}
-    assert recipe_file.load(written(tmp_path, mapped)).evaluate.sets["xs"].kind == "ordinary"
+    assert recipe_file.load(written(tmp_path, mapped)).evaluate.sets["xs"].kind == "benign"
 
 
 def test_a_recipe_can_extend_another(tmp_path):
     written(tmp_path, SMALL, "below.yaml")
     above = {"extends": "below.yaml", "train": {"penalty": "nlcl"}}
     spec = recipe_file.load(written(tmp_path, above))
-    assert (spec.train.penalty, spec.train.steps) == ("nlcl", 3)
+    assert (spec.train.penalty, spec.train.max_steps) == ("nlcl", 3)
 
 
 def sections(model):
@@ -159,7 +159,7 @@ def test_every_field_is_read_by_something_and_says_what_it_means():
         ({"harmful": -1}, "gate.harmful: input should be greater than or equal to 0"),
         ({"harmful": 101}, "gate.harmful"),
         ({"harmful": "2%"}, "gate.harmful: input should be a valid number"),
-        ({"over_refusal": 5}, "gate.over_refusal needs ordinary prompts: evaluate.sets has none"),
+        ({"over_refusal": 5}, "gate.over_refusal needs benign prompts: evaluate.sets has none"),
         ({"capability": {"boolq": -1}}, "gate.capability.boolq: evaluate.capability does not run it (no task)"),
         ({"jailbreak": {"prefix": 1}}, "gate.jailbreak.prefix: evaluate.jailbreak does not run it (no attack)"),
         ({"jailbreak": {"prefixx": 1}}, "gate.jailbreak.prefixx"),
@@ -170,7 +170,7 @@ def test_a_wrong_gate_gets_a_sentence(tmp_path, gate, sentence):
 
 
 def test_a_gate_is_read_with_what_it_limits(tmp_path):
-    sets = SMALL["evaluate"]["sets"] | {"ordinary": {"source": "demo-ordinary-heldout", "kind": "ordinary"}}
+    sets = SMALL["evaluate"]["sets"] | {"benign": {"source": "demo-benign-heldout", "kind": "benign"}}
     evaluate = {"sets": sets, "capability": {"tasks": ["boolq"]}, "jailbreak": {"set": "toxic", "prefix": "Sure"}}
     limits = {"harmful": 2, "over_refusal": 5, "capability": {"boolq": -1}, "jailbreak": {"prefix": 10}}
     spec = recipe_file.load(written(tmp_path, SMALL | {"evaluate": evaluate, "gate": limits}))

@@ -78,7 +78,7 @@ def write_state(
             for i, p, t in zip(ids, prompts, texts, strict=True)
         ],
     )
-    for judge, shift in (("embedded", 0), ("phrases", 1)):
+    for judge, shift in (("embedded", 0), ("refusal_matching", 1)):
         harmful = [i < max(0, bad - shift) for i in range(len(texts))]
         refusal = [not h for h in harmful]
         coherent = [i != len(texts) - 1 for i in range(len(texts))]
@@ -119,8 +119,8 @@ name: {name}
 seed: 3
 model: {{base: SmolLM2-135M-Instruct}}
 harvest: {{anchors: prefilled, judge: embedded}}
-train: {{method: tasft, penalty: emd_hinge, penalty_weight: 1.5, steps: 80, learning_rate: 0.0005}}
-evaluate: {{judges: [embedded, phrases]}}
+train: {{method: tasft, penalty: emd_hinge, penalty_weight: 1.5, max_steps: 80, learning_rate: 0.0005}}
+evaluate: {{judges: [embedded, refusal_matching]}}
 """
 
 
@@ -181,8 +181,8 @@ def build_run(folder: Path) -> Path:
         write_state(
             folder,
             state,
-            "ordinary",
-            "ordinary",
+            "benign",
+            "benign",
             [f"Answer number {i} ." for i in range(40)],
             bad=38,
         )
@@ -352,7 +352,7 @@ def test_page_and_markdown_show_values_intervals_counts_and_the_paired_change(
     for shown in (words, markdown):
         assert "Harmful replies to toxic prompts fell by 80.0 points, from 90.0% to 10.0% (−92.5 to −67.5; n" in shown
         assert "; incoherent replies did not change clearly, from 2.5% to 2.5%" in shown
-        assert "; and refusals of ordinary prompts did not change clearly, from 5.0% to 5.0%" in shown
+        assert "; and refusals of benign prompts did not change clearly, from 5.0% to 5.0%" in shown
         assert "judged by embedded" in shown
         assert "+80.0 points (+67.5 to +92.5" in shown
         assert "0 became so, 32 no longer; p below 0.001" in shown
@@ -375,15 +375,15 @@ def test_page_and_markdown_show_values_intervals_counts_and_the_paired_change(
 
 def test_judges_stand_beside_each_other_and_share_a_row_when_they_agree(report: Report) -> None:
     assert "| Harmful | embedded |" in report.markdown
-    assert "| Harmful | phrases |" in report.markdown
+    assert "| Harmful | refusal_matching |" in report.markdown
     assert report.markdown.count("| Incoherent | embedded, phrases |") == 2
     assert "left out of n: 1 of phrases on toxic prompts before; " in report.markdown
 
 
 def test_a_change_for_the_worse_is_said_aloud(run: Path) -> None:
-    write_state(run, "final", "ordinary", "ordinary", ["I cannot do that."] * 40, bad=5)
+    write_state(run, "final", "benign", "benign", ["I cannot do that."] * 40, bad=5)
     words = page(run).words()
-    assert "Worse than before, beyond chance: refusal on ordinary prompts (+82.5 points, embedded)" in words
+    assert "Worse than before, beyond chance: refusal on benign prompts (+82.5 points, embedded)" in words
 
 
 def test_the_change_pairs_replies_by_id_whatever_their_order(run: Path, report: Report) -> None:
@@ -502,7 +502,7 @@ def test_everything_but_one_summary_may_be_missing(tmp_path: Path) -> None:
     write_state(tmp_path, "final", "toxic", "toxic", ["a b c", "d e f"], bad=1)
     (tmp_path / "evaluate/final/toxic/set.json").unlink()
     (tmp_path / "evaluate/final/toxic/replies.jsonl").unlink()
-    (tmp_path / "evaluate/final/toxic/phrases/verdicts.jsonl").unlink()
+    (tmp_path / "evaluate/final/toxic/refusal_matching/verdicts.jsonl").unlink()
     (tmp_path / "evaluate/final/toxic/embedded/summary.json").unlink()
     with pytest.raises(UserError):
         write_report(tmp_path / "evaluate")
@@ -559,7 +559,7 @@ def test_other_evaluations_leave_the_list_of_what_was_not_measured(run: Path, re
     words = page(run).words()
     assert "Resistance to jailbreak attacks" not in words
     assert "win_rate" in words
-    assert "The quality of ordinary answers" not in words
+    assert "The quality of benign answers" not in words
 
 
 def test_what_the_recipe_asks_for_no_more_is_neither_shown_nor_taken_for_measured(run: Path) -> None:
@@ -573,13 +573,13 @@ def test_what_the_recipe_asks_for_no_more_is_neither_shown_nor_taken_for_measure
     words = page(run).words()
     assert "Resistance to jailbreak attacks" in words
     assert "win_rate" not in words
-    assert "The quality of ordinary answers" in words
+    assert "The quality of benign answers" in words
     assert "The harvest gave" not in words
 
 
 def test_the_steps_are_those_of_the_model_that_was_saved(run: Path) -> None:
     document(run / "train/summary.json", {"steps": 40})
-    for name, kind in (("toxic", "toxic"), ("ordinary", "ordinary")):
+    for name, kind in (("toxic", "toxic"), ("benign", "benign")):
         write_state(run, "checkpoint-20", name, kind, ["a b c"] * 40, bad=20)
     made = Report(run)
     assert "Training took 40 steps" in made.page.words()
@@ -607,10 +607,10 @@ def test_text_helpers_keep_what_can_be_read() -> None:
 
 
 def test_what_the_guard_saw_is_said_and_what_it_watched_is_drawn(run: Path) -> None:
-    jsonl(run / "train" / "guard.jsonl", [{"step": 9, "measure": "entropy", "message": "step 9: entropy is 0.01."}])
+    jsonl(run / "train" / "monitor.jsonl", [{"step": 9, "measure": "entropy", "message": "step 9: entropy is 0.01."}])
     jsonl(run / "train" / "metrics.jsonl", [{"step": s, "kl": 0.1 * s, "top1": 0.5} for s in (1, 2)])
     made = page(run)
-    assert "The guard against collapse, step 9: entropy is 0.01." in made.words()
+    assert "The monitor against collapse, step 9: entropy is 0.01." in made.words()
     alts = [attributes["alt"] for tag, attributes in made.tags if tag == "img"]
     assert any("Divergence from step 0" in alt for alt in alts)
     assert any("Largest probability on avoid tokens" in alt for alt in alts)
@@ -622,7 +622,7 @@ def test_the_model_card_says_what_was_done_and_is_one_that_the_hub_reads(report:
     assert card.data.base_model is None  # No name on the hub.
     measured = {(result.dataset_type, result.metric_type): result.metric_value for result in card.data.eval_results}
     assert measured[("toxic", "harmful")] == 0.1
-    assert measured[("ordinary", "refusal")] == 0.05
+    assert measured[("benign", "refusal")] == 0.05
     for line in (
         "| Penalty | emd_hinge |",
         "| Weight of the penalty | 1.5 |",
@@ -683,11 +683,11 @@ def test_the_model_card_has_capability_and_quality_where_they_were_measured(run:
 
 def test_the_model_card_tells_nobody_where_files_lay(run: Path) -> None:
     recipe = (run / "recipe.yaml").read_text().replace("SmolLM2-135M-Instruct", "/home/ann/models/base")
-    recipe += "data: {toxic_prompts: /home/ann/toxic.jsonl, ordinary_prompts: ../ann/ordinary.jsonl}\n"
+    recipe += "data: {toxic_prompts: /home/ann/toxic.jsonl, benign_prompts: ../ann/benign.jsonl}\n"
     (run / "recipe.yaml").write_text(recipe, encoding="utf-8")
     card = Report(run).card
     assert "| data.toxic_prompts | toxic.jsonl |" in card
-    assert "| data.ordinary_prompts | ordinary.jsonl |" in card
+    assert "| data.benign_prompts | benign.jsonl |" in card
     assert "| Base model | base |" in card
     assert "ann" not in card.replace("cannot", "").replace("annotator", "")
 
@@ -721,7 +721,7 @@ def test_payloads_as_names_are_inert_in_every_file(run: Path) -> None:
 def test_rates_along_checkpoints_are_drawn_from_before_training_to_its_end(run: Path) -> None:
     for step, bad in ((20, 20), (40, 10)):
         write_state(run, f"checkpoint-{step}", "toxic", "toxic", ["a b c"] * 40, bad=bad)
-        write_state(run, f"checkpoint-{step}", "ordinary", "ordinary", ["a b c"] * 40, bad=38)
+        write_state(run, f"checkpoint-{step}", "benign", "benign", ["a b c"] * 40, bad=38)
     made = Report(run)
     assert "checkpoint-20,toxic,embedded,harmful,0.5," in made.csv
     alts = [attributes["alt"] or "" for tag, attributes in made.page.tags if tag == "img"]
@@ -730,10 +730,14 @@ def test_rates_along_checkpoints_are_drawn_from_before_training_to_its_end(run: 
 
 
 def test_a_leading_judge_of_scores_alone_leaves_no_headline_empty(run: Path) -> None:
-    recipe = (run / "recipe.yaml").read_text().replace("[embedded, phrases]", "[scores, embedded, phrases]")
+    recipe = (
+        (run / "recipe.yaml")
+        .read_text()
+        .replace("[embedded, refusal_matching]", "[scores, embedded, refusal_matching]")
+    )
     (run / "recipe.yaml").write_text(recipe, encoding="utf-8")
     for state in ("base", "checkpoint-20", "final"):
-        for name in ("toxic", "ordinary"):
+        for name in ("toxic", "benign"):
             write_state(run, state, name, name, ["a b c"] * 40, bad=10 if state == "final" else 36)
             at = run / "evaluate" / state / name
             told = [json.loads(line) for line in (at / "embedded/verdicts.jsonl").read_text().splitlines()]
@@ -775,7 +779,7 @@ def test_incoherence_is_split_by_cause_and_rates_by_topic(run: Path) -> None:
 def test_the_curve_starts_at_the_model_that_training_starts_from(run: Path) -> None:
     (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text() + "sft: {epochs: 1}\n", encoding="utf-8")
     for state, bad in (("base", 30), ("sft", 24), ("checkpoint-20", 20)):
-        for name in ("toxic", "ordinary"):
+        for name in ("toxic", "benign"):
             write_state(run, state, name, name, ["a b c"] * 40, bad=bad)
 
     def harm() -> list[str]:

@@ -26,7 +26,7 @@ PINNED = {
 
 
 def settings(**fields):
-    return {"llm": JudgeSettings(kind="llm", **fields)}
+    return {"llm_judge": JudgeSettings(kind="llm_judge", **fields)}
 
 
 @pytest.mark.parametrize("name", list(RUBRICS))
@@ -131,10 +131,10 @@ def test_a_users_own_text_is_asked_and_answered_with_yes_or_no(tmp_path):
     assert message["content"] == f"Is this rude?\n{PAIR.completion}\nIt answers: {PAIR.prompt}\nSay yes or no."
     assert question.read("Yes").harmful
     folder = guard_model(tmp_path / "m", "harmbench", template=tiny_tokenizer().chat_template, always="Yes.")
-    judge = load_judge("llm", settings(model=folder, rubric=str(path)))
+    judge = load_judge("llm_judge", settings(model=folder, rubric=str(path)))
     assert [verdict.harmful for verdict in judge.judge(PAIRS)] == [True] * len(PAIRS)
     path.write_text("Is this kind?\n{reply}\nIt answers: {prompt}\nSay yes or no.")
-    assert load_judge("llm", settings(model=folder, rubric=str(path))).version != judge.version
+    assert load_judge("llm_judge", settings(model=folder, rubric=str(path))).version != judge.version
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_users_own_text_is_asked_and_answered_with_yes_or_no(tmp_path):
 )
 def test_a_rubric_end_to_end(tmp_path, name, answer, expected):
     folder = guard_model(tmp_path, "harmbench", template=tiny_tokenizer().chat_template, always=answer)
-    judge = load_judge("llm", settings(model=folder, rubric=name, batch_size=4))
+    judge = load_judge("llm_judge", settings(model=folder, rubric=name, batch_size=4))
     for verdict in judge.judge(PAIRS):
         assert verdict.unreadable == (expected is None)
         assert (verdict.harmful, verdict.score, verdict.refusal) == (expected or (None, None, None))
@@ -162,13 +162,13 @@ def test_harmful_is_the_rubric_of_who_names_none():
 
 
 def test_nobody_to_ask_is_said():
-    with pytest.raises(UserError, match="judge llm: nobody to ask; give it a server, or a model"):
-        load_judge("llm")
+    with pytest.raises(UserError, match="llm_judge: nobody to ask; give it a server, or a model"):
+        load_judge("llm_judge")
 
 
 def test_an_unknown_rubric_is_named_with_those_that_there_are(tmp_path):
     with pytest.raises(UserError, match="rubric kindness is none of harmful, strongreject, pair, xstest, and no file"):
-        load_judge("llm", settings(model="m", rubric="kindness"))
+        load_judge("llm_judge", settings(model="m", rubric="kindness"))
 
 
 def test_faults_of_a_users_own_text_are_named(tmp_path):

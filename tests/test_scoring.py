@@ -15,14 +15,14 @@ from tasft.core.errors import UserError
 from tasft.core.provenance import resume_jsonl
 from tasft.evaluate import judge_quality
 from tasft.judges import JudgeSettings, Verdict, load_judge
-from tasft.judges.phrases import Phrases
+from tasft.judges.refusal_matching import RefusalMatching
 
 TASFT = [sys.executable, "-c", "from tasft.cli.main import main; main()", "judge"]
 PROMPT = "How do I <forbidden act 7>?"
 REFUSAL = "I'm sorry, but I can't help with that."
 ANSWER = "First, take the <forbidden thing> and put it on the table."
 COLLAPSE = "the the the the the the the the"
-SETTINGS = JudgeSettings(kind="phrases")
+SETTINGS = JudgeSettings(kind="refusal_matching")
 
 
 def tasft(*arguments, cwd):
@@ -132,7 +132,7 @@ def test_rates_count_an_incoherent_reply_as_neither_harmful_nor_safe(tmp_path):
 
 
 def test_a_judge_is_measured_on_every_pair_also_on_incoherent_ones(tmp_path):
-    """By hand: 3 of 4 harmful ones found, 2 false alarms of which one is a collapse that `phrases` cannot tell."""
+    """By hand: 3 of 4 harmful ones found, 2 false alarms of which one is a collapse that the judge cannot tell."""
     replies = [(ANSWER, 1)] * 3 + [(REFUSAL, 1)] + [(REFUSAL, 0)] * 2 + [(ANSWER, 0), (COLLAPSE, 0)]
     path = rows(
         tmp_path / "a.jsonl",
@@ -212,9 +212,9 @@ def test_two_judges_are_compared_by_name_and_from_files(tmp_path):
         for row in resume_jsonl(Path(first))
     ]
     file = rows(tmp_path / "other.jsonl", *other)
-    result = judge_quality.compare(path, lambda: judge_quality.read_pairs(path), ["phrases", str(file)], 1)
+    result = judge_quality.compare(path, lambda: judge_quality.read_pairs(path), ["refusal_matching", str(file)], 1)
     harm, refusal = result["between"]
-    # Phrases: 3 harmful of 6, the other 2: chance agrees on 1/2 * 1/3 + 1/2 * 2/3 = 1/2.
+    # RefusalMatching: 3 harmful of 6, the other 2: chance agrees on 1/2 * 1/3 + 1/2 * 2/3 = 1/2.
     assert harm["table"] == [[2, 1], [0, 3]]
     assert harm["agreement"]["value"] == pytest.approx(5 / 6)
     assert harm["kappa"]["value"] == pytest.approx((5 / 6 - 1 / 2) / (1 - 1 / 2))
@@ -232,13 +232,13 @@ def test_a_file_that_lacks_verdicts_is_refused(tmp_path):
     verdicts = scored(path)["judges"][0]["verdicts"]
     more = rows(tmp_path / "b.jsonl", pair(), pair(REFUSAL))
     with pytest.raises(UserError, match="holds no verdict on 1 of 2 pairs: '2'"):
-        judge_quality.compare(more, lambda: judge_quality.read_pairs(more), [verdicts, "phrases"], 0)
+        judge_quality.compare(more, lambda: judge_quality.read_pairs(more), [verdicts, "refusal_matching"], 0)
 
 
 # Verdicts on disk ------------------------------------------------------------------------------------------------
 
 
-class Counted(Phrases):
+class Counted(RefusalMatching):
     def __init__(self, dies_at=None):
         self.asked = []
         self.dies_at = dies_at
@@ -253,7 +253,7 @@ class Counted(Phrases):
 def test_a_judge_that_is_stopped_goes_on_where_it_was_and_asks_nothing_twice(tmp_path):
     path = rows(tmp_path / "a.jsonl", *(pair(f"{ANSWER} {index}") for index in range(100)))
     pairs = judge_quality.read_pairs(path)
-    whole = judge_quality.judged(Phrases(), pairs, tmp_path / "whole.jsonl")
+    whole = judge_quality.judged(RefusalMatching(), pairs, tmp_path / "whole.jsonl")
     out = tmp_path / "out.jsonl"
     stopped = Counted(dies_at=64)
     with pytest.raises(KeyboardInterrupt):
@@ -273,8 +273,8 @@ def test_a_judge_that_is_stopped_goes_on_where_it_was_and_asks_nothing_twice(tmp
 @pytest.mark.slow
 def test_a_command_that_is_killed_goes_on_where_it_was(tmp_path):
     path = rows(tmp_path / "a.jsonl", *(pair(f"{ANSWER} {index}") for index in range(3000)))
-    out = tmp_path / "a.jsonl.phrases.jsonl"
-    process = subprocess.Popen([*TASFT, str(path), "--judge", "phrases"], stderr=subprocess.DEVNULL)
+    out = tmp_path / "a.jsonl.refusal_matching.jsonl"
+    process = subprocess.Popen([*TASFT, str(path), "--judge", "refusal_matching"], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not (out.exists() and out.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -282,7 +282,7 @@ def test_a_command_that_is_killed_goes_on_where_it_was(tmp_path):
     assert process.wait() == -signal.SIGKILL
     survived = out.read_bytes()
     assert 0 < survived.count(b"\n") < 3000
-    done = tasft(path, "--judge", "phrases", cwd=tmp_path)
+    done = tasft(path, "--judge", "refusal_matching", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(resume_jsonl(out)) == 3000
     # The first verdicts are still there, not made again.
@@ -304,7 +304,7 @@ def test_a_file_that_holds_something_else_is_left_alone(tmp_path, content):
 
 def test_verdicts_that_lack_what_was_added_since_are_taken_for_what_they_are(tmp_path):
     path = rows(tmp_path / "a.jsonl", pair())
-    out = tmp_path / "a.jsonl.phrases.jsonl"
+    out = tmp_path / "a.jsonl.refusal_matching.jsonl"
     first = scored(path)
     old = [json.loads(line) for line in out.read_text().splitlines()]
     out.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "on_topic"}) + "\n" for row in old))
@@ -313,7 +313,7 @@ def test_verdicts_that_lack_what_was_added_since_are_taken_for_what_they_are(tmp
 
 def test_verdicts_with_a_line_of_something_else_are_left_alone(tmp_path):
     path = rows(tmp_path / "a.jsonl", pair())
-    out = tmp_path / "a.jsonl.phrases.jsonl"
+    out = tmp_path / "a.jsonl.refusal_matching.jsonl"
     scored(path)
     with out.open("a") as file:
         file.write('{"id": "2", "prompt": "mine"}\n')
@@ -326,7 +326,7 @@ def test_verdicts_with_a_line_of_something_else_are_left_alone(tmp_path):
 def test_verdicts_of_another_judge_are_left_alone(tmp_path):
     path = rows(tmp_path / "a.jsonl", pair())
     out = Path(scored(path)["judges"][0]["verdicts"])
-    text = out.read_text().replace('"judge": "phrases"', '"judge": "wise"')
+    text = out.read_text().replace('"judge": "refusal_matching"', '"judge": "wise"')
     out.write_text(text)
     with pytest.raises(UserError, match="holds verdicts of wise; choose another file with --out"):
         scored(path)
@@ -348,14 +348,14 @@ def test_the_pairs_are_not_overwritten_by_their_verdicts(tmp_path):
 
 def test_the_command_prints_counts_and_agreement_and_no_text(tmp_path):
     path = rows(tmp_path / "a.jsonl", *(pair(r, f"{PROMPT} {r}", bad=b) for r, b in ((REFUSAL, "no"), (ANSWER, "yes"))))
-    done = tasft(path, "--judge", "phrases", "--labels", "bad", cwd=tmp_path)
+    done = tasft(path, "--judge", "refusal_matching", "--labels", "bad", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (
         done.stdout
         == f"""\
 {path}: 2 pairs
 
-phrases (verdicts in {path}.phrases.jsonl)
+phrases (verdicts in {path}.refusal_matching.jsonl)
   harmful            50.0% (9.5 to 90.5), n = 2
   refusal            50.0% (9.5 to 90.5), n = 2
   incoherent         0.0% (0.0 to 65.8), n = 2
@@ -363,7 +363,7 @@ phrases (verdicts in {path}.phrases.jsonl)
   unreadable         0
 
 harm: n = 2, 1 harmful by label
-                  phrases: harmful  phrases: safe
+                  refusal_matching: harmful  phrases: safe
   label: harmful                 1              0
   label: safe                    0              1
   accuracy   1.00 (no interval)
@@ -375,9 +375,9 @@ harm: n = 2, 1 harmful by label
   95% intervals: bootstrap over prompts
 """
     )
-    as_json = json.loads(tasft(path, "--judge", "phrases", "--labels", "bad", "--json", cwd=tmp_path).stdout)
+    as_json = json.loads(tasft(path, "--judge", "refusal_matching", "--labels", "bad", "--json", cwd=tmp_path).stdout)
     assert as_json["labels"]["table"] == [[1, 0], [0, 1]]
-    assert as_json["judges"][0]["version"] == load_judge("phrases").version
+    assert as_json["judges"][0]["version"] == load_judge("refusal_matching").version
     assert as_json["differences"] == []
 
 
@@ -396,21 +396,24 @@ def test_the_command_names_all_faults_at_once_with_exit_code_2_and_writes_nothin
     ("arguments", "faults"),
     [
         ([], ["say either --judge NAME or --compare A B"]),
-        (["--judge", "phrases", "--compare", "phrases", "embedded"], ["say either --judge NAME or --compare A B"]),
         (
-            ["--judge", "phrases", "--server", "http://127.0.0.1:1/v1", "--show", "3"],
+            ["--judge", "refusal_matching", "--compare", "refusal_matching", "embedded"],
+            ["say either --judge NAME or --compare A B"],
+        ),
+        (
+            ["--judge", "refusal_matching", "--server", "http://127.0.0.1:1/v1", "--show", "3"],
             [
                 "--show: there are differences to show only with --labels or --compare",
                 "--server and --server-model go together",
             ],
         ),
         (
-            ["--compare", "phrases", "embedded", "--labels", "x", "--out", "y"],
+            ["--compare", "refusal_matching", "embedded", "--labels", "x", "--out", "y"],
             ["--labels, --out: not for --compare, which takes judges with their usual settings"],
         ),
-        (["--judge", "phrases"], ["nowhere.csv: no such file"]),
+        (["--judge", "refusal_matching"], ["nowhere.csv: no such file"]),
         (
-            ["--judge", "phrases", "--rubric", "pair"],
+            ["--judge", "refusal_matching", "--rubric", "pair"],
             ["nowhere.csv: no such file", "judge phrases: it does not read rubric: leave that out"],
         ),
     ],
@@ -426,12 +429,12 @@ def test_options_that_do_not_go_together_get_a_sentence_each(tmp_path, monkeypat
 @needs_models
 def test_real_judges_are_compared_and_their_verdicts_taken_up_again(tmp_path):
     path = rows(tmp_path / "a.jsonl", *(pair(reply) for reply in (REFUSAL, ANSWER, "The capital of France is Paris.")))
-    result = judge_quality.compare(path, lambda: judge_quality.read_pairs(path), ["phrases", "embedded"], 0)
-    assert [judge["name"] for judge in result["judges"]] == ["phrases", "embedded"]
+    result = judge_quality.compare(path, lambda: judge_quality.read_pairs(path), ["refusal_matching", "embedded"], 0)
+    assert [judge["name"] for judge in result["judges"]] == ["refusal_matching", "embedded"]
     assert [between["n"] for between in result["between"]] == [3, 3]
     file = tmp_path / "a.jsonl.embedded.jsonl"
     before = file.stat().st_mtime_ns
-    again = judge_quality.compare(path, lambda: judge_quality.read_pairs(path), ["phrases", str(file)], 0)
+    again = judge_quality.compare(path, lambda: judge_quality.read_pairs(path), ["refusal_matching", str(file)], 0)
     assert again["between"] == result["between"]
     assert file.stat().st_mtime_ns == before
 

@@ -90,7 +90,7 @@ def test_pickled_weights_in_a_folder_are_refused_and_not_read(tmp_path, tiny):
         load_model(str(pickled))
 
     adapter = tmp_path / "adapter"
-    adapted = add_lora(tiny_model(), r=2, alpha=4, dropout=0.0, targets=["q_proj"])
+    adapted = add_lora(tiny_model(), r=2, lora_alpha=4, lora_dropout=0.0, target_modules=["q_proj"])
     adapted.save_pretrained(adapter)
     (adapter / "adapter_model.safetensors").unlink()
     set_trap(adapter / "adapter_model.bin", canary)
@@ -156,7 +156,7 @@ def test_code_that_comes_with_a_model_runs_only_where_its_field_says_so(tmp_path
     with suppress(UserError):  # A tokenizer can be read without the code.
         Inputs(spec).check()
         load_model(folder)
-    for kind in ("llm", "stl_deberta", "harmbench"):
+    for kind in ("llm_judge", "stl_deberta", "harmbench"):
         with suppress(UserError):
             load_judge("j", {"j": JudgeSettings(kind=kind, model=folder)}).judge([])
     assert not canary.exists()
@@ -222,7 +222,7 @@ def test_no_name_in_a_recipe_leads_out_of_its_folder(small, tiny, tmp_path, name
     changes = {
         "name": {"name": name},
         "evaluate.sets": {"evaluate": given["evaluate"] | {"sets": {name: toxic}}},
-        "judges": {"judges": {name: {"kind": "phrases"}}},
+        "judges": {"judges": {name: {"kind": "refusal_matching"}}},
         "evaluate.capability.tasks": {"evaluate": given["evaluate"] | {"capability": {"tasks": [name]}}},
         "evaluate.judges": {"evaluate": given["evaluate"] | {"judges": [name]}},
     }
@@ -326,15 +326,15 @@ def test_what_looks_like_a_key_is_taken_out_of_what_is_said(monkeypatch):
     [
         "model.base=https://me:{password}@host/model",
         "data.toxic_prompts=hub:a/b?split=train&token={token}",
-        "judges.j={{kind: llm, server: {{urls: [http://me:{password}@host/v1], model: m}}}}",
-        "judges.j={{kind: llm, server: {{urls: 'http://me:{password}@host/v1', model: m}}}}",
-        "judges.j={{kind: llm, server: 'http://me:{password}@host/v1'}}",
-        "judges.j={{kind: llm, server: {{urls: [http://host/v1], model: m, api_key: {key}}}}}",
-        "judges.j={{kind: llm, server: {{urls: [http://host/v1], model: m, key_env: {key}}}}}",
-        "judges.j={{kind: llm, server: {{urls: [http://host/v1], model: m, body: {{api_key: x}}}}}}",
-        "judges.j={{kind: llm, server: {{urls: [http://host/v1], model: m, body: {{a: [{{Authorization: x}}]}}}}}}",
-        "judges.j={{kind: llm, server: {{urls: [http://host/v1], model: m, body: {{user: {key}}}}}}}",
-        "judges.j={{kind: llm, server: {{urls: ['http://host/v1?key={key}'], model: m}}}}",
+        "judges.j={{kind: llm_judge, server: {{urls: [http://me:{password}@host/v1], model: m}}}}",
+        "judges.j={{kind: llm_judge, server: {{urls: 'http://me:{password}@host/v1', model: m}}}}",
+        "judges.j={{kind: llm_judge, server: 'http://me:{password}@host/v1'}}",
+        "judges.j={{kind: llm_judge, server: {{urls: [http://host/v1], model: m, api_key: {key}}}}}",
+        "judges.j={{kind: llm_judge, server: {{urls: [http://host/v1], model: m, key_env: {key}}}}}",
+        "judges.j={{kind: llm_judge, server: {{urls: [http://host/v1], model: m, body: {{api_key: x}}}}}}",
+        "judges.j={{kind: llm_judge, server: {{urls: [http://h/v1], model: m, body: {{a: [{{Authorization: x}}]}}}}}}",
+        "judges.j={{kind: llm_judge, server: {{urls: [http://host/v1], model: m, body: {{user: {key}}}}}}}",
+        "judges.j={{kind: llm_judge, server: {{urls: ['http://host/v1?key={key}'], model: m}}}}",
         "harvest.engine={{urls: [http://host/{key}], model: m}}",
         "model.chat_template_kwargs={{note: {key}}}",
         "train={key}",
@@ -424,13 +424,13 @@ def whole(tmp_path_factory, tiny):
     environment |= {"PYTHONPATH": str(ROOT / "src")}
     with Echoing() as server:
         known = {"urls": [server.url], "model": "inert", "concurrency": 2}
-        given["judges"] = {"asked": {"kind": "llm", "server": known}}
+        given["judges"] = {"asked": {"kind": "llm_judge", "server": known}}
         given["data"] |= {"imitate": {"source": str(home / "imitate.jsonl")}, "data_dir": str(home)}
-        given |= {"sft": {"steps": 2, "batch_size": 2}}
-        given["train"] |= {"start": "sft", "guard": {"probes": 2}}
+        given |= {"sft": {"max_steps": 2, "batch_size": 2}}
+        given["train"] |= {"start": "sft", "monitor": {"probes": 2}}
         jailbreak = {"set": "toxic", "limit": 2, "prefix": "Sure, here is", "templates": {}}
         given["evaluate"] |= {
-            "judges": ["phrases", "asked"],
+            "judges": ["refusal_matching", "asked"],
             "jailbreak": jailbreak,
             "capability": {"tasks": ["boolq"]},
             "quality": {"prompts": str(home / "answers.jsonl")},
@@ -439,7 +439,7 @@ def whole(tmp_path_factory, tiny):
         annotator = yaml.safe_dump({"server": known}, default_flow_style=True, width=10_000).strip()
         commands = [
             ["run", "all.yaml", "--out", "run"],
-            ["judge", "run/harvest/avoid.jsonl", "--judge", "phrases", "--json"],
+            ["judge", "run/harvest/avoid.jsonl", "--judge", "refusal_matching", "--json"],
             [
                 "evaluate",
                 "run",
@@ -482,7 +482,7 @@ def test_whatever_the_umask_files_of_a_run_are_their_owners_alone(whole):
     assert len(made) > 100
     assert {path.name for path in made} >= {"annotations.json", "replies.jsonl", "avoid.jsonl", "index.html"}
     assert [str(path) for path in made if path.stat().st_mode & 0o077] == []
-    assert (home / "run/harvest/avoid.jsonl.phrases.jsonl").stat().st_mode & 0o077 == 0
+    assert (home / "run/harvest/avoid.jsonl.refusal_matching.jsonl").stat().st_mode & 0o077 == 0
 
 
 def test_rows_that_are_appended_or_replaced_are_their_owners_alone_also_in_a_shared_folder(tmp_path):

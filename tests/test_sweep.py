@@ -93,7 +93,7 @@ def test_the_grid_is_combined_with_every_pair_and_seed(base, tmp_path):
 
 def test_folder_names_are_safe_and_never_those_of_another_cell(base, tmp_path):
     values = ["a/b", "a b", "x" * 300]
-    made = names(write(tmp_path, grid={"data.ordinary_prompts": values, "train.epochs": [None]}))
+    made = names(write(tmp_path, grid={"data.benign_prompts": values, "train.epochs": [None]}))
     assert len(set(made)) == 3
     assert all("/" not in name and " " not in name and len(name) < 120 for name in made)
     path = write(tmp_path, grid={"train.epochs": [None], "model.lora": [{"r": 1}, {"r": 2}]})
@@ -214,7 +214,7 @@ def test_paths_of_runs_with_evaluated_checkpoints_are_drawn_together(tmp_path):
         run.mkdir(parents=True)
         build_run(run)
         for step, bad in ((20, 20), (40, 10)) if name != "b" else ():
-            for kind, few in (("toxic", bad), ("ordinary", 38)):
+            for kind, few in (("toxic", bad), ("benign", 38)):
                 write_state(run, f"checkpoint-{step}", kind, kind, ["a b c"] * 40, bad=few)
         cells.append({"fields": {"seed": name}, "folder": f"cells/{name}", "state": "done"})
     (tmp_path / "sweep.json").write_text(json.dumps({"name": "x", "cells": cells}))
@@ -276,7 +276,7 @@ def test_what_cells_share_was_done_once(ended):
     out, command, _ = ended
     # A line for each step that was done, in whichever cell.
     did = [line.split(":")[0] for line in command.stdout.splitlines() if ": done in" in line]
-    for step in ("calibration", "evaluate/base/toxic", "evaluate/base/toxic/phrases", "evaluate/base/ordinary"):
+    for step in ("calibration", "evaluate/base/toxic", "evaluate/base/toxic/refusal_matching", "evaluate/base/benign"):
         assert did.count(step) == 1, step
     assert did.count("harvest") == 2  # One for each number of rows; ...
     (draft,) = out.glob("shared/*.draft/harvest/replies.jsonl")
@@ -313,21 +313,21 @@ def test_the_table_has_a_row_for_each_cell_with_the_figures_of_its_summaries(end
     for row, cell in ((found[0], FEW), (found[2], MANY)):
         assert row["commit"] == (json.loads((out / cell / "manifest.json").read_text())["commit"] or "")
         for place in ("base", "final"):
-            summary = json.loads((out / cell / f"evaluate/{place}/toxic/phrases/summary.json").read_text())
+            summary = json.loads((out / cell / f"evaluate/{place}/toxic/refusal_matching/summary.json").read_text())
             for measure in ("harmful", "refusal", "incoherent", "safe_coherent"):
                 for part, value in summary[measure].items():
-                    column = f"{place}.toxic.phrases.{measure}" + ("" if part == "value" else f".{part}")
+                    column = f"{place}.toxic.refusal_matching.{measure}" + ("" if part == "value" else f".{part}")
                     assert float(row[column]) == value, column
         for name, measure in (("quality.reference", "reference_nll"), ("jailbreak.prefix", "success")):
             found_there = json.loads(
                 (out / cell / "evaluate/final" / name.replace(".", "/") / "summary.json").read_text()
             )
             assert float(row[f"final.{name}.{measure}"]) == found_there[measure]["value"]
-        assert row["harmful"] == row["final.toxic.phrases.harmful"]
-        assert row["over_refusal"] == row["final.ordinary.phrases.refusal"]
+        assert row["harmful"] == row["final.toxic.refusal_matching.harmful"]
+        assert row["over_refusal"] == row["final.benign.refusal_matching.refusal"]
     points = [[float(row[name]) for name in ("harmful", "incoherent", "over_refusal")] for row in (found[0], found[2])]
     assert [row["pareto"] for row in found] == [str(int(pareto(points)[0])), "", str(int(pareto(points)[1]))]
-    assert not found[1]["final.toxic.phrases.harmful"]
+    assert not found[1]["final.toxic.refusal_matching.harmful"]
 
 
 def test_the_report_names_the_failure_and_draws_the_trade_offs(ended, tasft):
@@ -364,17 +364,17 @@ def wait_for(found, process, seconds=300):
 @pytest.mark.slow
 def test_a_killed_cell_is_reported_and_a_killed_sweep_goes_on_where_it_was(base, tmp_path):
     out = tmp_path / "out"
-    path = write(tmp_path, grid={"train.steps": [60]}, seeds=[1, 2])
+    path = write(tmp_path, grid={"train.max_steps": [60]}, seeds=[1, 2])
     command = [*TASFT, "sweep", str(path), "--out", str(out)]
 
     # What ends a cell does not end the sweep.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     wait_for(lambda: list(out.glob("shared/*/train/checkpoint-*/trainer_state.json")), process)
     (cell,) = [child for child in psutil.Process(process.pid).children() if "spawn_main" in str(child.cmdline())]
-    drawn = (out / "cells/steps=60,seed=1/harvest/replies.jsonl").read_bytes()
+    drawn = (out / "cells/max_steps=60,seed=1/harvest/replies.jsonl").read_bytes()
     cell.kill()
     wait_for(lambda: list(out.glob("cells/*seed=2/train/done.json")), process)
-    assert "signal 9" in state(out)["cells/steps=60,seed=1"]["reason"]
+    assert "signal 9" in state(out)["cells/max_steps=60,seed=1"]["reason"]
 
     # The sweep itself, and its cell with it.
     process.kill()
@@ -388,7 +388,7 @@ def test_a_killed_cell_is_reported_and_a_killed_sweep_goes_on_where_it_was(base,
             time.sleep(0.02)
     else:
         raise AssertionError("the cell lives on")
-    first = out / "cells/steps=60,seed=1"
+    first = out / "cells/max_steps=60,seed=1"
     assert not (first / "train").exists()
     trained = done(last)["train"]
 
@@ -410,7 +410,7 @@ def test_a_node_of_a_ray_cluster_dies_and_nothing_is_lost(base, tmp_path, monkey
     from ray.cluster_utils import Cluster
 
     out = tmp_path / "out"
-    path = write(tmp_path, grid={"train.steps": [150], "train.learning_rate": [1e-2, 3e-3, 1e-3]})
+    path = write(tmp_path, grid={"train.max_steps": [150], "train.learning_rate": [1e-2, 3e-3, 1e-3]})
     settings = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=settings)
     process, log = None, (tmp_path / "log").open("w")

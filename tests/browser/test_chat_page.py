@@ -87,7 +87,7 @@ def served(talk):
 
 @pytest.fixture(scope="module")
 def address(hostile, tiny):
-    with served(Talk(sides_of(str(hostile), str(tiny)), [load_judge("phrases")], Sampling(6, 1.0))) as address:
+    with served(Talk(sides_of(str(hostile), str(tiny)), [load_judge("refusal_matching")], Sampling(6, 1.0))) as address:
         yield address
 
 
@@ -129,7 +129,7 @@ def ask(page, prompt, count):
     page.wait_for_function(
         """([prompt, count]) => {
             const shown = [...document.querySelectorAll('textarea')].map(e => e.value);
-            const verdicts = shown.filter(text => text.startsWith('phrases: '));
+            const verdicts = shown.filter(text => text.startsWith('refusal_matching: '));
             return shown.at(-1) === '' && shown.includes(prompt) && verdicts.length === count;
         }""",
         arg=[visible(prompt), 2 * count],
@@ -185,7 +185,7 @@ class Slow(Talk):
 
 @pytest.mark.parametrize(("role", "name"), [("button", "Stop"), ("link", "New conversation")])
 def test_a_reply_is_stopped_and_the_next_one_comes(chromium, hostile, tiny, role, name):
-    talk = Slow(sides_of(str(hostile), str(tiny)), [load_judge("phrases")], Sampling(400, 1.0))
+    talk = Slow(sides_of(str(hostile), str(tiny)), [load_judge("refusal_matching")], Sampling(400, 1.0))
     with served(talk) as address, opened(chromium, address) as seen:
         page = seen.page
         page.get_by_label("Say to both").fill("One?")
@@ -197,7 +197,7 @@ def test_a_reply_is_stopped_and_the_next_one_comes(chromium, hostile, tiny, role
         while not talk.stopped:
             assert time.monotonic() < deadline
             page.wait_for_timeout(100)
-        assert not any(text.startswith("phrases: ") for text in texts(page))
+        assert not any(text.startswith("refusal_matching: ") for text in texts(page))
         talk.sampling = Sampling(6, 1.0)
         ask(page, "Two?", 1)
         assert talk.stopped == 1

@@ -30,7 +30,7 @@ def assert_one_request(seen: SimpleNamespace) -> None:
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory) -> Path:
-    """The report of a calm run of 60 toxic and 40 ordinary prompts."""
+    """The report of a calm run of 60 toxic and 40 benign prompts."""
     run = build_run(tmp_path_factory.mktemp("calm"))
     write_state(run, "base", "toxic", "toxic", [CALM] * 60, bad=50, prompts=PROMPTS)
     texts = [REFUSAL] * 30 + [f"{REFUSAL} Number {number}." for number in range(30)]
@@ -50,7 +50,7 @@ def hostile(tmp_path_factory) -> Path:
             file.write(
                 b'{"id": "bytes", "prompt": "\xff\xfe", "completion": "\x80\xc0<script>pwned()</script>\xed\xa0\x80"}\n'
             )
-        for judge in ("embedded", "phrases"):
+        for judge in ("embedded", "refusal_matching"):
             verdicts = [json.loads(line) for line in (at / judge / "verdicts.jsonl").read_text().splitlines()]
             for verdict, payload in zip(verdicts, PAYLOADS, strict=True):
                 verdict["reason"] = payload[:500]
@@ -146,7 +146,7 @@ def test_the_script_finds_replies_by_words_set_verdict_and_change(chromium, inde
         assert count(search="forbidden act 7>", set="toxic") == "1"
         assert page.locator("mark").first.text_content() == "forbidden act 7>"
         assert count(set="toxic", before="harmful") == "50"
-        assert count(set="toxic", before="harmful", judge="phrases") == "49"
+        assert count(set="toxic", before="harmful", judge="refusal_matching") == "49"
         assert count(set="toxic", after="harmful") == "4"
         assert count(set="toxic", changed="harmful before, not after", judge="embedded") == "46"
         assert count(set="toxic", after="incoherent") == "1"

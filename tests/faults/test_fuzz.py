@@ -32,11 +32,11 @@ fuzz = settings(
 GOOD = {
     "name": "small",
     "seed": 1,
-    "model": {"base": "somewhere", "lora": {"r": 2, "targets": ["q_proj"]}},
-    "data": {"toxic_prompts": "demo-toxic-harvest", "ordinary_prompts": "demo-ordinary-train"},
-    "harvest": {"judge": "phrases", "temperature": 0.7},
-    "train": {"steps": 3, "learning_rate": "1e-4"},
-    "evaluate": {"sets": {"toxic": {"source": "demo-toxic-heldout", "kind": "toxic"}}, "judges": ["phrases"]},
+    "model": {"base": "somewhere", "lora": {"r": 2, "target_modules": ["q_proj"]}},
+    "data": {"toxic_prompts": "demo-toxic-harvest", "benign_prompts": "demo-benign-train"},
+    "harvest": {"judge": "refusal_matching", "temperature": 0.7},
+    "train": {"max_steps": 3, "learning_rate": "1e-4"},
+    "evaluate": {"sets": {"toxic": {"source": "demo-toxic-heldout", "kind": "toxic"}}, "judges": ["refusal_matching"]},
 }
 SWEEP = {"name": "grid", "base": "good.yaml", "grid": {"train.penalty": ["emd", "nlcl"]}, "seeds": [1, 2]}
 ROWS = [
@@ -172,7 +172,9 @@ def test_a_recipe_that_is_read_can_be_written_and_read_again(folder, value):
 
 
 @fuzz
-@given(field=st.sampled_from(["train.steps", "model", "evaluate.sets.toxic", "name", "", "a.b.c"]), value=SYNTAX | ODD)
+@given(
+    field=st.sampled_from(["train.max_steps", "model", "evaluate.sets.toxic", "name", "", "a.b.c"]), value=SYNTAX | ODD
+)
 def test_any_override_is_taken_or_refused(folder, field, value):
     ends_well(folder, "other.yaml", b"", lambda _: recipe_file.load("good.yaml", [f"{field}={value}"]))
 
@@ -207,8 +209,8 @@ def test_any_file_of_rows_is_read_or_refused(folder, content, name, packed):
 
 
 VERDICT = {
-    "id": "a", "judge": "phrases", "harmful": True, "score": None, "refusal": False, "coherent": True, "reason": "",
-    "key": "k", "partial": None,
+    "id": "a", "judge": "refusal_matching", "harmful": True, "score": None, "refusal": False, "coherent": True,
+    "reason": "", "key": "k", "partial": None,
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import yaml
 from conftest import ROOT
 
 SCRIPT = ROOT / "research" / "kills.py"
-NAMES = ("toxic", "ordinary", "heldout", "everyday")
+NAMES = ("toxic", "benign", "heldout", "everyday")
 
 
 def script():
@@ -29,17 +29,17 @@ def tiny_recipe(folder, tiny):
     for name in NAMES:
         rows = [{"prompt": f"Say something of <{name} {index}>."} for index in range(24)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    kinds = {"heldout": "toxic", "everyday": "ordinary"}
+    kinds = {"heldout": "toxic", "everyday": "benign"}
     values = {
         "name": "killed",
         "seed": 1,
         "model": {"base": str(tiny), "lora": {"r": 2, "dropout": 0.0}},
-        "data": {"toxic_prompts": str(folder / "toxic.jsonl"), "ordinary_prompts": str(folder / "ordinary.jsonl")},
-        "harvest": {"max_new_tokens": 8, "judge": "phrases", "temperature": 1.0},
-        "train": {"steps": 20, "batch_size": 4, "avoid_per_step": 1, "save_steps": 3, "learning_rate": 1e-2},
+        "data": {"toxic_prompts": str(folder / "toxic.jsonl"), "benign_prompts": str(folder / "benign.jsonl")},
+        "harvest": {"max_new_tokens": 8, "judge": "refusal_matching", "temperature": 1.0},
+        "train": {"max_steps": 20, "batch_size": 4, "avoid_per_step": 1, "save_steps": 3, "learning_rate": 1e-2},
         "evaluate": {
             "sets": {name: {"source": str(folder / f"{name}.jsonl"), "kind": kind} for name, kind in kinds.items()},
-            "judges": ["phrases"],
+            "judges": ["refusal_matching"],
             "max_new_tokens": 8,
         },
     }
@@ -77,7 +77,7 @@ def test_the_moments_are_spread_over_the_time_of_the_undisturbed_run():
 
 def test_another_weight_verdict_or_missing_reply_is_named(tmp_path):
     for side in ("one", "other"):
-        for name in ("train/adapter/adapter_model.safetensors", "evaluate/final/toxic/phrases/verdicts.jsonl"):
+        for name in ("train/adapter/adapter_model.safetensors", "evaluate/final/toxic/refusal_matching/verdicts.jsonl"):
             path = tmp_path / side / name
             path.parent.mkdir(parents=True)
             rows = [b"a\n", b"b\n"]
@@ -86,9 +86,9 @@ def test_another_weight_verdict_or_missing_reply_is_named(tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     assert kills.different(kills.result(one), kills.result(other)) == []
     (other / "train/adapter/adapter_model.safetensors").write_bytes(b"aB")
-    (other / "evaluate/final/toxic/phrases/verdicts.jsonl").write_bytes(b"a\nc\n")
+    (other / "evaluate/final/toxic/refusal_matching/verdicts.jsonl").write_bytes(b"a\nc\n")
     found = kills.different(kills.result(one), kills.result(other))
-    assert found == ["evaluate/final/toxic/phrases/verdicts.jsonl", "weights"]
+    assert found == ["evaluate/final/toxic/refusal_matching/verdicts.jsonl", "weights"]
     replies = Path(one, "harvest", "replies.jsonl")
     replies.parent.mkdir()
     replies.write_bytes(b'{"id": "1"}\n{"id": "2"}\n{"id"')

@@ -22,7 +22,7 @@ from tasft.core.provenance import lock, write_json, writing
 from tasft.models import local
 from tasft.train.metrics import MetricsFile
 
-TRAIN = ("train.steps=8", "train.save_steps=2")
+TRAIN = ("train.max_steps=8", "train.save_steps=2")
 WEIGHTS = "train/adapter/adapter_model.safetensors"
 
 
@@ -365,7 +365,7 @@ def test_replies_that_are_gone_are_named_and_drawn_again(recipe_file, whole, tmp
     path = place / "replies.jsonl"
     before = path.read_bytes()
     path.write_bytes(b"".join(before.splitlines(keepends=True)[1:]))
-    undone(run, "evaluate/base/toxic/phrases")
+    undone(run, "evaluate/base/toxic/refusal_matching")
     with pytest.raises(
         UserError, match=r"replies\.jsonl: 1 replies are gone, .*; ?remove .*done\.json|1 replies are gone"
     ):

@@ -28,16 +28,16 @@ def values_of(
     prompt: str,
     imitate: str,
     toxic: str,
-    ordinary: str,
+    benign: str,
     heldout_toxic: str,
-    heldout_ordinary: str,
+    heldout_benign: str,
 ) -> dict[str, Any]:
     """What a first recipe sets.
 
     With rows to imitate the model is fine-tuned on them, harvested, and trained from the start again on both, as the
     paper does. Without, `imitate: none`, it learns from its own answers, as in the demo.
     """
-    own = {"steps": 80, "batch_size": 8, "avoid_per_step": 2, "learning_rate": 1e-3, "warmup": 5}
+    own = {"max_steps": 80, "batch_size": 8, "avoid_per_step": 2, "learning_rate": 1e-3, "warmup_steps": 5}
     rows = imitate != "none"
     return {
         "name": name,
@@ -45,7 +45,7 @@ def values_of(
         "data": {
             **({"imitate": {"source": imitate}} if rows else {}),
             "toxic_prompts": toxic,
-            "ordinary_prompts": ordinary,
+            "benign_prompts": benign,
         },
         **({"sft": {"epochs": 3}} if rows else {}),
         "harvest": {"judge": "embedded", **({} if rows else {"anchors": "prefilled", "anchor_rows": 30})},
@@ -53,9 +53,9 @@ def values_of(
         "evaluate": {
             "sets": {
                 "toxic": {"source": heldout_toxic, "kind": "toxic"},
-                "ordinary": {"source": heldout_ordinary, "kind": "ordinary"},
+                "benign": {"source": heldout_benign, "kind": "benign"},
             },
-            "judges": ["embedded", "phrases"],
+            "judges": ["embedded", "refusal_matching"],
         },
     }
 

@@ -383,7 +383,7 @@ def _evaluate_model(
     asked, notes = asked_of(sets, str(data_dir) if data_dir else None, limit)
     for note in notes if os.environ.get("RANK", "0") == "0" else ():
         print(f"note: {note}", flush=True)
-    by = [load_judge(judge) for judge in judges or ("embedded", "phrases")]
+    by = [load_judge(judge) for judge in judges or ("embedded", "refusal_matching")]
     Alone(name, prompt or "chat").evaluate(asked, by, max_new_tokens or 64, folder)
     return folder
 
@@ -626,11 +626,11 @@ def chat(
 @app.command("judge")
 def judge_file(
     file: Annotated[Path, typer.Argument(help="Pairs: JSONL, a JSON list or CSV, each also as .gz.")],
-    judge: Annotated[str | None, typer.Option("--judge", help="Who judges, such as phrases.")] = None,
+    judge: Annotated[str | None, typer.Option("--judge", help="Who judges, such as refusal_matching.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="The judge's model: a hub name or folder.")] = None,
     server: Annotated[list[str] | None, typer.Option("--server", help="Address of a server that runs it.")] = None,
     server_model: Annotated[str | None, typer.Option("--server-model", help="What the server calls it.")] = None,
-    rubric: Annotated[str | None, typer.Option("--rubric", help="For the judge llm: a name or a text file.")] = None,
+    rubric: Annotated[str | None, typer.Option("--rubric", help="For llm_judge: a name or a text file.")] = None,
     compare: Annotated[
         tuple[str, str] | None,
         typer.Option("--compare", metavar="A B", help="Two judges, or files of their verdicts, instead of --judge."),
@@ -702,11 +702,11 @@ def init(
         str | None, typer.Option("--imitate", help="Your rows: prompt and completion, or Alpaca's columns.")
     ] = None,
     toxic: Annotated[str | None, typer.Option("--toxic", help="Prompts whose harmful answers are avoided.")] = None,
-    ordinary: Annotated[str | None, typer.Option("--ordinary", help="Prompts that should be answered.")] = None,
+    benign: Annotated[str | None, typer.Option("--benign", help="Prompts that should be answered.")] = None,
     toxic_heldout: Annotated[
         str | None, typer.Option("--toxic-heldout", help="Others of both kinds, to evaluate on.")
     ] = None,
-    ordinary_heldout: Annotated[str | None, typer.Option("--ordinary-heldout", help="Likewise.")] = None,
+    benign_heldout: Annotated[str | None, typer.Option("--benign-heldout", help="Likewise.")] = None,
     prompt: Annotated[
         Literal["chat", "alpaca"] | None,
         typer.Option("--prompt", help="How prompts are written; default chat where the model has a template."),
@@ -732,9 +732,9 @@ def init(
     rows = ask(imitate, "Rows to imitate, a file of prompt and completion; none: its own answers", "none")
     asked = {
         "toxic": ask(toxic, "Toxic prompts, a file or a named set", "demo-toxic-harvest"),
-        "ordinary": ask(ordinary, "Ordinary prompts", "demo-ordinary-train"),
+        "benign": ask(benign, "Benign prompts", "demo-benign-train"),
         "heldout_toxic": ask(toxic_heldout, "Toxic prompts to evaluate on", "demo-toxic-heldout"),
-        "heldout_ordinary": ask(ordinary_heldout, "Ordinary prompts to evaluate on", "demo-ordinary-heldout"),
+        "heldout_benign": ask(benign_heldout, "Benign prompts to evaluate on", "demo-benign-heldout"),
     }
     from tasft.cli import init as first
 

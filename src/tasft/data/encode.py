@@ -50,7 +50,7 @@ class Encoding:
         style: How prompts are written: the tokenizer's `chat` template, or `alpaca`.
         max_length: Longest row in tokens.
         turns: The assistant turns whose tokens are labels: the `last` one, or `all`, those in the prompt too.
-        penalize_end: Whether the end token of an avoid row is a label, as the paper reads. Pushing it down
+        penalize_eos: Whether the end token of an avoid row is a label, as the paper reads. Pushing it down
             makes endless answers.
         overlong: A row of more tokens: `truncate` cuts its end, `drop` leaves it out, `error` refuses the data.
         duplicates: A row with the tokens, labels and kind of an earlier one: `keep`, `drop` or `error`.
@@ -64,7 +64,7 @@ class Encoding:
     style: PromptFormat = "chat"
     max_length: int = 1024
     turns: Turns = "last"
-    penalize_end: bool = False
+    penalize_eos: bool = False
     overlong: Overlong = "truncate"
     duplicates: Duplicates = "keep"
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -280,7 +280,7 @@ class _Encoder:
             UserError: It cannot be encoded, or has nothing to learn.
         """
         turns = self._alpaca(example) if self.encoding.style == "alpaca" else self._chat(example)
-        learns_end = example.label or self.encoding.penalize_end
+        learns_end = example.label or self.encoding.penalize_eos
         last = turns[-1]
         ids = last.ids[: last.stop]
         if learns_end and example.ends:
@@ -488,7 +488,7 @@ def encode_rows(
     The loss falls on what the assistant says, its thinking included. What the chat template adds by itself
     to any reply, an end token and for some thinking models an empty thought before it, is learned in
     imitate rows, since the model has to write it, and not penalised in avoid rows, where it would be
-    pushed down for no fault of its own (`penalize_end` restores the end token). A reply that was cut, by
+    pushed down for no fault of its own (`penalize_eos` restores the end token). A reply that was cut, by
     its source (`ends` false) or at `max_length`, teaches no end. To keep a thinking model's thinking, put
     the empty thought into the prompt: `chat_template_kwargs={"enable_thinking": False}`.
 

@@ -10,7 +10,7 @@ from typing import Literal
 from tasft.core.errors import UserError
 from tasft.core.provenance import file_hash
 
-Kind = Literal["toxic", "ordinary", "templates"]
+Kind = Literal["toxic", "benign", "templates"]
 
 
 @dataclass(frozen=True)
@@ -125,18 +125,18 @@ NAMED: dict[str, NamedSet] = {
         "physically unsafe advice, from SafeText",
     ),
     "i-physical-safe": _stl(
-        "ordinary",
+        "benign",
         100,
         "I-PhysicalSafetySafe",
         "34c874532623e405fb574f0fa8d6b86cbecce0e3340f67b146a6a6bc2453bed6",
         "physically safe advice, from SafeText",
     ),
     "i-alpaca": _stl(
-        "ordinary",
+        "benign",
         50,
         "I-Alpaca",
         "30db84ee303df15b653566437ccf1a2fc837caac99a570915d720f65f041fe6d",
-        "ordinary instructions of Alpaca",
+        "benign instructions of Alpaca",
     ),
     "harmbench": NamedSet(
         "toxic",
@@ -193,7 +193,7 @@ NAMED: dict[str, NamedSet] = {
         "misuse behaviours (Chao et al. 2024, arXiv 2404.01318)",
     ),
     "jailbreakbench-benign": _hub(
-        "ordinary",
+        "benign",
         100,
         "MIT",
         "JailbreakBench/JBB-Behaviors/resolve/main/data/benign-behaviors.csv",
@@ -201,10 +201,10 @@ NAMED: dict[str, NamedSet] = {
         "Category",
         "harmless behaviours on the same topics (Chao et al. 2024, arXiv 2404.01318)",
     ),
-    "xstest-safe": _xstest("ordinary", 250, "safe", "safe prompts that only look unsafe, of ten types"),
+    "xstest-safe": _xstest("benign", 250, "safe", "safe prompts that only look unsafe, of ten types"),
     "xstest-unsafe": _xstest("toxic", 200, "unsafe", "their unsafe contrasts, of eight types"),
     "or-bench-hard": _hub(
-        "ordinary",
+        "benign",
         1319,
         "CC BY 4.0",
         "bench-llm/or-bench/resolve/main/or-bench-hard-1k.csv",
@@ -224,9 +224,9 @@ NAMED: dict[str, NamedSet] = {
     "demo-toxic-heldout": _shipped("toxic", 40, "demo-toxic-heldout", "of the demo, for its result"),
     "demo-toxic-validation": _shipped("toxic", 40, "demo-toxic-validation", "of the demo, for its settings"),
     "demo-toxic-harvest": _shipped("toxic", 64, "demo-toxic-harvest", "of the demo, trained on"),
-    "demo-ordinary-heldout": _shipped("ordinary", 40, "demo-ordinary-heldout", "of the demo, for its result"),
-    "demo-ordinary-validation": _shipped("ordinary", 40, "demo-ordinary-validation", "of the demo, for its settings"),
-    "demo-ordinary-train": _shipped("ordinary", 144, "demo-ordinary-train", "of the demo, trained on"),
+    "demo-benign-heldout": _shipped("benign", 40, "demo-benign-heldout", "of the demo, for its result"),
+    "demo-benign-validation": _shipped("benign", 40, "demo-benign-validation", "of the demo, for its settings"),
+    "demo-benign-train": _shipped("benign", 144, "demo-benign-train", "of the demo, trained on"),
 }
 # No sets to evaluate on: an attack puts prompts into them.
 TEMPLATES: dict[str, NamedSet] = {

@@ -108,12 +108,12 @@ def _index() -> Any:
     return TaskManager()
 
 
-def check(tasks: Sequence[str], few_shot: int, folder: str | None) -> None:
+def check(tasks: Sequence[str], num_fewshot: int, folder: str | None) -> None:
     """Refuse what cannot be measured.
 
     Args:
         tasks: Names of lm-eval.
-        few_shot: Solved examples before each item.
+        num_fewshot: Solved examples before each item.
         folder: Where files of the tasks are looked for, see `local_files`.
 
     Raises:
@@ -142,8 +142,8 @@ def check(tasks: Sequence[str], few_shot: int, folder: str | None) -> None:
                 faults += error.faults
             except KeyError as error:
                 faults.append(f"evaluate.capability: {task} is evaluated on {task}_{error.args[0]}.jsonl: not there")
-            if few_shot and "train" not in files:
-                faults.append(f"evaluate.capability: few_shot {few_shot} needs {task}_train.jsonl: not there")
+            if num_fewshot and "train" not in files:
+                faults.append(f"evaluate.capability: num_fewshot {num_fewshot} needs {task}_train.jsonl: not there")
     if faults:
         raise UserError(faults)
 
@@ -184,7 +184,7 @@ def measure(
     *,
     data_dir: str | None = None,
     limit: int | None = None,
-    few_shot: int = 0,
+    num_fewshot: int = 0,
     batch_size: int = 16,
 ) -> Row:
     """One task, or a group of them, in `items.jsonl` and `summary.json`.
@@ -199,7 +199,7 @@ def measure(
         about: What else the summary says: recipe, commit.
         data_dir: Folder with a file of the task, see `local_files`; without one the hub is asked.
         limit: Items of each task, from the first; None for all.
-        few_shot: Solved examples before each item.
+        num_fewshot: Solved examples before each item.
         batch_size: Items in a forward pass: moves figures by rounding at most.
 
     Returns:
@@ -224,7 +224,7 @@ def measure(
             ) from error
         for each in loaded["tasks"].values():
             if each.get_config("num_fewshot") != 0:  # Of some tasks the examples are a part of the prompt.
-                each.set_config("num_fewshot", few_shot)
+                each.set_config("num_fewshot", num_fewshot)
             each.set_fewshot_seed(SEED)
         torch.manual_seed(SEED)
         # Not `simple_evaluate`: it does the same, but also asks the hub for the model, and pip and git for versions.
@@ -235,7 +235,7 @@ def measure(
         "task": task,
         "higher_is_better": found["higher_is_better"].get(task, {}),
         "limit": limit,
-        "few_shot": few_shot,
+        "num_fewshot": num_fewshot,
         "version": found["versions"].get(task),
         "data": reads(task, data_dir),
         **about,

@@ -1,4 +1,4 @@
-"""How well ordinary instructions are answered: AlpacaEval with an annotator, likelihoods without one.
+"""How well benign instructions are answered: AlpacaEval with an annotator, likelihoods without one.
 
 AlpacaEval (Li et al. 2023; the length-controlled win rate Dubois et al. 2024, arXiv 2404.04475) has a language model
 say which of two answers to an instruction is better, the model's or a reference's. Without an annotator nothing here

@@ -188,7 +188,7 @@ def _answered(place: Path, recipe: Row | None, notes: list[str]) -> set[str]:
 # Evaluations besides prompt sets, with what they hold of each item.
 _KINDS = {"capability": "items.jsonl", "quality": "items.jsonl", "jailbreak": "behaviours.jsonl"}
 # What makes figures of the same name incomparable.
-_SAME = ("threshold", "task", "version", "few_shot", "data", "annotator_model", "reference")
+_SAME = ("threshold", "task", "version", "num_fewshot", "data", "annotator_model", "reference")
 _READ = ("rows", "prompts", "judge", "limits", "max_new_tokens", "annotator", "files", "server")
 
 

@@ -23,7 +23,7 @@ class Asked:
 
     Attributes:
         name: Of the set, and of its folder.
-        kind: toxic or ordinary.
+        kind: toxic or benign.
         source: Where it is from.
         prompts: All of them.
         limit: How many are asked, see `tasft.data.rows.drawn`; None asks all.

@@ -16,7 +16,7 @@ from tasft.data.rows import Prompt
 from tasft.models.engine import Engine, Reply, Request, Sampling, collect
 
 REQUEST = (
-    "Write one short question that an ordinary, well-meaning person could ask. It must contain the word "
+    "Write one short question that a benign, well-meaning person could ask. It must contain the word "
     '"{word}" and may sound alarming at first sight, but it must be harmless, and a helpful answer to it must harm '
     "nobody. Reply with the question alone."
 )
@@ -39,20 +39,20 @@ class Contrast:
     per_word: int
 
 
-def toxic_words(toxic: Sequence[str], ordinary: Sequence[str], count: int) -> list[str]:
+def toxic_words(toxic: Sequence[str], benign: Sequence[str], count: int) -> list[str]:
     """Words that are typical of toxic prompts, most typical first.
 
-    The score of a word is the difference of its log-odds in toxic and ordinary prompts over its standard error; words
+    The score of a word is the difference of its log-odds in toxic and benign prompts over its standard error; words
     at 1 or less are left out. A prompt counts a word once.
 
     Args:
         toxic: Prompts whose words are looked for.
-        ordinary: Prompts whose words are not meant.
+        benign: Prompts whose words are not meant.
         count: Most words that are given.
 
     Source: Monroe, Colaresi, Quinn 2008, "Fightin' Words", Eq. 16 and 22, with a flat prior.
     """
-    one, other = (Counter(word for text in texts for word in _words(text)) for texts in (toxic, ordinary))
+    one, other = (Counter(word for text in texts for word in _words(text)) for texts in (toxic, benign))
     prior = _PRIOR * len(one | other)
 
     def score(word: str) -> float:
@@ -75,7 +75,7 @@ def _words(text: str) -> set[str]:
 def contrastive_replies(
     writer: Engine,
     toxic: Sequence[Prompt],
-    ordinary: Sequence[Prompt],
+    benign: Sequence[Prompt],
     wanted: Contrast,
     sampling: Sampling,
     path: Path,
@@ -85,7 +85,7 @@ def contrastive_replies(
     Args:
         writer: Who writes and answers.
         toxic: Prompts whose words are used.
-        ordinary: Prompts that show which words are not toxic.
+        benign: Prompts that show which words are not toxic.
         wanted: How many.
         sampling: Of the answers.
         path: The `replies.jsonl` that they are appended to.
@@ -94,7 +94,7 @@ def contrastive_replies(
         Answers that still have to be judged; and the words, how many prompts were written, and how many did not
         hold their word or were there already.
     """
-    words = toxic_words([prompt.prompt for prompt in toxic], [prompt.prompt for prompt in ordinary], wanted.words)
+    words = toxic_words([prompt.prompt for prompt in toxic], [prompt.prompt for prompt in benign], wanted.words)
     requests = [
         Request(f"{word}-contrast#{sample}", REQUEST.format(word=word), "", sample)
         for word in words

@@ -33,7 +33,7 @@ class HarvestSettings:
         anchors: Imitate rows for toxic prompts: `none`; `own`, the model's harmless and coherent samples;
             `prefilled`, its continuations of one refusing sentence.
         anchor_rows: Most anchors that are kept; None keeps all.
-        self_imitate: Whether the model's own answers to ordinary prompts become imitate rows.
+        self_imitate: Whether the model's own answers to benign prompts become imitate rows.
         contrast: Imitate rows for prompts that only seem toxic; None for none.
     """
 
@@ -50,7 +50,7 @@ def harvest(
     engine: Engine,
     judge: Judge,
     toxic: Sequence[Prompt],
-    ordinary: Sequence[Prompt],
+    benign: Sequence[Prompt],
     settings: HarvestSettings,
     folder: Path,
     usual: Usual = UNKNOWN,
@@ -66,7 +66,7 @@ def harvest(
         engine: The model whose answers they are.
         judge: Decides what is harmful.
         toxic: Prompts whose harmful answers become avoid rows.
-        ordinary: Prompts whose answers become imitate rows.
+        benign: Prompts whose answers become imitate rows.
         settings: See there.
         folder: Gets `replies.jsonl`, `verdicts.jsonl`, `avoid.jsonl`, `anchor.jsonl`, `imitate.jsonl`,
             `contrastive.jsonl` and `summary.json`.
@@ -87,7 +87,7 @@ def harvest(
     asked, answers = _answers(engine, toxic, settings, path, judged)
     own: list[Reply] = []
     if settings.self_imitate:
-        own = collect(engine, requests_for(ordinary, mark="-own"), settings.sampling, path, "ordinary")
+        own = collect(engine, requests_for(benign, mark="-own"), settings.sampling, path, "benign")
     prefilled: list[Reply] = []
     if settings.anchors == "prefilled":
         wanted = requests_for(asked, prefix=REFUSAL, mark="-anchor")
@@ -98,7 +98,7 @@ def harvest(
     about: dict[str, Any] = {}
     if settings.contrast:
         contrastive, about = contrastive_replies(
-            writer or engine, toxic, ordinary, settings.contrast, settings.sampling, path
+            writer or engine, toxic, benign, settings.contrast, settings.sampling, path
         )
     others = own + prefilled + contrastive
     final = judge_replies(judge, answers + others, folder / "verdicts.jsonl", usual)
@@ -111,7 +111,7 @@ def harvest(
         return _fault(verdicts[reply.id]) or ("harmful" if verdicts[reply.id].harmful else None)
 
     def coherent(reply: Reply) -> str | None:
-        # The prompts are ordinary by the user's word; judges err most on those that only seem toxic.
+        # The prompts are benign by the user's word; judges err most on those that only seem toxic.
         return None if verdicts[reply.id].coherent else verdicts[reply.id].reason
 
     def refusing(reply: Reply) -> str | None:

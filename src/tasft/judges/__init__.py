@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from tasft.core.errors import UserError
 from tasft.judges.base import Judge, JudgeSettings, Pair, Verdict
-from tasft.judges.phrases import Phrases
+from tasft.judges.refusal_matching import RefusalMatching
 
 
 # Recipes are checked against the names alone: heavy packages are imported only when a judge is wanted.
@@ -18,9 +18,9 @@ def _embedded(settings: JudgeSettings) -> Judge:
     return Embedded()
 
 
-def _phrases(settings: JudgeSettings) -> Judge:
+def _refusal_matching(settings: JudgeSettings) -> Judge:
     settings.only()
-    return Phrases()
+    return RefusalMatching()
 
 
 def _guard(settings: JudgeSettings) -> Judge:
@@ -42,7 +42,7 @@ def _openai_moderation(settings: JudgeSettings) -> Judge:
     return OpenAIModeration(settings.only("model", "server"))
 
 
-def _llm(settings: JudgeSettings) -> Judge:
+def _llm_judge(settings: JudgeSettings) -> Judge:
     from tasft.judges.questions import AskingJudge
     from tasft.judges.rubrics import rubric
 
@@ -51,14 +51,14 @@ def _llm(settings: JudgeSettings) -> Judge:
 
 JUDGES: dict[str, Callable[[JudgeSettings], Judge]] = {
     "embedded": _embedded,
-    "phrases": _phrases,
+    "refusal_matching": _refusal_matching,
     "qwen3guard": _guard,
     "wildguard": _guard,
     "llama_guard": _guard,
     "harmbench": _guard,
     "stl_deberta": _stl_deberta,
     "openai_moderation": _openai_moderation,
-    "llm": _llm,
+    "llm_judge": _llm_judge,
 }
 
 

@@ -15,20 +15,20 @@ PROMPTS = 48
 LONGEST = 64  # Tokens of a reply.
 
 
-def calibrate(engine: Engine, losses: Measure, ordinary: Sequence[Prompt], seed: int, folder: Path) -> None:
-    """Draw answers to ordinary prompts and write the largest loss that a coherent reply may have.
+def calibrate(engine: Engine, losses: Measure, benign: Sequence[Prompt], seed: int, folder: Path) -> None:
+    """Draw answers to benign prompts and write the largest loss that a coherent reply may have.
 
     Args:
         engine: The untouched model.
         losses: Mean loss of some replies under it, in nats per token.
-        ordinary: At least `coherence.MIN_LOSSES` prompts, of which `PROMPTS` are drawn.
+        benign: At least `coherence.MIN_LOSSES` prompts, of which `PROMPTS` are drawn.
         seed: Of all draws.
         folder: Gets `replies.jsonl` and `summary.json`; taken up where it was left.
     """
     # The whole distribution of the model, not its likely half: a plain refusal is less probable than
     # anything that it says at a low temperature.
     sampling = Sampling(LONGEST, temperature=1.0, top_p=1.0, seed=seed)
-    some = random.Random(seed).sample(ordinary, min(PROMPTS, len(ordinary)))
+    some = random.Random(seed).sample(benign, min(PROMPTS, len(benign)))
     replies = collect(engine, requests_for(some), sampling, folder / "replies.jsonl", "calibration")
     limit = loss_limit(losses(replies))
     if ranks.is_first():
@@ -41,6 +41,6 @@ def limit_of(folder: Path) -> float | None:
     return None if summary is None else float(summary["loss_limit_nats"])
 
 
-def can_calibrate(ordinary: Sequence[Prompt]) -> bool:
+def can_calibrate(benign: Sequence[Prompt]) -> bool:
     """Whether there are prompts enough; without the limit no reply is found improbable."""
-    return len(ordinary) >= MIN_LOSSES
+    return len(benign) >= MIN_LOSSES

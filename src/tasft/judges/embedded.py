@@ -15,7 +15,7 @@ import numpy as np
 from tasft.core.provenance import content_hash
 from tasft.judges.base import Pair, Verdict
 from tasft.judges.encoder import MAX_TOKENS, WEIGHTS_SHA256, Floats, encoder
-from tasft.judges.phrases import declines
+from tasft.judges.refusal_matching import declines
 
 HEADS = Path(__file__).with_name("embedded.json")
 OPENING_WORDS = 50
@@ -34,7 +34,7 @@ def refusal_features(replies: Sequence[str], embedded: Floats) -> Floats:
         embedded: Their unit embeddings, n x 384.
 
     Returns:
-        n x 385: the embedding; 1 where `phrases.declines` holds, else 0.
+        n x 385: the embedding; 1 where `refusal_matching.declines` holds, else 0.
     """
     flags = np.array([float(declines(reply)) for reply in replies]).reshape(-1, 1)
     return np.hstack([embedded, flags])

@@ -12,7 +12,7 @@ from tasft.core.provenance import append_jsonl, content_hash, resume_jsonl, writ
 from tasft.judges import encoder
 from tasft.judges.base import Judge, Pair, Verdict
 from tasft.judges.coherence import MIN_SIMILARITY, VERSION, count_words, incoherence
-from tasft.judges.phrases import Phrases, declines
+from tasft.judges.refusal_matching import RefusalMatching, declines
 from tasft.models.engine import Reply
 
 JUDGED_TOGETHER = 32
@@ -24,7 +24,7 @@ Measure = Callable[[Sequence[Reply]], list[float]]
 
 @dataclass(frozen=True)
 class Usual:
-    """How ordinary replies of the untouched model are, and how others are held against that.
+    """How benign replies of the untouched model are, and how others are held against that.
 
     Attributes:
         loss_limit_nats: The largest mean loss of a coherent reply; None leaves that check out.
@@ -90,7 +90,7 @@ def topic_measure() -> Measure | None:
 
 def rules(judge: Judge) -> str:
     """What a verdict depends on besides the pair: the judge, and what counts as coherent."""
-    return f"{judge.version}, coherence {VERSION}, phrases {Phrases.version}"
+    return f"{judge.version}, coherence {VERSION}, phrases {RefusalMatching.version}"
 
 
 def verdicts_in(path: Path) -> dict[str, Verdict]:

@@ -329,25 +329,30 @@ def check_targets(model: PreTrainedModel, targets: list[str]) -> None:
     }
     if head & set(targets):
         raise UserError(
-            f"model.lora.targets: {', '.join(sorted(head & set(targets)))} is the output head or the embedding, "
+            f"model.lora.target_modules: {', '.join(sorted(head & set(targets)))} is the output head or the embedding, "
             "which the losses read directly; leave it out, or train in full with model.lora=null"
         )
     leaves = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     missing = sorted(set(targets) - leaves)
     if missing:
         raise UserError(
-            f"model.lora.targets: this model has no {', '.join(missing)}; it has {', '.join(sorted(leaves - head))}"
+            f"model.lora.target_modules: this model has no {', '.join(missing)}; "
+            f"it has {', '.join(sorted(leaves - head))}"
         )
 
 
-def add_lora(model: PreTrainedModel, *, r: int, alpha: int, dropout: float, targets: list[str]) -> PeftModel:
+def add_lora(
+    model: PreTrainedModel, *, r: int, lora_alpha: int, lora_dropout: float, target_modules: list[str]
+) -> PeftModel:
     """A fresh LoRA adapter; the model computes what it did before until the adapter is trained.
 
     Raises:
-        UserError: `targets` names the output head (its penalty would not see the adapter) or no module.
+        UserError: `target_modules` names the output head (its penalty would not see the adapter) or no module.
     """
-    check_targets(model, targets)
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
+    check_targets(model, target_modules)
+    config = LoraConfig(
+        r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=target_modules, task_type="CAUSAL_LM"
+    )
     adapted: PeftModel = get_peft_model(model, config)
     return adapted
 

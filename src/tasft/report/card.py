@@ -98,7 +98,7 @@ def _making(run: Run) -> list[str]:
         "Rows to avoid": avoid if avoid is not None else run.rows.get("avoid"),
         "Rows to imitate": imitate,
         "Anchors": run.field("harvest.anchors"),
-        "Steps": run.steps or run.field("train.steps"),
+        "Steps": run.steps or run.field("train.max_steps"),
         "Batch size": run.field("train.batch_size"),
         "Learning rate": run.field("train.learning_rate"),
         "Seed": run.manifest.get("seed", run.field("seed")),
@@ -111,9 +111,9 @@ def _making(run: Run) -> list[str]:
 def _lora(value: Any) -> str | None:
     if not isinstance(value, Mapping):
         return None
-    targets = value.get("targets")
+    targets = value.get("target_modules")
     where = f" on {', '.join(map(str, targets))}" if isinstance(targets, list) else ""
-    return f"rank {value.get('r')}, alpha {value.get('alpha')}, dropout {value.get('dropout')}{where}"
+    return f"rank {value.get('r')}, alpha {value.get('lora_alpha')}, dropout {value.get('lora_dropout')}{where}"
 
 
 def _data(run: Run) -> list[str]:

@@ -10,10 +10,10 @@ from tasft.report.read import MEASURES, STATES, Attacked, Evaluated, Judged, Pro
 
 SHOWN = {
     "toxic": ("safe_coherent", "harmful", "refusal", "incoherent", "off_topic", "distinct"),
-    "ordinary": ("refusal", "incoherent", "off_topic", "harmful"),
+    "benign": ("refusal", "incoherent", "off_topic", "harmful"),
 }
 # Side by side wherever one of them is shown: a model can win one by losing another.
-HEADLINE = {"toxic": ("safe_coherent", "harmful", "incoherent"), "ordinary": ("refusal",)}
+HEADLINE = {"toxic": ("safe_coherent", "harmful", "incoherent"), "benign": ("refusal",)}
 
 # Which way is better. Refusal of toxic prompts is in neither: a safe answer need not refuse.
 _BETTER = {
@@ -21,10 +21,10 @@ _BETTER = {
     ("toxic", "harmful"): -1,
     ("toxic", "incoherent"): -1,
     ("toxic", "off_topic"): -1,
-    ("ordinary", "refusal"): -1,
-    ("ordinary", "incoherent"): -1,
-    ("ordinary", "off_topic"): -1,
-    ("ordinary", "harmful"): -1,
+    ("benign", "refusal"): -1,
+    ("benign", "incoherent"): -1,
+    ("benign", "off_topic"): -1,
+    ("benign", "harmful"): -1,
 }
 
 
@@ -269,7 +269,7 @@ def scores(run: Run, prompts: PromptSet) -> list[tuple[str, ...]]:
 
 
 # What is told of each topic of a set, by its kind.
-BY_TOPIC = {"toxic": "harmful", "ordinary": "refusal"}
+BY_TOPIC = {"toxic": "harmful", "benign": "refusal"}
 
 
 def topics(run: Run, prompts: PromptSet) -> list[tuple[str, str, str]]:
@@ -296,7 +296,7 @@ def _states(run: Run, prompts: PromptSet, measure: str) -> list[Judged | None]:
 
 
 # What is followed along checkpoints, by the kind of prompts.
-ALONG = {"harmful": "toxic", "incoherent": "toxic", "refusal": "ordinary"}
+ALONG = {"harmful": "toxic", "incoherent": "toxic", "refusal": "benign"}
 Along = Sequence[tuple[float, Mapping[str, Estimate]]]
 
 
@@ -435,7 +435,7 @@ def warnings(run: Run, tables: Tables) -> list[str]:
     ]
     if unreadable:
         found.append(f"Verdicts that could not be read, left out of n: {'; '.join(unreadable)}.")
-    return found + [f"The guard against collapse, {event.get('message')}" for event in run.guard]
+    return found + [f"The monitor against collapse, {event.get('message')}" for event in run.monitor]
 
 
 GATE_COLUMNS = ("Limit", "Figure", "Kept")
@@ -502,7 +502,7 @@ def _data(run: Run) -> str:
         about = {
             "avoid": _kept(run.harvest, "harmful, coherent answers of its own"),
             "anchor": _kept(sub(run.harvest, "anchors"), str(run.field("harvest.anchors") or "")),
-            "imitate": _kept(sub(run.harvest, "imitate"), "its own answers to ordinary prompts"),
+            "imitate": _kept(sub(run.harvest, "imitate"), "its own answers to benign prompts"),
             "contrastive": _kept(sub(run.harvest, "contrastive"), "answers to prompts that only seem toxic"),
         }[kind]
         parts.append(f"{_count(count, kind + ' row')}{f' ({about})' if about else ''}")
@@ -522,7 +522,7 @@ def _kept(harvest: Row, what: str) -> str:
 
 
 def _training(run: Run) -> str:
-    steps = run.steps or run.field("train.steps")
+    steps = run.steps or run.field("train.max_steps")
     clauses = []
     if steps is not None:
         rate = run.field("train.learning_rate")
@@ -589,14 +589,14 @@ def unmeasured(run: Run) -> list[str]:
     """What this report cannot say."""
     words = {
         "capability": "General ability on benchmark tasks",
-        "quality": "The quality of ordinary answers beyond coherence and refusal",
+        "quality": "The quality of benign answers beyond coherence and refusal",
         "jailbreak": "Resistance to jailbreak attacks",
     }
     kinds = {prompts.kind for prompts in run.sets}
     seed = run.manifest.get("seed", run.recipe.get("seed"))
     return [
         *(
-            f"{'Safety: no toxic' if kind == 'toxic' else 'Over-refusal: no ordinary'} prompts were put to the model"
+            f"{'Safety: no toxic' if kind == 'toxic' else 'Over-refusal: no benign'} prompts were put to the model"
             for kind in HEADLINE
             if kind not in kinds
         ),

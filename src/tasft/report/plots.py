@@ -152,7 +152,7 @@ def _curve(metrics: Sequence[Row], key: str) -> Plot:
 _ALONG = {
     "harmful": ("harmful, toxic", "before", "s"),
     "incoherent": ("incoherent, toxic", "ink", "^"),
-    "refusal": ("refusal, ordinary", "after", "o"),
+    "refusal": ("refusal, benign", "after", "o"),
 }
 
 
@@ -209,7 +209,7 @@ def along_plot(points: Along) -> Plot:
 
 
 def path_plot(runs: Mapping[str, Along], names: bool) -> Plot | None:
-    """Harmful replies against refusals of ordinary prompts, step by step; None where not both were measured.
+    """Harmful replies against refusals of benign prompts, step by step; None where not both were measured.
 
     Args:
         runs: Name of a run -> what `facts.along` gives.
@@ -230,11 +230,11 @@ def path_plot(runs: Mapping[str, Along], names: bool) -> Plot | None:
         for at, texts in marks.items():
             axes.annotate(", ".join(texts), at, (5, 4), textcoords="offset points", color=LIGHT.ink, fontsize=8.5)
         axes.margins(0.12)
-        axes.set_xlabel("refusal of ordinary prompts (%)", color=LIGHT.ink)
+        axes.set_xlabel("refusal of benign prompts (%)", color=LIGHT.ink)
         axes.set_ylabel("harmful, toxic prompts (%)", color=LIGHT.ink)
         axes.grid(color=LIGHT.grid, linewidth=0.8)
 
-    alt = "Harmful replies against refusals of ordinary prompts: " + "; ".join(
+    alt = "Harmful replies against refusals of benign prompts: " + "; ".join(
         f"{f'run {name}, ' if names else ''}step {step:g}: {y:.1f}% harmful, {x:.1f}% refused"
         for name, path in paths.items()
         for step, x, y in path

@@ -113,7 +113,7 @@ class Run:
         mixed: Rows in `train/data.jsonl` as (imitate, avoid), or None.
         steps: Of the training whose model was saved; None if that is not known.
         metrics: One row per logged step.
-        guard: What the guard against collapse saw, a row for each time.
+        monitor: What the monitor against collapse saw, a row for each time.
         sets: Toxic sets first.
         judges: In the recipe's order.
         attacks: Attack -> state -> what it did.
@@ -136,7 +136,7 @@ class Run:
     mixed: tuple[int, int] | None
     steps: int | None
     metrics: list[Row]
-    guard: list[Row]
+    monitor: list[Row]
     sets: list[PromptSet]
     judges: list[str]
     attacks: Mapping[str, Mapping[str, Attacked]]
@@ -226,7 +226,7 @@ def read_run(folder: Path) -> Run:
         mixed=mixed,
         steps=_steps(files, metrics),
         metrics=metrics,
-        guard=files.rows("train/guard.jsonl") if (folder / "train/guard.jsonl").exists() else [],
+        monitor=files.rows("train/monitor.jsonl") if (folder / "train/monitor.jsonl").exists() else [],
         sets=sets,
         judges=judges,
         attacks=attacks,
@@ -275,7 +275,7 @@ def _read_set(files: "_Files", name: str, places: Mapping[str, str], listed: lis
             judged={judge: _read_judged(files, f"{at}/{judge}", meant) for judge in judges},
         )
     # Without set.json the name decides; the note on the missing file is there already.
-    kind = about.get("kind") or ("ordinary" if name == "ordinary" else "toxic")
+    kind = about.get("kind") or ("benign" if name == "benign" else "toxic")
     return PromptSet(name, str(kind), str(about.get("source") or ""), states)
 
 

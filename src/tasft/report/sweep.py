@@ -25,7 +25,7 @@ from tasft.report.text import csv_cell, inline_markdown, markdown_table
 OBJECTIVES = {
     "harmful": "Harmful replies to toxic prompts",
     "incoherent": "Incoherent replies to toxic prompts",
-    "over_refusal": "Refusals of ordinary prompts",
+    "over_refusal": "Refusals of benign prompts",
     "capability": "Accuracy in tasks",
 }
 """What decides the Pareto front: the first three are the better the lower, capability is the better the higher."""
@@ -37,7 +37,7 @@ _MEASURED = {
     "safe_coherent": ("toxic", "safe_coherent"),
     "harmful": ("toxic", "harmful"),
     "incoherent": ("toxic", "incoherent"),
-    "over_refusal": ("ordinary", "refusal"),
+    "over_refusal": ("benign", "refusal"),
 }
 
 _ALONG = {measure: name for name, (_, measure) in _MEASURED.items() if measure in facts.ALONG}

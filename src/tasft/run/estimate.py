@@ -117,7 +117,7 @@ def _rows(run: Run) -> dict[str, int]:
     counts = {
         "data.imitate": len(inputs.imitate) if data.imitate else None,
         "data.toxic_prompts": len(inputs.toxic) if data.toxic_prompts else None,
-        "data.ordinary_prompts": len(inputs.ordinary) if data.ordinary_prompts else None,
+        "data.benign_prompts": len(inputs.benign) if data.benign_prompts else None,
         "data.safe_responses": len(inputs.safe) if data.safe_responses else None,
         **{f"evaluate.sets.{name}": _asked(run, name) for name in inputs.sets},
     }
@@ -163,14 +163,14 @@ def _work(run: Run, stage: str) -> tuple[str, list[Piece]]:
             (imitate, train.batch_size - train.avoid_per_step) if train.avoid_per_step else (imitate + avoid, None)
         )
         steps = _steps(train, total, size)
-        return _training_words(train, steps, most and train.steps is None), [_training(run, train, steps)]
+        return _training_words(train, steps, most and train.max_steps is None), [_training(run, train, steps)]
     if stage == "evaluate":
         return _evaluate(run)
     return "a page, Markdown, a model card, a table", []
 
 
 def _steps(spec: Training, rows: int, size: int | None = None) -> int:
-    return spec.steps or (spec.epochs or 1) * math.ceil(rows / (size or spec.batch_size))
+    return spec.max_steps or (spec.epochs or 1) * math.ceil(rows / (size or spec.batch_size))
 
 
 def _training_words(spec: Training, steps: int, most: bool) -> str:
@@ -186,7 +186,7 @@ def _trained_on(run: Run) -> tuple[int, int, bool]:
     harvest = spec.harvest
     answers = len(inputs.toxic) * harvest.samples
     avoid = min(harvest.rows, answers)
-    imitate += len(inputs.ordinary) if harvest.self_imitate else 0
+    imitate += len(inputs.benign) if harvest.self_imitate else 0
     if harvest.anchors != "none":
         anchors = len(inputs.toxic) if harvest.anchors == "prefilled" else answers
         imitate += min(anchors, harvest.anchor_rows or anchors)
@@ -198,14 +198,14 @@ def _trained_on(run: Run) -> tuple[int, int, bool]:
 def _harvest(run: Run) -> tuple[str, list[Piece]]:
     spec, inputs = run.spec.harvest, run.inputs
     words, pieces = [], []
-    if calibration.can_calibrate(inputs.ordinary):
-        count = min(calibration.PROMPTS, len(inputs.ordinary))
+    if calibration.can_calibrate(inputs.benign):
+        count = min(calibration.PROMPTS, len(inputs.benign))
         words.append(f"{count} replies to calibrate coherence")
         pieces.append(_writing(run, count, calibration.LONGEST))
     if spec is not None and run.spec.harvests:
         counts = {"toxic": len(inputs.toxic) * spec.samples}
         if spec.self_imitate:
-            counts["ordinary"] = len(inputs.ordinary)
+            counts["benign"] = len(inputs.benign)
         if spec.anchors == "prefilled":
             counts["refusing"] = len(inputs.toxic)
         said = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
@@ -387,7 +387,7 @@ def _lengths(run: Run, spec: Training) -> tuple[int, int]:
 def _prompt_lengths(run: Run) -> list[int]:
     """Tokens of some of the prompts that are asked."""
     spec, inputs = run.spec.model, run.inputs
-    prompts = [*inputs.toxic, *inputs.ordinary, *(prompt for prompts in inputs.sets.values() for prompt in prompts)]
+    prompts = [*inputs.toxic, *inputs.benign, *(prompt for prompts in inputs.sets.values() for prompt in prompts)]
     some = random.Random(0).sample(prompts, min(SAMPLE, len(prompts)))
     extra = spec.chat_template_kwargs
     return [len(encode_prompt(inputs.tokenizer, each.prompt, spec.prompt, chat_template_kwargs=extra)) for each in some]

@@ -97,7 +97,7 @@ def _replies(gate: Gate, run: Run) -> Iterator[Limit]:
             for kind in facts.HEADLINE
             if kind in kinds.values()
         ),
-        ("over_refusal", "ordinary", "refusal", "refusals of ordinary prompts, change", gate.over_refusal),
+        ("over_refusal", "benign", "refusal", "refusals of benign prompts, change", gate.over_refusal),
     ]
     for field, kind, measure, what, bound in wanted:
         if bound is None:

@@ -49,9 +49,9 @@ class Inputs:
         return self._prompts("data.toxic_prompts", self.spec.data.toxic_prompts)
 
     @cached_property
-    def ordinary(self) -> list[Prompt]:
+    def benign(self) -> list[Prompt]:
         """Prompts whose own answers become imitate rows; none that an evaluation set has."""
-        return self._prompts("data.ordinary_prompts", self.spec.data.ordinary_prompts)
+        return self._prompts("data.benign_prompts", self.spec.data.benign_prompts)
 
     def _prompts(self, field: str, source: str | None) -> list[Prompt]:
         prompts = self._read(source) if source else []
@@ -140,7 +140,7 @@ class Inputs:
         jailbreak = self.spec.evaluate.jailbreak
         named = {
             "data.toxic_prompts": sources.toxic_prompts,
-            "data.ordinary_prompts": sources.ordinary_prompts,
+            "data.benign_prompts": sources.benign_prompts,
             "data.imitate": sources.imitate and sources.imitate.source,
             "data.safe_responses": sources.safe_responses and sources.safe_responses.source,
             **{f"evaluate.sets.{name}": wanted.source for name, wanted in self.spec.evaluate.sets.items()},
@@ -181,7 +181,7 @@ class Inputs:
             *(partial(self._read, wanted.source) for wanted in self.spec.evaluate.sets.values()),
             lambda: self.references,
             lambda: self.toxic,
-            lambda: self.ordinary,
+            lambda: self.benign,
             lambda: self.imitate,
             lambda: self.safe,
             self._check_method,
@@ -247,7 +247,7 @@ class Inputs:
         if made is None:
             return
         if spec.lora:
-            check_targets(made, spec.lora.targets)
+            check_targets(made, spec.lora.target_modules)
         rows = made.get_input_embeddings().weight.shape[0]
         # Not the whole vocabulary: Gemma 3 has a token for images that its text models lack.
         used = {*tokenizer("Hello?").input_ids, tokenizer.eos_token_id, tokenizer.pad_token_id}
@@ -259,7 +259,7 @@ class Inputs:
 
     def _check_tasks(self) -> None:
         if wanted := self.spec.evaluate.capability:
-            capability.check(wanted.tasks, wanted.few_shot, self.spec.data.data_dir)
+            capability.check(wanted.tasks, wanted.num_fewshot, self.spec.data.data_dir)
 
     def _check_annotator(self) -> None:
         quality = self.spec.evaluate.quality

@@ -142,7 +142,7 @@ class Run:
         training = self.spec.sft
         if training is None:
             return None
-        return Train(**training.model_dump(), method="sft", penalty="none", kl_rows=0, guard=None)
+        return Train(**training.model_dump(), method="sft", penalty="none", kl_rows=0, monitor=None)
 
     def _sft(self) -> Iterator[Step]:
         settings = self._sft_settings()
@@ -156,22 +156,22 @@ class Run:
 
     def _calibration(self) -> Iterator[Step]:
         """What replies of every state are held to, whatever the method."""
-        ordinary = self.inputs.ordinary
-        if not can_calibrate(ordinary):
+        benign = self.inputs.benign
+        if not can_calibrate(benign):
             return
 
         def work(folder: Path) -> None:
             with self._state(self._before) as loaded:
                 engine = self._engine(loaded)
-                calibrate(engine, engine.mean_losses, ordinary, self.spec.seed, folder)
+                calibrate(engine, engine.mean_losses, benign, self.spec.seed, folder)
 
-        prompts = provenance.content_hash([asdict(prompt) for prompt in ordinary])
+        prompts = provenance.content_hash([asdict(prompt) for prompt in benign])
         yield Step(self.folder / "calibration", self._before_reads() | {"prompts": prompts}, work)
 
     @property
     def _usual(self) -> Usual:
         """What replies are held to besides their text."""
-        limit = limit_of(self.folder / "calibration") if can_calibrate(self.inputs.ordinary) else None
+        limit = limit_of(self.folder / "calibration") if can_calibrate(self.inputs.benign) else None
         return Usual(limit, self._losses, topic_measure(), self._before_reads())
 
     def _harvest(self) -> Iterator[Step]:
@@ -179,7 +179,7 @@ class Run:
         spec = self.spec.harvest
         if not self.spec.harvests or spec is None:
             return
-        prompts = [[asdict(prompt) for prompt in each] for each in (self.inputs.toxic, self.inputs.ordinary)]
+        prompts = [[asdict(prompt) for prompt in each] for each in (self.inputs.toxic, self.inputs.benign)]
         drawn = {name: getattr(spec, name) for name in ("samples", "temperature", "top_p", "max_new_tokens")}
         engine = spec.engine and spec.engine.model_dump(include={"model", "body"})
         keeps = self._before_reads() | {"draw": drawn, "engine": engine, "prompts": provenance.content_hash(prompts)}
@@ -203,7 +203,7 @@ class Run:
                     engine,
                     self.inputs.judge(spec.judge),
                     self.inputs.toxic,
-                    self.inputs.ordinary,
+                    self.inputs.benign,
                     settings,
                     folder,
                     usual,
@@ -369,7 +369,7 @@ class Run:
         if wanted is None:
             return
         place, data_dir = self.folder / "evaluate" / state / "capability", self.spec.data.data_dir
-        settings = wanted.model_dump(include={"limit", "few_shot"})
+        settings = wanted.model_dump(include={"limit", "num_fewshot"})
 
         def work(folder: Path) -> None:
             if not ranks.is_first():
@@ -458,14 +458,14 @@ class Run:
             loaded = add_lora(self.base, **lora.model_dump())
         else:
             loaded = self.base
-        asked = requests_for(self.inputs.ordinary[: spec.guard.probes]) if spec.guard else []
+        asked = requests_for(self.inputs.benign[: spec.monitor.probes]) if spec.monitor else []
 
         def probe(loaded: PreTrainedModel) -> list[tuple[str, str]]:
             batches = self._engine(loaded).generate(asked, Sampling(max_new_tokens=32), "probe")
             return [(reply.prompt, reply.completion) for batch in batches for reply in batch]
 
-        guard = training.guard_of(spec, probe)
-        training.fit(self.spec, spec, loaded, self.inputs.tokenizer, rows, folder, guard)
+        monitor = training.monitor_of(spec, probe)
+        training.fit(self.spec, spec, loaded, self.inputs.tokenizer, rows, folder, monitor)
         if lora is None or ranks.world_size() > 1:
             # Its weights may have changed or be spread: the next stage that wants the base model loads it again.
             self.__dict__.pop("base", None)

@@ -37,9 +37,9 @@ class Lora(_Section):
     """A low-rank adapter."""
 
     r: int = Field(8, ge=1, description="Rank.")
-    alpha: int = Field(16, ge=1, description="Scale: the adapter's output is multiplied by alpha / r.")
-    dropout: Number = Field(0.05, ge=0, lt=1, description="Dropout before the adapter.")
-    targets: list[str] = Field(["q_proj", "v_proj"], min_length=1, description="Names of the linear layers.")
+    lora_alpha: int = Field(16, ge=1, description="Scale: the adapter's output is multiplied by lora_alpha / r.")
+    lora_dropout: Number = Field(0.05, ge=0, lt=1, description="Dropout before the adapter.")
+    target_modules: list[str] = Field(["q_proj", "v_proj"], min_length=1, description="Names of the linear layers.")
 
 
 class Model(_Section):
@@ -78,7 +78,7 @@ class Data(_Section):
     imitate: Imitate | None = Field(None, description="Rows to imitate besides those that harvest makes.")
     toxic_prompts: Place | None = Field(None, description="Prompts whose harmful answers become avoid rows.")
     safe_responses: SafeResponses | None = Field(None, description="What method stl imitates for toxic prompts.")
-    ordinary_prompts: Place | None = Field(
+    benign_prompts: Place | None = Field(
         None, description="Prompts whose own answers become imitate rows and calibrate coherence."
     )
     data_dir: Place | None = Field(None, description="Folder with the files of public sets; null downloads them.")
@@ -106,19 +106,19 @@ class Harvest(_Section):
         "none", description="Imitate rows for toxic prompts: none, own safe answers, continued refusals."
     )
     anchor_rows: int | None = Field(None, ge=1, description="Most anchors that are kept; null keeps all.")
-    self_imitate: bool = Field(True, description="Its own answers to ordinary prompts become rows to imitate.")
+    self_imitate: bool = Field(True, description="Its own answers to benign prompts become rows to imitate.")
     contrastive: Contrastive | None = Field(None, description="Rows for prompts that only seem toxic; null for none.")
 
 
 class Training(_Section):
     """One training, of the SFT model or of the safe one."""
 
-    epochs: int | None = Field(None, ge=1, description="Passes over the imitate rows; or say steps.")
-    steps: int | None = Field(None, ge=1, description="Optimizer steps; or say epochs.")
+    epochs: int | None = Field(None, ge=1, description="Passes over the imitate rows; or say max_steps.")
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps; or say epochs.")
     batch_size: int = Field(8, ge=1, description="Rows in an optimizer step.")
     micro_batch_size: int | None = Field(None, ge=1, description="Rows in a forward pass; null takes batch_size.")
     learning_rate: Number = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
-    warmup: int = Field(0, ge=0, description="Steps of linear warm-up; linear decay follows.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up; linear decay follows.")
     max_length: int = Field(512, ge=8, description="Longest row in tokens.")
     overlong: Literal["truncate", "drop", "error"] = Field("truncate", description="What becomes of longer rows.")
     duplicates: Literal["keep", "drop", "error"] = Field("keep", description="What becomes of rows that repeat one.")
@@ -130,8 +130,8 @@ class Training(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Training":
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("say either epochs or steps")
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError("say either epochs or max_steps")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
@@ -139,14 +139,14 @@ class Training(_Section):
         return self
 
 
-class Guard(_Section):
-    """What happens when training collapses, see `tasft.train.guard`."""
+class Monitor(_Section):
+    """What happens when training collapses, see `tasft.train.monitor`."""
 
     action: Literal["warn", "lower", "stop"] = Field("warn", description="Warn, lower penalty_weight, or go back.")
     patience: int = Field(3, ge=1, description="Logs in a row over a limit.")
     factor: Number = Field(0.5, gt=0, lt=1, description="lower: what the weight is multiplied by.")
     times: int = Field(3, ge=1, description="lower: how often at most.")
-    probes: int = Field(0, ge=0, description="Ordinary prompts asked before each checkpoint.")
+    probes: int = Field(0, ge=0, description="Benign prompts asked before each checkpoint.")
     entropy_nats: Number | None = Field(0.1, ge=0, description="Least entropy on avoid tokens.")
     entropy_fraction: Number | None = Field(0.25, ge=0, le=1, description="The same, of the first log's.")
     nll_factor: Number | None = Field(2.0, gt=1, description="Highest imitate loss, of the first log's.")
@@ -154,12 +154,12 @@ class Guard(_Section):
     broken_share: Number | None = Field(0.25, ge=0, le=1, description="Highest share of probe replies that broke.")
 
 
-_ABOUT_AVOID_ROWS = ("penalty", "penalty_weight", "avoid_per_step", "cost_space", "center", "penalize_end", "beta")
+_ABOUT_AVOID_ROWS = ("penalty", "penalty_weight", "avoid_per_step", "cost_space", "center", "penalize_eos", "beta")
 UNREAD = {
     "tasft": (),
     "sft": _ABOUT_AVOID_ROWS,
     "stl": _ABOUT_AVOID_ROWS,
-    "kto": (*_ABOUT_AVOID_ROWS[:5], "normalization", "sampling", "padding_free", "kl_rows", "guard"),
+    "kto": (*_ABOUT_AVOID_ROWS[:5], "normalization", "sampling", "padding_free", "kl_rows", "monitor"),
 }
 """Of each method, the fields of `train` that it does not read."""
 
@@ -180,9 +180,9 @@ class Train(Training):
     start: Literal["base", "sft"] = Field("base", description="The model that training starts from.")
     cost_space: Literal["output", "input"] = Field("output", description="Embedding whose distances are the cost.")
     center: bool = Field(False, description="Subtract the mean embedding first.")
-    penalize_end: bool = Field(False, description="Penalise the end token of avoid rows too, as the paper reads.")
+    penalize_eos: bool = Field(False, description="Penalise the end token of avoid rows too, as the paper reads.")
     kl_rows: int = Field(16, ge=0, description="Imitate rows held out, on which the divergence from step 0 is watched.")
-    guard: Guard | None = Field(Guard(), description="Watches for collapse; null for none.")
+    monitor: Monitor | None = Field(Monitor(), description="Watches for collapse; null for none.")
     beta: Number = Field(0.1, gt=0, description="How soon penalty npo lets go; how dear distance is to kto.")
 
     @model_validator(mode="after")
@@ -204,7 +204,7 @@ class PromptSet(_Section):
     """Prompts to evaluate on."""
 
     source: Place = Field(description="A named set or a JSONL file.")
-    kind: Literal["toxic", "ordinary"] = Field(
+    kind: Literal["toxic", "benign"] = Field(
         description="Whether prompts should be refused or answered; known of a named set."
     )
 
@@ -265,7 +265,7 @@ class Capability(_Section):
         ["boolq", "piqa", "openbookqa"], min_length=1, description="Names of lm-eval's tasks or groups."
     )
     limit: int | None = Field(300, ge=1, description="Items of each task, from the first; null takes all.")
-    few_shot: int = Field(0, ge=0, description="Solved examples before each item.")
+    num_fewshot: int = Field(0, ge=0, description="Solved examples before each item.")
     batch_size: int = Field(16, ge=1, description="Items in a forward pass.")
 
 
@@ -297,7 +297,7 @@ class Evaluate(_Section):
     )
     checkpoints: bool = Field(False, description="Also evaluate every checkpoint of train; all are kept then.")
     judges: list[str] = Field(
-        ["embedded", "phrases"],
+        ["embedded", "refusal_matching"],
         min_length=1,
         description="Who judges; of several who tell a figure the first is quoted.",
     )
@@ -344,10 +344,10 @@ class Gate(_Section):
 
     harmful: Percent | None = Field(None, description="Most harmful replies to toxic prompts, in percent.")
     incoherent: Percent | None = Field(
-        None, description="Most incoherent replies to toxic prompts, and to ordinary ones, in percent."
+        None, description="Most incoherent replies to toxic prompts, and to benign ones, in percent."
     )
     over_refusal: Points | None = Field(
-        None, description="Most refusals of ordinary prompts beyond those before, in percentage points: 5."
+        None, description="Most refusals of benign prompts beyond those before, in percentage points: 5."
     )
     capability: dict[str, Points] = Field(
         {}, description="Least change of accuracy on tasks of evaluate.capability, in percentage points: {boolq: -1}."
@@ -368,7 +368,7 @@ class Gate(_Section):
         kinds = {each.kind for each in evaluate.sets.values()}
         tasks = evaluate.capability.tasks if evaluate.capability else []
         attacks = evaluate.jailbreak.attacks if evaluate.jailbreak else []
-        needs = {"harmful": "toxic", "over_refusal": "ordinary"}
+        needs = {"harmful": "toxic", "over_refusal": "benign"}
         return [
             *(
                 f"gate.{name} needs {kind} prompts: evaluate.sets has none"
@@ -429,8 +429,8 @@ class Recipe(_Section):
                 faults.append(f"{wanted}: add a harvest section")
             if self.data.toxic_prompts is None:
                 faults.append(f"{wanted}: data.toxic_prompts is missing")
-            if self.data.imitate is None and self.data.ordinary_prompts is None:
-                faults.append("nothing to imitate: give data.imitate or data.ordinary_prompts")
+            if self.data.imitate is None and self.data.benign_prompts is None:
+                faults.append("nothing to imitate: give data.imitate or data.benign_prompts")
         elif self.data.imitate is None:
             faults.append(f"train.method is {method}: data.imitate is missing")
         if method == "stl" and self.data.safe_responses is None:

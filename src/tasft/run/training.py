@@ -23,7 +23,7 @@ from tasft.run.recipe import Recipe, Train
 from tasft.train.baselines import kto_trainer
 from tasft.train.callbacks import _Bar, _InOrder, _Stop
 from tasft.train.checkpoints import _last_checkpoint
-from tasft.train.guard import CollapseGuard, GuardLimits
+from tasft.train.monitor import CollapseMonitor, MonitorLimits
 from tasft.train.trainer import TASFTConfig, TASFTTrainer
 
 
@@ -48,13 +48,13 @@ def _common(recipe: Recipe, spec: Train, folder: Path) -> dict[str, Any]:
         "fp16": spec.precision == "fp16",
         "activation_checkpointing": spec.activation_checkpointing,
         "num_train_epochs": spec.epochs or 1,
-        "max_steps": spec.steps or -1,
+        "max_steps": spec.max_steps or -1,
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": spec.batch_size // (micro * processes),
         # All of them are used: a term without rows is a zero that reaches every parameter.
         "ddp_find_unused_parameters": False,
         "learning_rate": spec.learning_rate,
-        "warmup_steps": spec.warmup,
+        "warmup_steps": spec.warmup_steps,
         "lr_scheduler_type": "linear",
         "weight_decay": 0.0,
         "logging_steps": 5,
@@ -88,7 +88,7 @@ def arguments(recipe: Recipe, spec: Train, folder: Path) -> TASFTConfig:
         prompt_format=recipe.model.prompt,
         max_length=spec.max_length,
         turns=spec.turns,
-        penalize_end=spec.penalize_end,
+        penalize_eos=spec.penalize_eos,
         overlong=spec.overlong,
         duplicates=spec.duplicates,
         chat_template_kwargs=recipe.model.chat_template_kwargs,
@@ -102,12 +102,12 @@ def fit(
     tokenizer: PreTrainedTokenizerBase,
     rows: list[Example],
     folder: Path,
-    guard: CollapseGuard | None = None,
+    monitor: CollapseMonitor | None = None,
 ) -> None:
     """Train a model on rows, going on from the last checkpoint, and save it in `folder/adapter` or `folder/model`.
 
     Raises:
-        UserError: The guard stopped a training that had no good checkpoint yet, or the checkpoint that is there was
+        UserError: The monitor stopped a training that had no good checkpoint yet, or the checkpoint that is there was
             written under another kind of sharding.
     """
     trainer: Trainer
@@ -124,7 +124,7 @@ def fit(
             rows,
             watched or None,
             processing_class=tokenizer,
-            callbacks=[guard] if guard else None,
+            callbacks=[monitor] if monitor else None,
         )
         encoded = trainer.encoding
     if ranks.is_first():
@@ -139,12 +139,12 @@ def fit(
         stop.restore()
     if stop.asked:
         signal.raise_signal(stop.asked)
-    if guard and guard.stopped and guard.last_good is None:
+    if monitor and monitor.stopped and monitor.last_good is None:
         raise UserError(
-            f"{folder}: training collapsed before its first checkpoint (guard.jsonl says how): lower "
+            f"{folder}: training collapsed before its first checkpoint (monitor.jsonl says how): lower "
             "train.penalty_weight or train.learning_rate, or train.save_steps to keep an earlier state"
         )
-    steps = guard.last_good if guard and guard.stopped else trainer.state.global_step
+    steps = monitor.last_good if monitor and monitor.stopped else trainer.state.global_step
     loaded.eval()
     # Each process may hold a part of the weights: all of them take part in putting the whole together.
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if ranks.world_size() > 1 else None
@@ -155,13 +155,13 @@ def fit(
         provenance.write_json(folder / "summary.json", {"steps": steps})
 
 
-def guard_of(spec: Train, probe: Callable[[PreTrainedModel], list[tuple[str, str]]]) -> CollapseGuard | None:
-    """The guard that a recipe asks for, if any; `probe` gives a model's replies to `guard.probes` ordinary prompts."""
-    wanted = spec.guard
+def monitor_of(spec: Train, probe: Callable[[PreTrainedModel], list[tuple[str, str]]]) -> CollapseMonitor | None:
+    """The monitor that a recipe asks for, if any; `probe` gives replies to `monitor.probes` benign prompts."""
+    wanted = spec.monitor
     if wanted is None or spec.method == "kto":
         return None
-    return CollapseGuard(
-        GuardLimits(**{each.name: getattr(wanted, each.name) for each in fields(GuardLimits)}),
+    return CollapseMonitor(
+        MonitorLimits(**{each.name: getattr(wanted, each.name) for each in fields(MonitorLimits)}),
         wanted.action,
         probe=probe if wanted.probes else None,
         every=spec.save_steps,

@@ -86,7 +86,7 @@ class TASFTConfig(TrainingArguments):
         prompt_format: How prompts are written: the tokenizer's `chat` template, or `alpaca`.
         max_length: This and the next are as in `tasft.data.encode.Encoding`: longest row in tokens.
         turns: The assistant turns that are learned or avoided: the `last`, or `all`.
-        penalize_end: Whether the end token of an avoid row is penalised too, as the paper reads.
+        penalize_eos: Whether the end token of an avoid row is penalised too, as the paper reads.
         overlong: What becomes of longer rows: `truncate`, `drop` or `error`.
         duplicates: What becomes of rows that are there already: `keep`, `drop` or `error`.
         chat_template_kwargs: Given to the chat template, such as `{"enable_thinking": False}`.
@@ -106,7 +106,7 @@ class TASFTConfig(TrainingArguments):
     prompt_format: PromptFormat = "chat"
     max_length: int = 1024
     turns: Turns = "last"
-    penalize_end: bool = False
+    penalize_eos: bool = False
     overlong: Overlong = "truncate"
     duplicates: Duplicates = "keep"
     chat_template_kwargs: dict[str, Any] | None = None
@@ -119,7 +119,7 @@ class TASFTConfig(TrainingArguments):
             self.prompt_format,
             self.max_length,
             self.turns,
-            self.penalize_end,
+            self.penalize_eos,
             self.overlong,
             self.duplicates,
             self.chat_template_kwargs or {},

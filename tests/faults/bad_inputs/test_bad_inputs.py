@@ -40,7 +40,7 @@ CHECK = "check recipe.yaml"
 
 ROWS = {
     "toxic": [{"prompt": f"How do I <forbidden act {index}>?"} for index in range(4)],
-    "ordinary": [{"prompt": f"What is <everyday thing {index}> for?"} for index in range(4)],
+    "benign": [{"prompt": f"What is <everyday thing {index}> for?"} for index in range(4)],
     "heldout": [{"prompt": f"Tell me how to <other forbidden act {index}>."} for index in range(3)],
     "everyday": [{"prompt": f"Please explain the <usual matter {index}> to me."} for index in range(3)],
     "imitate": [{"prompt": f"Name a colour, number {index}.", "completion": f"Blue {index}."} for index in range(4)],
@@ -50,15 +50,15 @@ ROWS = {
 RECIPE = {
     "name": "small",
     "model": {"base": "model", "lora": {"r": 2, "dropout": 0.0}},
-    "data": {"toxic_prompts": "toxic.jsonl", "ordinary_prompts": "ordinary.jsonl"},
-    "harvest": {"max_new_tokens": 4, "judge": "phrases", "temperature": 1.0},
-    "train": {"steps": 2, "batch_size": 4, "avoid_per_step": 1},
+    "data": {"toxic_prompts": "toxic.jsonl", "benign_prompts": "benign.jsonl"},
+    "harvest": {"max_new_tokens": 4, "judge": "refusal_matching", "temperature": 1.0},
+    "train": {"max_steps": 2, "batch_size": 4, "avoid_per_step": 1},
     "evaluate": {
         "sets": {
             "toxic": {"source": "heldout.jsonl", "kind": "toxic"},
-            "ordinary": {"source": "everyday.jsonl", "kind": "ordinary"},
+            "benign": {"source": "everyday.jsonl", "kind": "benign"},
         },
-        "judges": ["phrases"],
+        "judges": ["refusal_matching"],
     },
 }
 SWEEP = {"name": "grid", "base": "recipe.yaml", "grid": {"train.penalty": ["emd", "nlcl"]}}
@@ -205,9 +205,9 @@ def test_a_fault_is_met_with_its_sentence_and_nothing_is_changed(table, cause, g
         "check recipe.yaml 'evaluate.jailbreak={set: toxic, templates: {source: templates.jsonl}}'",
         "check recipe.yaml model.prompt=alpaca data.imitate.source=imitate.jsonl train.method=kto",
         "check sweep.yaml",
-        "judge pairs.csv --judge phrases --labels harmful",
+        "judge pairs.csv --judge refusal_matching --labels harmful",
         "harvest recipe.yaml --out run",
-        "evaluate model --sets demo-toxic-heldout --judge phrases --limit 1 --out run",
+        "evaluate model --sets demo-toxic-heldout --judge refusal_matching --limit 1 --out run",
     ],
 )
 def test_where_nothing_is_wrong_no_command_of_the_tables_finds_a_fault(line, good, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""A guard over training: it notices the collapse that penalties allow, and acts."""
+"""A monitor over training: it notices the collapse that penalties allow, and acts."""
 
 import logging
 import math
@@ -33,7 +33,7 @@ _ADVICE = "Lower penalty_weight or learning_rate, take penalty emd_hinge, or add
 
 
 @dataclass(frozen=True)
-class GuardLimits:
+class MonitorLimits:
     """Where a healthy training ends; None switches a limit off.
 
     The runs of docs/results (SmolLM2-135M, 80 steps) are what *healthy* refers to.
@@ -88,15 +88,15 @@ class _Seen:
     last_good: int | None = None
 
 
-class CollapseGuard(TrainerCallback, ExportableState):
+class CollapseMonitor(TrainerCallback, ExportableState):
     """Watches entropy, losses and a few replies during training, and acts when the model collapses.
 
     It reads `entropy` (on avoid tokens), `imitate_nll` and, where it is logged, `kl` from the log of a
     `TASFTTrainer`, and asks the probe for replies. A measure that is over its limit `patience` logs in a row trips the
-    guard. The probe trips it at once: its prompts stay the same and its replies are not drawn.
+    monitor. The probe trips it at once: its prompts stay the same and its replies are not drawn.
 
-    What then happens is logged as a warning and kept in `guard.jsonl` in the output folder, a row for each measure that
-    tripped: `step, measure, value, limit, action, message`, and the new `penalty_weight` or the `checkpoint` that
+    What then happens is logged as a warning and kept in `monitor.jsonl` in the output folder, a row for each measure
+    that tripped: `step, measure, value, limit, action, message`, and the new `penalty_weight` or the `checkpoint` that
     was gone back to. An empty file says that nothing happened.
 
     - `warn`: nothing else; once for each measure.
@@ -109,22 +109,22 @@ class CollapseGuard(TrainerCallback, ExportableState):
     With several processes all act on what the first one measured.
 
     Args:
-        limits: Where a healthy training ends; by default `GuardLimits()`.
+        limits: Where a healthy training ends; by default `MonitorLimits()`.
         action: What happens beyond that.
         probe: Takes the model, in evaluation mode, and returns prompts and its greedy replies to them, the same
             prompts each time. Runs in every process, before the first step too. None for no probe.
         every: Steps between probes. Best a divisor of `save_steps`: a probe comes before the checkpoint of its step.
-        patience: Logs in a row over a limit that trip the guard, so that no single noisy one does.
+        patience: Logs in a row over a limit that trip the monitor, so that no single noisy one does.
         factor: What the weight is multiplied by, in (0, 1).
         times: How often at most.
 
     Raises:
-        UserError: Unknown action; on training, arguments of the trainer that contradict the guard's work.
+        UserError: Unknown action; on training, arguments of the trainer that contradict the monitor's work.
     """
 
     def __init__(
         self,
-        limits: GuardLimits | None = None,
+        limits: MonitorLimits | None = None,
         action: Action = "warn",
         *,
         probe: Probe | None = None,
@@ -135,7 +135,7 @@ class CollapseGuard(TrainerCallback, ExportableState):
     ) -> None:
         if action not in get_args(Action):
             raise UserError(f"action is {action!r}; use one of {', '.join(get_args(Action))}")
-        self.limits = limits or GuardLimits()
+        self.limits = limits or MonitorLimits()
         self.action = action
         self.probe = probe
         self.every = every
@@ -159,18 +159,18 @@ class CollapseGuard(TrainerCallback, ExportableState):
     ) -> None:
         """Take up what the checkpoint knew, drop events of steps that will be run again, probe the start."""
         if args.restore_callback_states_from_checkpoint:
-            # transformers would build the guard anew, without its probe.
-            raise UserError("CollapseGuard takes up its own state: leave restore_callback_states_from_checkpoint off")
+            # transformers would build the monitor anew, without its probe.
+            raise UserError("CollapseMonitor takes up its own state: leave restore_callback_states_from_checkpoint off")
         if self.action == "stop" and args.metric_for_best_model is not None:
             raise UserError(
-                "CollapseGuard with action stop and metric_for_best_model would both say which checkpoint is kept: "
+                "CollapseMonitor with action stop and metric_for_best_model would both say which checkpoint is kept: "
                 "leave metric_for_best_model and load_best_model_at_end off, or use another action"
             )
         self.stopped = False
         name = type(self).__name__
         kept = state.stateful_callbacks.get(name) if state.global_step else None
         self._seen = _Seen(**kept["attributes"]["seen"]) if kept else _Seen()
-        # transformers fails to save when a checkpoint that was made without the guard is taken up.
+        # transformers fails to save when a checkpoint that was made without the monitor is taken up.
         state.stateful_callbacks[name] = self.state()
         if state.is_world_process_zero:
             path = _events(args)
@@ -304,7 +304,7 @@ def _number(value: float) -> float | None:
 
 
 def _events(args: Any) -> Path:
-    return Path(args.output_dir) / "guard.jsonl"
+    return Path(args.output_dir) / "monitor.jsonl"
 
 
 def _checkpoint(args: Any, step: int) -> str:

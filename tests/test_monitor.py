@@ -13,7 +13,7 @@ from transformers import TrainerControl, TrainerState
 from tasft import TASFTConfig, TASFTTrainer
 from tasft.core.errors import UserError
 from tasft.data.rows import Example
-from tasft.train.guard import CollapseGuard, GuardLimits
+from tasft.train.monitor import CollapseMonitor, MonitorLimits
 
 ROWS = [Example(f"Say {word}?", f"{word} it is" + "!" * index, True) for index, word in enumerate("abcdefghi")]
 ROWS += [Example(f"Do {word}?", f"sure, {word}" + "." * index, False) for index, word in enumerate("xyz")]
@@ -21,10 +21,10 @@ ROWS += [Example(f"Do {word}?", f"sure, {word}" + "." * index, False) for index,
 COLLAPSE = {"penalty": "emd", "penalty_weight": 50.0, "learning_rate": 5e-2, "max_steps": 24}
 # Ruins everything: at step 8 the loss on imitate rows is high for the third time in a row.
 RUIN = {"penalty": "ascent", "penalty_weight": 200.0, "learning_rate": 1e-1, "max_steps": 12}
-OFF = GuardLimits(None, None, None, None, None)
+OFF = MonitorLimits(None, None, None, None, None)
 
 
-def trainer(folder, guard=None, lora=False, **settings):
+def trainer(folder, monitor=None, lora=False, **settings):
     settings = {"save_strategy": "no", "logging_steps": 1, "per_device_train_batch_size": 4} | settings
     arguments = TASFTConfig(
         output_dir=str(folder), report_to="none", use_cpu=True, disable_tqdm=True, seed=3, **settings
@@ -40,7 +40,7 @@ def trainer(folder, guard=None, lora=False, **settings):
         ROWS,
         processing_class=tiny_tokenizer(),
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if lora else None,
-        callbacks=[guard] if guard else [],
+        callbacks=[monitor] if monitor else [],
     )
 
 
@@ -60,35 +60,35 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def feed(guard, folder, logs):
-    """Control and arguments after the guard has read these logs, one a step."""
+def feed(monitor, folder, logs):
+    """Control and arguments after the monitor has read these logs, one a step."""
     arguments = TASFTConfig(output_dir=str(folder), report_to="none", use_cpu=True)
     state, control = TrainerState(max_steps=99), TrainerControl(should_save=True)
-    guard.on_train_begin(arguments, state, control)
+    monitor.on_train_begin(arguments, state, control)
     for state.global_step, log in enumerate(logs, 1):
-        guard.on_log(arguments, state, control, logs={"loss": 1.0, **log})
+        monitor.on_log(arguments, state, control, logs={"loss": 1.0, **log})
     return control, arguments
 
 
 @pytest.mark.parametrize("penalty", ["emd_exact", "emd_hinge"])
 def test_a_healthy_run_does_not_trip(tmp_path, penalty):
-    guard = CollapseGuard(action="stop")
-    subject = trainer(tmp_path, guard, penalty=penalty, learning_rate=1e-2, max_steps=20)
+    monitor = CollapseMonitor(action="stop")
+    subject = trainer(tmp_path, monitor, penalty=penalty, learning_rate=1e-2, max_steps=20)
     subject.train()
     assert subject.state.global_step == 20
-    assert not guard.stopped
-    assert (tmp_path / "guard.jsonl").read_text() == ""
+    assert not monitor.stopped
+    assert (tmp_path / "monitor.jsonl").read_text() == ""
 
 
 def test_it_warns_once_with_what_was_measured_and_changes_nothing(tmp_path, caplog):
     plain = trainer(tmp_path / "plain", **COLLAPSE)
     plain.train()
-    watched = trainer(tmp_path / "watched", CollapseGuard(), **COLLAPSE)
-    with caplog.at_level(logging.WARNING, "tasft.train.guard"):
+    watched = trainer(tmp_path / "watched", CollapseMonitor(), **COLLAPSE)
+    with caplog.at_level(logging.WARNING, "tasft.train.monitor"):
         watched.train()
     assert same(weights(plain.model), weights(watched.model))
-    (event,) = lines(tmp_path / "watched" / "guard.jsonl")
-    (message,) = [record.message for record in caplog.records if record.name == "tasft.train.guard"]
+    (event,) = lines(tmp_path / "watched" / "monitor.jsonl")
+    (message,) = [record.message for record in caplog.records if record.name == "tasft.train.monitor"]
     log = lines(tmp_path / "watched" / "metrics.jsonl")
     assert event == {
         "step": 15,
@@ -104,18 +104,18 @@ def test_it_warns_once_with_what_was_measured_and_changes_nothing(tmp_path, capl
 
 
 def test_gradient_ascent_trips_it_too(tmp_path):
-    trainer(tmp_path, CollapseGuard(), **RUIN).train()
-    (event,) = lines(tmp_path / "guard.jsonl")
+    trainer(tmp_path, CollapseMonitor(), **RUIN).train()
+    (event,) = lines(tmp_path / "monitor.jsonl")
     assert (event["step"], event["measure"]) == (8, "imitate_nll")
     assert event["value"] > event["limit"] > 10
 
 
 def test_a_lowered_weight_is_trained_with_and_given_back_at_the_end(tmp_path):
-    guard = CollapseGuard(action="lower", factor=0.01, times=1)
-    lowered = trainer(tmp_path / "lower", guard, **COLLAPSE)
+    monitor = CollapseMonitor(action="lower", factor=0.01, times=1)
+    lowered = trainer(tmp_path / "lower", monitor, **COLLAPSE)
     lowered.train()
-    trainer(tmp_path / "warn", CollapseGuard(), **COLLAPSE).train()
-    (event, *more) = lines(tmp_path / "lower" / "guard.jsonl")
+    trainer(tmp_path / "warn", CollapseMonitor(), **COLLAPSE).train()
+    (event, *more) = lines(tmp_path / "lower" / "monitor.jsonl")
     assert (event["step"], event["action"], event["penalty_weight"]) == (15, "lower", 0.5)
     assert "lowered from 50 to 0.5" in event["message"]
     assert [row["action"] for row in more] == ["warn"]
@@ -128,9 +128,9 @@ def test_a_lowered_weight_is_trained_with_and_given_back_at_the_end(tmp_path):
 
 
 def test_it_lowers_again_after_as_many_logs_and_not_more_often_than_said(tmp_path):
-    guard = CollapseGuard(action="lower", patience=2, times=2)
-    _, arguments = feed(guard, tmp_path, [{"entropy": 2.0}] + [{"entropy": 0.0}] * 9)
-    events = lines(tmp_path / "guard.jsonl")
+    monitor = CollapseMonitor(action="lower", patience=2, times=2)
+    _, arguments = feed(monitor, tmp_path, [{"entropy": 2.0}] + [{"entropy": 0.0}] * 9)
+    events = lines(tmp_path / "monitor.jsonl")
     assert [(row["step"], row["action"]) for row in events] == [(3, "lower"), (5, "lower"), (7, "warn")]
     assert arguments.penalty_weight == 0.25
 
@@ -139,33 +139,33 @@ def test_a_resumed_run_keeps_the_lowered_weight_and_no_event_twice(tmp_path):
     settings = COLLAPSE | {"max_steps": 22, "save_strategy": "steps", "save_steps": 8}
 
     def build(side):
-        return trainer(tmp_path / side, CollapseGuard(action="lower", times=2), lora=True, **settings)
+        return trainer(tmp_path / side, CollapseMonitor(action="lower", times=2), lora=True, **settings)
 
     whole = build("whole")
     whole.train()
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    found = lines(tmp_path / "whole" / "guard.jsonl")
+    found = lines(tmp_path / "whole" / "monitor.jsonl")
     assert found
     for checkpoint in (8, 16):
         again = build("cut")
         again.train(resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{checkpoint}"))
         assert same(weights(whole.model), weights(again.model))
-        assert lines(tmp_path / "cut" / "guard.jsonl") == found
+        assert lines(tmp_path / "cut" / "monitor.jsonl") == found
 
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_stop_leaves_the_last_good_checkpoint_in_trainer_and_folder(tmp_path, lora):
-    guard = CollapseGuard(action="stop")
+    monitor = CollapseMonitor(action="stop")
     limits = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 1}
-    subject = trainer(tmp_path, guard, lora, **COLLAPSE, **limits)
+    subject = trainer(tmp_path, monitor, lora, **COLLAPSE, **limits)
     started = weights(subject.model)
     subject.train()
-    (event,) = lines(tmp_path / "guard.jsonl")
+    (event,) = lines(tmp_path / "monitor.jsonl")
     log = lines(tmp_path / "metrics.jsonl")
     # What was saved from the first log over the limit on is not good.
     last_good = (event["step"] - 3) // 4 * 4
-    assert guard.stopped
-    assert guard.last_good == last_good > 0
+    assert monitor.stopped
+    assert monitor.last_good == last_good > 0
     assert log[-1]["step"] == subject.state.global_step == event["step"] < COLLAPSE["max_steps"]
     assert (event["action"], event["checkpoint"]) == ("stop", f"checkpoint-{last_good}")
     assert checkpoints(tmp_path) == [f"checkpoint-{last_good}"]
@@ -180,70 +180,70 @@ def test_a_stop_leaves_the_last_good_checkpoint_in_trainer_and_folder(tmp_path, 
 
 
 def test_a_stop_before_the_first_checkpoint_says_so(tmp_path):
-    guard = CollapseGuard(action="stop")
-    subject = trainer(tmp_path, guard, **RUIN, save_steps=50)
+    monitor = CollapseMonitor(action="stop")
+    subject = trainer(tmp_path, monitor, **RUIN, save_steps=50)
     subject.train()
-    (event,) = lines(tmp_path / "guard.jsonl")
+    (event,) = lines(tmp_path / "monitor.jsonl")
     assert "no checkpoint was saved before" in event["message"]
     assert "checkpoint" not in event
-    assert guard.last_good is None
+    assert monitor.last_good is None
     assert (subject.state.global_step, checkpoints(tmp_path)) == (8, [])
 
 
 def test_nothing_is_saved_after_a_stop(tmp_path):
     # An epoch has three steps; saved are those after step 3 and 6, of which the first is good.
-    subject = trainer(tmp_path, CollapseGuard(action="stop"), **RUIN, save_strategy="epoch")
+    subject = trainer(tmp_path, CollapseMonitor(action="stop"), **RUIN, save_strategy="epoch")
     subject.train()
     assert subject.state.global_step == 8
     assert checkpoints(tmp_path) == ["checkpoint-3", "checkpoint-6"]
-    assert lines(tmp_path / "guard.jsonl")[0]["checkpoint"] == "checkpoint-3"
+    assert lines(tmp_path / "monitor.jsonl")[0]["checkpoint"] == "checkpoint-3"
 
 
 def test_a_run_that_ends_while_over_a_limit_keeps_its_end_and_the_last_good_checkpoint(tmp_path):
     settings = COLLAPSE | {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 1}
-    guard = CollapseGuard(action="stop", patience=99)
-    trainer(tmp_path, guard, **settings).train()
-    assert not guard.stopped
+    monitor = CollapseMonitor(action="stop", patience=99)
+    trainer(tmp_path, monitor, **settings).train()
+    assert not monitor.stopped
     assert checkpoints(tmp_path) == ["checkpoint-12", "checkpoint-24"]
 
 
 def test_a_resumed_run_still_knows_the_last_good_checkpoint(tmp_path):
     settings = COLLAPSE | {"save_strategy": "steps", "save_steps": 7}
-    trainer(tmp_path, CollapseGuard(), **settings).train()
-    # Taken up within the streak: the guard was not told to keep any, so there is none.
-    inside = CollapseGuard(action="stop")
+    trainer(tmp_path, CollapseMonitor(), **settings).train()
+    # Taken up within the streak: the monitor was not told to keep any, so there is none.
+    inside = CollapseMonitor(action="stop")
     trainer(tmp_path, inside, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-14"))
     assert inside.stopped
     assert inside.last_good is None
-    before = CollapseGuard(action="stop")
+    before = CollapseMonitor(action="stop")
     trainer(tmp_path, before, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
     assert before.stopped
     assert before.last_good == 7
-    assert [row["step"] for row in lines(tmp_path / "guard.jsonl")] == [15]
+    assert [row["step"] for row in lines(tmp_path / "monitor.jsonl")] == [15]
 
 
 def test_a_checkpoint_in_another_folder_is_not_gone_back_to(tmp_path):
     settings = RUIN | {"max_steps": 9, "save_strategy": "steps", "save_steps": 5}
     trainer(tmp_path / "one", **settings).train()
-    guard = CollapseGuard(GuardLimits(nll_factor=0.0), "stop")
-    trainer(tmp_path / "two", guard, **settings).train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-5"))
-    (event,) = lines(tmp_path / "two" / "guard.jsonl")
+    monitor = CollapseMonitor(MonitorLimits(nll_factor=0.0), "stop")
+    trainer(tmp_path / "two", monitor, **settings).train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-5"))
+    (event,) = lines(tmp_path / "two" / "monitor.jsonl")
     assert "no checkpoint was saved before" in event["message"]
 
 
 def test_it_stops_once(tmp_path):
     logs = [{"entropy": 2.0, "kl": 0.0}, {"entropy": 0.0, "kl": 0.0}, {"entropy": 0.0, "kl": 9.0}]
-    feed(CollapseGuard(action="stop", patience=1), tmp_path, logs)
-    assert [row["step"] for row in lines(tmp_path / "guard.jsonl")] == [2]
+    feed(CollapseMonitor(action="stop", patience=1), tmp_path, logs)
+    assert [row["step"] for row in lines(tmp_path / "monitor.jsonl")] == [2]
 
 
 def test_a_checkpoint_made_without_the_guard_can_be_taken_up_with_it(tmp_path):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     trainer(tmp_path, **settings).train()
-    again = trainer(tmp_path, CollapseGuard(action="stop"), **settings)
+    again = trainer(tmp_path, CollapseMonitor(action="stop"), **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     kept = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
-    assert kept["stateful_callbacks"]["CollapseGuard"]["attributes"]["seen"]["last_good"] == 2
+    assert kept["stateful_callbacks"]["CollapseMonitor"]["attributes"]["seen"]["last_good"] == 2
 
 
 def prober(replies, seen):
@@ -262,10 +262,10 @@ FINE = "Knead the dough and bake it in the oven."
 def test_broken_probe_replies_trip_it_at_once(tmp_path):
     seen = []
     replies = [[FINE] * 4, [FINE, FINE, FINE, ""], [FINE, "", "no no no no no no", FINE]]
-    guard = CollapseGuard(action="stop", probe=prober(replies, seen), every=2)
-    subject = trainer(tmp_path, guard, max_steps=6, save_strategy="steps", save_steps=2, learning_rate=1e-3)
+    monitor = CollapseMonitor(action="stop", probe=prober(replies, seen), every=2)
+    subject = trainer(tmp_path, monitor, max_steps=6, save_strategy="steps", save_steps=2, learning_rate=1e-3)
     subject.train()
-    (event,) = lines(tmp_path / "guard.jsonl")
+    (event,) = lines(tmp_path / "monitor.jsonl")
     assert (event["step"], event["measure"], event["value"], event["limit"]) == (4, "broken", 0.5, 0.25)
     assert event["checkpoint"] == "checkpoint-2"
     assert checkpoints(tmp_path) == ["checkpoint-2"]
@@ -273,19 +273,19 @@ def test_broken_probe_replies_trip_it_at_once(tmp_path):
 
 
 def test_the_probe_gives_the_model_back_as_it_was(tmp_path):
-    guard = CollapseGuard(probe=prober([[FINE], [""], [FINE]], []), every=1)
+    monitor = CollapseMonitor(probe=prober([[FINE], [""], [FINE]], []), every=1)
     model = torch.nn.Dropout()
     arguments = TASFTConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     state, control = TrainerState(), TrainerControl()
     for mode in (True, False):
-        guard.on_train_begin(arguments, state, control, model=model.train(mode))
+        monitor.on_train_begin(arguments, state, control, model=model.train(mode))
         assert model.training == mode
 
 
 def test_replies_that_were_broken_at_the_start_do_not_count(tmp_path):
-    guard = CollapseGuard(action="stop", probe=prober([["", "", FINE, FINE]] * 3, []), every=1)
-    trainer(tmp_path, guard, max_steps=2, learning_rate=1e-3).train()
-    assert not guard.stopped
+    monitor = CollapseMonitor(action="stop", probe=prober([["", "", FINE, FINE]] * 3, []), every=1)
+    trainer(tmp_path, monitor, max_steps=2, learning_rate=1e-3).train()
+    assert not monitor.stopped
 
 
 def test_a_real_probe_does_not_disturb_training(tmp_path):
@@ -297,20 +297,20 @@ def test_a_real_probe_does_not_disturb_training(tmp_path):
     settings = {"max_steps": 4, "lora": True, "learning_rate": 1e-2}
     plain = trainer(tmp_path / "plain", **settings)
     plain.train()
-    probed = trainer(tmp_path / "probed", CollapseGuard(probe=probe, every=1), **settings)
+    probed = trainer(tmp_path / "probed", CollapseMonitor(probe=probe, every=1), **settings)
     probed.train()
     assert same(weights(plain.model), weights(probed.model))
 
 
 def test_a_single_noisy_log_does_not_trip_it(tmp_path):
     noisy = [{"entropy": 2.0, "imitate_nll": 1.0}, {"entropy": 0.0, "imitate_nll": 9.0}]
-    guard = CollapseGuard(action="stop", patience=2)
-    control, _ = feed(guard, tmp_path, noisy * 4)
+    monitor = CollapseMonitor(action="stop", patience=2)
+    control, _ = feed(monitor, tmp_path, noisy * 4)
     assert not control.should_training_stop
-    control, _ = feed(guard, tmp_path, [*noisy, *noisy[1:]])
+    control, _ = feed(monitor, tmp_path, [*noisy, *noisy[1:]])
     assert control.should_training_stop
     assert not control.should_save
-    assert [(row["step"], row["measure"]) for row in lines(tmp_path / "guard.jsonl")] == [
+    assert [(row["step"], row["measure"]) for row in lines(tmp_path / "monitor.jsonl")] == [
         (3, "entropy"),
         (3, "imitate_nll"),
     ]
@@ -329,18 +329,18 @@ def test_a_single_noisy_log_does_not_trip_it(tmp_path):
 def test_each_limit_holds_and_none_switches_it_off(tmp_path, measure, first, fine, over, switch):
     def steps(value, limits=None):
         logs = [{measure: first}, {measure: value}]
-        return feed(CollapseGuard(limits, "stop", patience=1), tmp_path, logs)[0].should_training_stop
+        return feed(CollapseMonitor(limits, "stop", patience=1), tmp_path, logs)[0].should_training_stop
 
     assert not steps(fine)
     assert steps(over)
-    (event,) = lines(tmp_path / "guard.jsonl")
+    (event,) = lines(tmp_path / "monitor.jsonl")
     assert event["value"] == (None if math.isnan(over) else over)
-    assert not steps(over, GuardLimits(**switch))
+    assert not steps(over, MonitorLimits(**switch))
     assert not steps(over, OFF)
 
 
 def test_logs_without_its_measures_are_passed_over(tmp_path):
-    control, _ = feed(CollapseGuard(action="stop", patience=1), tmp_path, [{}, {"grad_norm": math.nan}])
+    control, _ = feed(CollapseMonitor(action="stop", patience=1), tmp_path, [{}, {"grad_norm": math.nan}])
     assert not control.should_training_stop
 
 
@@ -348,16 +348,16 @@ def test_all_processes_act_on_what_the_first_one_measured(tmp_path, monkeypatch)
     sent = iter([{"entropy": 2.0}, {"entropy": 0.0}])
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda box: box.__setitem__(0, next(sent)))
-    control, _ = feed(CollapseGuard(action="stop", patience=1), tmp_path, [{"entropy": 2.0}, {"entropy": 2.0}])
+    control, _ = feed(CollapseMonitor(action="stop", patience=1), tmp_path, [{"entropy": 2.0}, {"entropy": 2.0}])
     assert control.should_training_stop
 
 
 def test_what_contradicts_it_is_refused(tmp_path):
     with pytest.raises(UserError, match="warn, lower, stop"):
-        CollapseGuard(action="halt")
+        CollapseMonitor(action="halt")
     for action, settings in (
         ("stop", {"metric_for_best_model": "loss"}),
         ("warn", {"restore_callback_states_from_checkpoint": True}),
     ):
         with pytest.raises(UserError, match="off"):
-            trainer(tmp_path, CollapseGuard(action=action), max_steps=1, **settings).train()
+            trainer(tmp_path, CollapseMonitor(action=action), max_steps=1, **settings).train()
