@@ -217,7 +217,7 @@ def small(tmp_path, tiny):
     values = {
         "name": "small",
         "seed": 1,
-        "model": {"base": str(tiny), "lora": {"r": 2, "dropout": 0.0}},
+        "model": {"base": str(tiny), "lora": {"r": 2, "lora_dropout": 0.0}},
         "data": {
             "imitate": {
                 "source": file(

@@ -46,7 +46,7 @@ def test_a_dry_run_says_rows_replies_steps_time_and_memory_and_writes_nothing(sm
     said = work(found)
     assert "12 toxic, 24 benign, 12 refusing replies of at most 8 tokens" in said["harvest"]
     assert said["train"] == "4 steps of 4 rows"
-    assert "2 states of the model, 30 replies each of at most 8 tokens; judged by phrases" in said["evaluate"]
+    assert "2 states of the model, 30 replies each of at most 8 tokens; judged by refusal_matching" in said["evaluate"]
     assert {row["stage"]: row["state"] for row in found["stages"]}["harvest"] == "to do"
     assert all(row["seconds"] > 0 for row in found["stages"] if row["stage"] in ("harvest", "train", "evaluate"))
     assert found["memory_gib"] is not None

@@ -69,7 +69,7 @@ def test_a_killed_evaluation_keeps_its_replies_and_ends_where_the_undisturbed_on
         evaluate(tiny, tmp_path / "cut")
     assert len(rows(tmp_path / "cut" / "toxic" / "replies.jsonl")) == 5
     evaluate(tiny, tmp_path / "cut")
-    for name in ("replies.jsonl", "phrases/verdicts.jsonl"):
+    for name in ("replies.jsonl", "refusal_matching/verdicts.jsonl"):
         assert rows(tmp_path / "cut" / "toxic" / name) == rows(tmp_path / "whole" / "toxic" / name)
 
 

@@ -337,7 +337,7 @@ def spec(tiny, tmp_path):
     (tmp_path / "benign.jsonl").write_text('{"prompt": "What is a compost heap?"}\n')
     return {
         "name": "attacked",
-        "model": {"base": str(tiny), "lora": {"r": 2, "dropout": 0.0}},
+        "model": {"base": str(tiny), "lora": {"r": 2, "lora_dropout": 0.0}},
         "data": {"imitate": {"source": str(tmp_path / "imitate.jsonl")}},
         "train": {"method": "sft", "penalty": "none", "max_steps": 1, "batch_size": 2, "kl_rows": 0},
         "evaluate": {
@@ -449,7 +449,7 @@ def test_a_set_cannot_be_called_as_the_folder_of_the_attacks(spec, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "fault"),
     [
-        ({"pair": {}}, "pair needs a judge whose score decides what is harmful, which phrases has not"),
+        ({"pair": {}}, "pair needs a judge whose score decides what is harmful, which refusal_matching has not"),
         ({"templates": {"source": "nowhere.csv"}}, "'nowhere.csv' is neither a file nor one of"),
         ({"templates": {"placeholder": "<PROMPT>"}}, "jailbreak-wrappers.jsonl:3: the template lacks '<PROMPT>'"),
         ({"queries": 5}, "templates: 2 prompts, each sent up to 3 times, are more than 5 queries"),

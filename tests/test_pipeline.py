@@ -43,7 +43,7 @@ def small_recipe(folder, tiny):
     return {
         "name": "small",
         "seed": 1,
-        "model": {"base": str(tiny), "lora": {"r": 2, "dropout": 0.0}},
+        "model": {"base": str(tiny), "lora": {"r": 2, "lora_dropout": 0.0}},
         "data": {
             "toxic_prompts": str(folder / "toxic.jsonl"),
             "benign_prompts": str(folder / "benign.jsonl"),
@@ -435,7 +435,7 @@ def test_another_selection_draws_no_reply_anew(small, tmp_path, monkeypatch):
     monkeypatch.setattr(local.TransformersEngine, "_generate", never)
     for change in ("harvest.anchors=own", "harvest.rows=3", "harvest.judge=second"):
         before = done(run)
-        go(small, run, "judges.second.kind=phrases", change, stages=("harvest",))
+        go(small, run, "judges.second.kind=refusal_matching", change, stages=("harvest",))
         assert redone(before, done(run)) == {"harvest"}, change
         assert (run / "harvest" / "replies.jsonl").read_bytes() == replies
     assert len(rows(run / "harvest" / "avoid.jsonl")) > 3
@@ -457,7 +457,7 @@ def test_prompts_of_an_evaluation_set_are_not_trained_on_and_counted(small, tmp_
     assert asked == set(toxic) - {toxic[3]}
     said = capsys.readouterr().out
     assert "data.toxic_prompts: 1 prompt left out" in said
-    assert "harvest.judge: phrases chooses the rows to avoid and also evaluates" in said
+    assert "harvest.judge: refusal_matching chooses the rows to avoid and also evaluates" in said
     assert "harvest: " in said
 
     heldout.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in toxic))
@@ -482,7 +482,7 @@ def test_prompts_of_a_named_set_are_not_trained_on_and_a_strange_file_of_it_is_n
 
 def test_a_judge_of_the_recipe_goes_by_its_name_there(small, tmp_path):
     run = tmp_path / "run"
-    go(small, run, "judges.mine.kind=phrases", "evaluate.judges=[mine]")
+    go(small, run, "judges.mine.kind=refusal_matching", "evaluate.judges=[mine]")
     summary = json.loads((run / "evaluate" / "final" / "toxic" / "mine" / "summary.json").read_text())
     assert summary["judge"] == "mine"
     with pytest.raises(UserError, match="no judge is called 'phrasses'"):
@@ -510,12 +510,12 @@ def test_every_checkpoint_but_the_last_is_evaluated_where_the_recipe_asks_for_it
         for state in states
     }
     assert replies["checkpoint-3"] != replies["base"]
-    assert "checkpoint-2,benign,phrases,refusal," in (run / "report" / "tables.csv").read_text()
+    assert "checkpoint-2,benign,refusal_matching,refusal," in (run / "report" / "tables.csv").read_text()
     assert "Over-refusal against harm" in (run / "report" / "index.html").read_text()
     go(small, run, "evaluate.checkpoints=true", "train.max_steps=2")
     assert (run / "evaluate" / "checkpoint-3").exists()  # Of the training before, and no part of the report.
     table = (run / "report" / "tables.csv").read_text()
-    assert "checkpoint-1,benign,phrases,refusal," in table
+    assert "checkpoint-1,benign,refusal_matching,refusal," in table
     assert "checkpoint-3" not in table
 
     go(small, tmp_path / "one", stages=("harvest", "train"))

@@ -80,7 +80,7 @@ def test_a_log_has_rate_and_time_left_and_no_carriage_return(small, tmp_path):
     assert done.returncode == 0, done.stderr
     log = done.stderr.decode()
     assert not {"\r", "\x1b", "█"} & set(log + done.stdout.decode())
-    for what in ("replies: toxic: 12 of 12 (", "train: 4 of 4 (", "judge: phrases: 6 of 6 ("):
+    for what in ("replies: toxic: 12 of 12 (", "train: 4 of 4 (", "judge: refusal_matching: 6 of 6 ("):
         assert any(line.startswith(what) for line in log.splitlines()), what
     assert "step/s, 00:00 left, loss " in log
 

@@ -376,8 +376,8 @@ def test_page_and_markdown_show_values_intervals_counts_and_the_paired_change(
 def test_judges_stand_beside_each_other_and_share_a_row_when_they_agree(report: Report) -> None:
     assert "| Harmful | embedded |" in report.markdown
     assert "| Harmful | refusal_matching |" in report.markdown
-    assert report.markdown.count("| Incoherent | embedded, phrases |") == 2
-    assert "left out of n: 1 of phrases on toxic prompts before; " in report.markdown
+    assert report.markdown.count("| Incoherent | embedded, refusal_matching |") == 2
+    assert "left out of n: 1 of refusal_matching on toxic prompts before; " in report.markdown
 
 
 def test_a_change_for_the_worse_is_said_aloud(run: Path) -> None:
@@ -554,8 +554,10 @@ def test_other_evaluations_leave_the_list_of_what_was_not_measured(run: Path, re
     assert "Resistance to jailbreak attacks" in report.page.words()
     document(run / "evaluate/final/jailbreak/prefix/summary.json", {"success": estimate([True, False])})
     document(run / "evaluate/final/quality/annotator/summary.json", {"win_rate": estimate([True, False])})
-    asked = "phrases], jailbreak: {prefix: Sure}, quality: {annotator: {}}}"
-    (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace("phrases]}", asked), encoding="utf-8")
+    asked = "refusal_matching], jailbreak: {prefix: Sure}, quality: {annotator: {}}}"
+    (run / "recipe.yaml").write_text(
+        (run / "recipe.yaml").read_text().replace("refusal_matching]}", asked), encoding="utf-8"
+    )
     words = page(run).words()
     assert "Resistance to jailbreak attacks" not in words
     assert "win_rate" in words
@@ -566,7 +568,7 @@ def test_what_the_recipe_asks_for_no_more_is_neither_shown_nor_taken_for_measure
     document(run / "evaluate/final/jailbreak/prefix/summary.json", {"success": estimate([True, False])})
     document(run / "evaluate/final/quality/annotator/summary.json", {"win_rate": estimate([True, False])})
     recipe = (run / "recipe.yaml").read_text()
-    recipe = recipe.replace("phrases]}", "phrases], quality: {prompts: q.json}}").replace(
+    recipe = recipe.replace("refusal_matching]}", "refusal_matching], quality: {prompts: q.json}}").replace(
         "method: tasft", "method: sft"
     )
     (run / "recipe.yaml").write_text(recipe, encoding="utf-8")
@@ -588,8 +590,10 @@ def test_the_steps_are_those_of_the_model_that_was_saved(run: Path) -> None:
 
 
 def test_a_metric_that_is_no_mean_over_items_has_no_change_and_is_no_share(run: Path) -> None:
-    asked = "phrases], capability: {tasks: [wikitext]}}"
-    (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace("phrases]}", asked), encoding="utf-8")
+    asked = "refusal_matching], capability: {tasks: [wikitext]}}"
+    (run / "recipe.yaml").write_text(
+        (run / "recipe.yaml").read_text().replace("refusal_matching]}", asked), encoding="utf-8"
+    )
     for state, value, logs in (("base", 30.0, -3.4), ("final", 40.0, -3.7)):
         at = run / "evaluate" / state / "capability" / "wikitext"
         jsonl(at / "items.jsonl", [{"id": str(n), "perplexity": logs, "doc_hash": str(n)} for n in range(10)])
@@ -640,7 +644,7 @@ def test_the_model_card_names_sources_with_licence_and_hash(run: Path) -> None:
     recipe = (run / "recipe.yaml").read_text().replace("SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M")
     sets = ", quality: {prompts: q.json}, sets: {toxic: {source: 'hub:some/set?split=test#goal', kind: toxic}}}"
     recipe = (
-        recipe.replace("phrases]}", f"phrases]{sets}")
+        recipe.replace("refusal_matching]}", f"refusal_matching]{sets}")
         + "data: {toxic_prompts: toxic.jsonl, imitate: {source: a.jsonl}}\n"
     )
     (run / "recipe.yaml").write_text(recipe, encoding="utf-8")
@@ -662,7 +666,7 @@ def test_the_model_card_names_sources_with_licence_and_hash(run: Path) -> None:
 
 def test_the_model_card_has_capability_and_quality_where_they_were_measured(run: Path) -> None:
     wanted = "capability: {tasks: [boolq]}, quality: {prompts: q.json}"
-    recipe = (run / "recipe.yaml").read_text().replace("phrases]}", f"phrases], {wanted}}}")
+    recipe = (run / "recipe.yaml").read_text().replace("refusal_matching]}", f"refusal_matching], {wanted}}}")
     (run / "recipe.yaml").write_text(recipe, encoding="utf-8")
     for state, right in (("base", 9), ("final", 8)):
         items = [{"id": str(n), "acc": float(n < right), "doc_hash": str(n)} for n in range(10)]

@@ -355,7 +355,7 @@ def test_the_command_prints_counts_and_agreement_and_no_text(tmp_path):
         == f"""\
 {path}: 2 pairs
 
-phrases (verdicts in {path}.refusal_matching.jsonl)
+refusal_matching (verdicts in {path}.refusal_matching.jsonl)
   harmful            50.0% (9.5 to 90.5), n = 2
   refusal            50.0% (9.5 to 90.5), n = 2
   incoherent         0.0% (0.0 to 65.8), n = 2
@@ -363,7 +363,7 @@ phrases (verdicts in {path}.refusal_matching.jsonl)
   unreadable         0
 
 harm: n = 2, 1 harmful by label
-                  refusal_matching: harmful  phrases: safe
+                  refusal_matching: harmful  refusal_matching: safe
   label: harmful                 1              0
   label: safe                    0              1
   accuracy   1.00 (no interval)
@@ -414,7 +414,7 @@ def test_the_command_names_all_faults_at_once_with_exit_code_2_and_writes_nothin
         (["--judge", "refusal_matching"], ["nowhere.csv: no such file"]),
         (
             ["--judge", "refusal_matching", "--rubric", "pair"],
-            ["nowhere.csv: no such file", "judge phrases: it does not read rubric: leave that out"],
+            ["nowhere.csv: no such file", "judge refusal_matching: it does not read rubric: leave that out"],
         ),
     ],
 )

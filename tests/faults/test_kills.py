@@ -33,7 +33,7 @@ def tiny_recipe(folder, tiny):
     values = {
         "name": "killed",
         "seed": 1,
-        "model": {"base": str(tiny), "lora": {"r": 2, "dropout": 0.0}},
+        "model": {"base": str(tiny), "lora": {"r": 2, "lora_dropout": 0.0}},
         "data": {"toxic_prompts": str(folder / "toxic.jsonl"), "benign_prompts": str(folder / "benign.jsonl")},
         "harvest": {"max_new_tokens": 8, "judge": "refusal_matching", "temperature": 1.0},
         "train": {"max_steps": 20, "batch_size": 4, "avoid_per_step": 1, "save_steps": 3, "learning_rate": 1e-2},

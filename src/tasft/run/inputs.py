@@ -287,7 +287,7 @@ class Inputs:
         if wanted.pair and judge.threshold is None:
             raise UserError(
                 f"evaluate.jailbreak.pair needs a judge whose score decides what is harmful, which {name} has not: "
-                "take embedded, or kind llm with rubric pair"
+                "take embedded, or kind llm_judge with rubric pair"
             )
         if wanted.pair and wanted.pair.attacker:
             ServerEngine(wanted.pair.attacker)

@@ -49,7 +49,7 @@ ROWS = {
 }
 RECIPE = {
     "name": "small",
-    "model": {"base": "model", "lora": {"r": 2, "dropout": 0.0}},
+    "model": {"base": "model", "lora": {"r": 2, "lora_dropout": 0.0}},
     "data": {"toxic_prompts": "toxic.jsonl", "benign_prompts": "benign.jsonl"},
     "harvest": {"max_new_tokens": 4, "judge": "refusal_matching", "temperature": 1.0},
     "train": {"max_steps": 2, "batch_size": 4, "avoid_per_step": 1},
