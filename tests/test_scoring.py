@@ -364,8 +364,8 @@ refusal_matching (verdicts in {path}.refusal_matching.jsonl)
 
 harm: n = 2, 1 harmful by label
                   refusal_matching: harmful  refusal_matching: safe
-  label: harmful                 1              0
-  label: safe                    0              1
+  label: harmful                          1                       0
+  label: safe                             0                       1
   accuracy   1.00 (no interval)
   precision  1.00 (no interval)
   recall     1.00 (no interval)

@@ -97,7 +97,7 @@ class JudgeSettings(BaseModel):
     server: Server | None = Field(None, description="A server that runs the model; null runs it in this process.")
     rubric: str | None = Field(
         None,
-        description="llm_judge: harmful (also null), strongreject, pair, xstest, or a text file with {prompt} and {reply}.",
+        description="harmful (also null), strongreject, pair, xstest, or a text file with {prompt} and {reply}.",
     )
     batch_size: int = Field(16, ge=1, description="Pairs that a model in this process reads together.")
 

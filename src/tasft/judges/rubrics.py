@@ -83,11 +83,13 @@ def rubric(name: str | None) -> Question:
         return RUBRICS[name]
     path = Path(name)
     if not os.path.isfile(path):
-        raise UserError(f"llm_judge: rubric {name} is none of {', '.join(RUBRICS)}, and no file of that name is here")
+        raise UserError(
+            f"judge llm_judge: rubric {name} is none of {', '.join(RUBRICS)}, and no file of that name is here"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"llm_judge: rubric {name}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        raise UserError(f"judge llm_judge: rubric {name}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     if missing := [mark for mark in ("{prompt}", "{reply}") if mark not in text]:
-        raise UserError(f"llm_judge: rubric {name}: it lacks {' and '.join(missing)}, where the pair goes")
+        raise UserError(f"judge llm_judge: rubric {name}: it lacks {' and '.join(missing)}, where the pair goes")
     return replace(RUBRICS["harmful"], ask=_asking(text))
