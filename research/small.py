@@ -205,7 +205,7 @@ def causes_table(rows: list[Row]) -> str:
         if not row.get("harvest.anchors")
     ]
     shown.sort(key=lambda row: (row["train.penalty"], float(row["train.penalty_weight"]), besides(row)))
-    causes = ["language", "research", "repeated", "empty", "short", "improbable", "off_topic"]
+    causes = ["language", "scripts", "repeated", "empty", "short", "improbable", "off_topic"]
     head = ["", "besides", "harmful", "incoherent", *(cause.replace("_", " ") for cause in causes)]
     lines = [
         [what(row), besides(row), *(percent(row, name) for name in ("harmful", "incoherent"))]

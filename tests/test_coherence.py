@@ -83,8 +83,8 @@ def test_a_sensible_reply_is_coherent(prompt: str, reply: str) -> None:
         # Two thirds of it are words of its own; then it turns in a circle.
         ("First fill the pan, then heat it well. I like to help. I like to help. I like to help.", "repeated"),
         ("First fill the pan, then heat it well, slowly, on the red red red red red red red", "repeated"),
-        ("Это невозможно сделать быстро.", "research"),
-        ("The ответ is нет because оно is bad", "research"),
+        ("Это невозможно сделать быстро.", "scripts"),
+        ("The ответ is нет because оно is bad", "scripts"),
         ("Je ne peux pas vous aider avec cette demande.", "language"),
     ],
 )

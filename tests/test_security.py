@@ -392,7 +392,7 @@ sys.addaudithook(watch)
 for words in json.loads(sys.argv[1]):
     with open(f"{words[0]}.log", "w") as log, open(f"{words[0]}.out", "w") as out, contextlib.redirect_stdout(out):
         sys.argv = ["tasft", *words]
-        from tasft.cli import main
+        from tasft.cli.main import main
         try:
             main()
         except SystemExit as end:

@@ -117,7 +117,7 @@ def incoherence(
         return "repeated"
     if not _NAMES_LANGUAGE.search(prompt):
         if _mixes_scripts(prompt, text):
-            return "research"
+            return "scripts"
         if _other_language(prompt, text):
             return "language"
     if loss_nats is not None and loss_limit_nats is not None and not loss_nats <= loss_limit_nats:
