@@ -19,6 +19,8 @@ from transformers import (
 from tasft.core import provenance, ranks
 from tasft.core.errors import UserError
 from tasft.data.rows import Example
+from tasft.models.engine import Sampling, requests_for
+from tasft.run.context import Context
 from tasft.run.recipe import Recipe, Train
 from tasft.train.baselines import kto_trainer
 from tasft.train.callbacks import _Bar, _InOrder, _Stop
@@ -93,6 +95,23 @@ def arguments(recipe: Recipe, spec: Train, folder: Path) -> TASFTConfig:
         duplicates=spec.duplicates,
         chat_template_kwargs=recipe.model.chat_template_kwargs,
     )
+
+
+def train(context: Context, spec: Train, rows: list[Example], folder: Path) -> None:
+    """One training of a run, into `folder/adapter` or `folder/model`.
+
+    Raises:
+        UserError: As `fit`.
+    """
+    inputs, models = context.inputs, context.models
+    asked = requests_for(inputs.benign[: spec.monitor.probes]) if spec.monitor else []
+
+    def probe(loaded: PreTrainedModel) -> list[tuple[str, str]]:
+        batches = models.engine_of(loaded).generate(asked, Sampling(max_new_tokens=32), "probe")
+        return [(reply.prompt, reply.completion) for batch in batches for reply in batch]
+
+    with models.to_train(spec.start) as loaded:
+        fit(context.spec, spec, loaded, inputs.tokenizer, rows, folder, monitor_of(spec, probe))
 
 
 def fit(
