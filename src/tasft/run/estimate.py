@@ -18,8 +18,9 @@ from tasft.judges import calibration
 from tasft.models.load import add_lora, locate
 from tasft.run import training
 from tasft.run.pipeline import Pipeline
-from tasft.run.recipe import Model, Training
+from tasft.run.recipe import Model
 from tasft.run.stages import STAGES
+from tasft.train.settings import Training
 
 RULE = (
     "Estimates, not promises. Time: a training step and the writing of a token were timed here on one and on three "

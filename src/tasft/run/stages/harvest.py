@@ -9,11 +9,10 @@ from pathlib import Path
 from tasft.core import provenance, ranks
 from tasft.core.errors import UserError
 from tasft.core.step import Step
-from tasft.harvest.contrastive import Contrast
-from tasft.harvest.harvest import HarvestSettings, harvest, statement
+from tasft.harvest.harvest import harvest, statement
 from tasft.judges.calibration import calibrate, can_calibrate, limit_of
 from tasft.judges.judging import Usual, rules, topic_measure
-from tasft.models.engine import Engine, Sampling
+from tasft.models.engine import Engine
 from tasft.models.server import ServerEngine
 from tasft.models.server_settings import Server
 from tasft.run.context import Context
@@ -67,20 +66,11 @@ def _calibration(context: Context) -> Iterator[Step]:
 
 
 def _harvest(context: Context, spec: Harvest, folder: Path) -> None:
-    wanted = spec.contrastive
-    settings = HarvestSettings(
-        Sampling(spec.max_new_tokens, spec.temperature, spec.top_p, context.spec.seed),
-        spec.samples,
-        spec.rows,
-        spec.anchors,
-        spec.anchor_rows,
-        spec.self_imitate,
-        Contrast(wanted.words, wanted.per_word) if wanted else None,
-    )
-    writer = ServerEngine(wanted.engine) if wanted and wanted.engine else None
+    server = spec.contrastive and spec.contrastive.engine
+    writer = ServerEngine(server) if server else None
     judge, toxic, benign = context.inputs.judge(spec.judge), context.inputs.toxic, context.inputs.benign
     with _answering(context, spec.engine) as (engine, held_to):
-        summary = harvest(engine, judge, toxic, benign, settings, folder, held_to, writer)
+        summary = harvest(engine, judge, toxic, benign, spec, folder, held_to, writer, context.spec.seed)
     if ranks.is_first():
         print(f"harvest: {statement(summary)}", flush=True)
     if not summary["kept"]:

@@ -6,7 +6,8 @@ from pathlib import Path
 from tasft.core.step import Step
 from tasft.run import training
 from tasft.run.context import Context
-from tasft.run.recipe import Recipe, Train
+from tasft.run.recipe import Recipe
+from tasft.train.settings import Train
 
 
 def settings_of(spec: Recipe) -> Train | None:
