@@ -27,7 +27,8 @@ from tasft.core.provenance import content_hash, write_jsonl
 from tasft.data.contamination import overlapping
 from tasft.data.encode import Encoding, encode_rows
 from tasft.data.rows import Messages, read_examples, read_prompts
-from tasft.harvest.harvest import HarvestSettings, harvest
+from tasft.harvest.harvest import harvest
+from tasft.harvest.settings import HarvestSettings
 from tasft.judges import load_judge
 from tasft.models.engine import Reply, Request, Sampling
 from tasft.models.load import load_tokenizer
@@ -88,7 +89,7 @@ def harvested(rows: int, folder: Path, clock: Clock) -> None:
     prompts = clock("read", lambda: read_prompts(str(folder / "prompts.jsonl")))
     held_out = [sentences(draw, 12) for _ in range(HELD_OUT)]
     clock("compare with held-out prompts", lambda: overlapping([each.prompt for each in prompts], held_out))
-    settings = HarvestSettings(Sampling(48), samples=1, rows=rows, anchors="none", self_imitate=False)
+    settings = HarvestSettings(max_new_tokens=48, temperature=0.0, top_p=1.0, rows=rows, self_imitate=False)
     judge = load_judge("refusal_matching")
     found = clock("harvest", lambda: harvest(Stub(), judge, prompts, [], settings, folder / "harvest"))
     again = clock("take up again", lambda: harvest(Stub(), judge, prompts, [], settings, folder / "harvest"))

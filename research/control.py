@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tasft.core.stats import paired_difference, rate
 from tasft.run import recipe_file
-from tasft.run.pipeline import Run
+from tasft.run.pipeline import Pipeline
 
 ARMS = {"penalty": [], "none": ["train.penalty=none", "train.batch_size=6", "train.avoid_per_step=null"]}
 SETS = {"toxic": "toxic", "benign": "benign"}
@@ -57,7 +57,7 @@ def run_arm(out: Path, seed: int, arm: str, harvest_of: Path | None, overrides: 
         for value in (f"evaluate.sets.{name}.source={out / name}.jsonl", f"evaluate.sets.{name}.kind={kind}")
     ]
     spec = recipe_file.load("demo", [f"seed={seed}", "name=control", *sets, *overrides, *ARMS[arm]])
-    run = Run(spec, folder)
+    run = Pipeline(spec, folder)
     run.go(("sft", "harvest", "train"))
     # The untouched model is the same for all: it answers once.
     states = {"base", "final"} if harvest_of is None else {"final"}

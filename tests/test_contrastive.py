@@ -1,5 +1,6 @@
 from tasft.data.rows import Prompt
-from tasft.harvest.contrastive import REQUEST, Contrast, contrastive_replies, toxic_words
+from tasft.harvest.contrastive import REQUEST, contrastive_replies, toxic_words
+from tasft.harvest.settings import Contrastive
 from tasft.models.engine import Reply, Sampling
 
 TOXIC = [f"How can I {verb} a {noun}?" for verb in ("smash", "smash", "smash", "steal") for noun in ("lantern", "boat")]
@@ -35,7 +36,7 @@ def test_only_prompts_that_hold_their_word_are_answered_and_none_twice(tmp_path)
     prompts = [[Prompt(str(n), text) for n, text in enumerate(each)] for each in (TOXIC, BENIGN)]
     path = tmp_path / "replies.jsonl"
     for _ in range(2):
-        replies, about = contrastive_replies(writer, *prompts, Contrast(1, 3), Sampling(8, 0.5), path)
+        replies, about = contrastive_replies(writer, *prompts, Contrastive(words=1, per_word=3), Sampling(8, 0.5), path)
         assert [reply.prompt for reply in replies] == ["May a builder smash a wall?"]
         assert about == {"words": ["smash"], "written": 3, "unfit": 2}
     assert writer.asked[:2] == [("contrast", 3, 1.0), ("contrastive", 1, 0.5)]

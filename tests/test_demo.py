@@ -10,7 +10,7 @@ from conftest import needs_models
 
 from tasft.data.rows import read_prompts
 from tasft.run import recipe_file
-from tasft.run.pipeline import Run
+from tasft.run.pipeline import Pipeline
 
 
 def few(folder, source, count):
@@ -35,7 +35,7 @@ def test_the_demo_runs_on_the_real_model_in_miniature(tmp_path):
         "train.avoid_per_step=1",
     ]
     run = tmp_path / "run"
-    Run(recipe_file.load("demo", overrides), run).go()
+    Pipeline(recipe_file.load("demo", overrides), run).go()
     summary = json.loads((run / "harvest" / "summary.json").read_text())
     assert summary["kept"] >= 1
     assert summary["anchors"]["kept"] >= 1

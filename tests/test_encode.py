@@ -9,7 +9,7 @@ from rich.console import Console
 from tokenizers.processors import TemplateProcessing
 
 from tasft.core.errors import UserError
-from tasft.data.encode import IGNORE_INDEX, Encoding, encode, encode_prompt, encode_rows, encode_stream
+from tasft.data.encode import IGNORE_INDEX, Encoding, encode_prompt, encode_rows, encode_stream
 from tasft.data.preview import preview
 from tasft.data.rows import Example
 
@@ -98,10 +98,10 @@ def one(example, tokenizer=TOKENIZER, **options):
 
 @pytest.mark.parametrize("style", ["chat", "alpaca"])
 def test_loss_falls_on_the_reply_and_its_end(style):
-    encoded = encode(TOKENIZER, Example("Hi?", "Yes you", True), style, 500)
+    encoded = one(Example("Hi?", "Yes you", True), style=style)
     assert TOKENIZER.decode(learned(encoded)) == "Yes you<|end|>"
-    assert encoded.input_ids[: len(encode_prompt(TOKENIZER, "Hi?", style))] == encode_prompt(TOKENIZER, "Hi?", style)
-    assert len(encoded.input_ids) == len(encoded.labels)
+    assert encoded["input_ids"][: len(encode_prompt(TOKENIZER, "Hi?", style))] == encode_prompt(TOKENIZER, "Hi?", style)
+    assert len(encoded["input_ids"]) == len(encoded["labels"])
 
 
 @pytest.mark.parametrize("style", ["chat", "alpaca"])
@@ -121,8 +121,8 @@ def test_a_cut_reply_does_not_teach_to_stop_there(label):
 
 def test_what_the_template_writes_after_the_end_is_not_learned():
     assert TOKENIZER.apply_chat_template([says("user", "a")], tokenize=False).endswith("<|end|>\n")
-    encoded = encode(TOKENIZER, Example("Hi?", "Yes", True), "chat", 500)
-    assert encoded.input_ids[-1] == END
+    encoded = one(Example("Hi?", "Yes", True))
+    assert encoded["input_ids"][-1] == END
 
 
 def test_a_template_may_end_turns_with_another_token_than_the_tokenizers():
@@ -284,7 +284,7 @@ def test_a_template_that_rewrites_the_prompt_is_refused():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
     with pytest.raises(UserError, match="wrong tokens"):
-        encode(tokenizer, Example("Hi?", "Yes", True), "chat", 500)
+        one(Example("Hi?", "Yes", True), tokenizer)
 
 
 def test_a_template_that_opens_a_thought_and_then_drops_it_is_refused():
@@ -371,7 +371,7 @@ def test_a_row_over_the_length_is_cut_at_its_end_and_learns_none():
 @pytest.mark.parametrize("style", ["chat", "alpaca"])
 def test_a_row_with_nothing_to_learn_is_refused(style):
     with pytest.raises(UserError, match="no token to learn within max_length 4"):
-        encode(TOKENIZER, Example("A long question?", "Yes", True), style, 4)
+        one(Example("A long question?", "Yes", True), style=style, max_length=4)
 
 
 def test_the_end_alone_is_nothing_to_learn():

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from tasft.cli.main import app
 from tasft.run import estimate, recipe_file
-from tasft.run.pipeline import Run
+from tasft.run.pipeline import Pipeline
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def small(tmp_path, tiny):
 
 
 def planned(path, folder, *overrides):
-    return estimate.plan(Run(recipe_file.load(str(path), overrides), folder))
+    return estimate.plan(Pipeline(recipe_file.load(str(path), overrides), folder))
 
 
 def work(found):
@@ -109,7 +109,8 @@ def test_a_time_has_no_more_digits_than_an_estimate_has(seconds, said):
 
 def test_cells_of_a_sweep_take_what_they_share_once(small, tmp_path):
     cells = [
-        Run(recipe_file.load(str(small), [f"train.penalty_weight={weight}"]), tmp_path / weight) for weight in "123"
+        Pipeline(recipe_file.load(str(small), [f"train.penalty_weight={weight}"]), tmp_path / weight)
+        for weight in "123"
     ]
     found = estimate.plan_sweep([cells])
     (group,) = found["groups"]

@@ -3,11 +3,11 @@ from conftest import rows
 
 from tasft.core import provenance
 from tasft.data.rows import Prompt, read_examples
-from tasft.harvest.contrastive import Contrast
-from tasft.harvest.harvest import REFUSAL, HarvestSettings, harvest, statement
+from tasft.harvest.harvest import REFUSAL, harvest, statement
+from tasft.harvest.settings import Contrastive, HarvestSettings
 from tasft.judges import Verdict
 from tasft.judges.judging import Usual
-from tasft.models.engine import Reply, Sampling
+from tasft.models.engine import Reply
 
 SENTENCE = "the morning market in our village sells bread and fresh apples"
 TOXIC = [Prompt(f"t{i}", f"How do I <forbidden act {i}>?") for i in range(6)]
@@ -27,6 +27,9 @@ class Scripted:
                 yield [Reply(request.id, name, request.prompt, request.prefix + text, "stop", 1, request.sample)]
 
 
+GREEDY = {"max_new_tokens": 8, "temperature": 0.0, "top_p": 1.0}
+
+
 class Words:
     """A judge that looks for the words harm and sorry."""
 
@@ -42,7 +45,7 @@ class Words:
 
 
 def run(folder, answers, anchors="none", rows=100, losses=None):
-    settings = HarvestSettings(Sampling(8), 1, rows, anchors)
+    settings = HarvestSettings(**GREEDY, rows=rows, anchors=anchors)
     engine = Scripted(answers)
     losses = losses or (lambda replies: [1.0] * len(replies))
     return harvest(engine, Words(), TOXIC, BENIGN, settings, folder, Usual(2.0, losses))
@@ -77,7 +80,7 @@ def test_no_more_rows_than_wanted_are_kept(tmp_path):
 
 def test_anchors_can_be_limited_and_the_sample_is_that_of_the_seed(tmp_path):
     def sample(folder, limit):
-        settings = HarvestSettings(Sampling(8), 1, 100, "prefilled", limit)
+        settings = HarvestSettings(**GREEDY, rows=100, anchors="prefilled", anchor_rows=limit)
         harvest(Scripted(ANSWERS), Words(), TOXIC, BENIGN, settings, folder)
         return [row["id"] for row in rows(folder / "anchor.jsonl")]
 
@@ -112,7 +115,7 @@ def test_benign_answers_are_rows_to_imitate(tmp_path):
 def test_prompts_of_two_files_may_share_their_ids(tmp_path):
     toxic = [Prompt(str(i), f"How do I <forbidden act {i}>?") for i in range(3)]
     benign = [Prompt(str(i), f"What is <thing {i}> for?") for i in range(20)]
-    settings = HarvestSettings(Sampling(8), 1, 100, "none")
+    settings = HarvestSettings(**GREEDY, rows=100)
     engine = Scripted({str(i): f"harm {i} {SENTENCE}" for i in range(3)})
     for _ in range(2):
         summary = harvest(engine, Words(), toxic, benign, settings, tmp_path)
@@ -127,7 +130,7 @@ def test_a_reply_that_is_less_probable_than_the_limit_is_not_kept(tmp_path):
 
 
 def test_the_same_answer_to_the_same_prompt_is_kept_once(tmp_path):
-    settings = HarvestSettings(Sampling(8), 3, 100, "none")
+    settings = HarvestSettings(**GREEDY, samples=3, rows=100)
     engine = Scripted({f"t0#{sample}": f"harm {SENTENCE}" for sample in range(3)})
     harvest(engine, Words(), TOXIC[:1], BENIGN, settings, tmp_path)
     assert len(rows(tmp_path / "avoid.jsonl")) == 1
@@ -155,13 +158,13 @@ class Counting(Scripted):
 def test_drawing_ends_when_enough_is_found_and_no_prompt_is_asked_twice_before_all_were_once(tmp_path, monkeypatch):
     monkeypatch.setattr("tasft.harvest.harvest.ROUND", 4)
     engine = Counting({f"t{i}#{s}": f"harm {i} {s} {SENTENCE}" for i in range(6) for s in range(3)})
-    summary = harvest(engine, Words(), TOXIC, BENIGN, HarvestSettings(Sampling(8), 3, 7), tmp_path)
+    summary = harvest(engine, Words(), TOXIC, BENIGN, HarvestSettings(**GREEDY, samples=3, rows=7), tmp_path)
     assert len(engine.drawn) == 8
     assert {name.partition("#")[0] for name in engine.drawn[:6]} == {prompt.id for prompt in TOXIC}
     assert (summary["kept"], summary["tried"], summary["prompts"]) == (7, 8, 6)
     assert "7 of 7 rows to avoid, from 8 answers" in statement(summary)
     again = Counting(engine.answers)
-    harvest(again, Words(), TOXIC, BENIGN, HarvestSettings(Sampling(8), 3, 7), tmp_path)
+    harvest(again, Words(), TOXIC, BENIGN, HarvestSettings(**GREEDY, samples=3, rows=7), tmp_path)
     assert again.drawn == []
 
 
@@ -171,7 +174,7 @@ def test_fewer_rows_are_among_more_and_nothing_is_drawn_again_whichever_come_fir
     engine = Counting({f"t{i}": f"harm {i} {SENTENCE}" for i in range(6)})
 
     def kept(folder, wanted):
-        harvest(engine, Words(), TOXIC, BENIGN, HarvestSettings(Sampling(8), 1, wanted, "prefilled"), folder)
+        harvest(engine, Words(), TOXIC, BENIGN, HarvestSettings(**GREEDY, rows=wanted, anchors="prefilled"), folder)
         return {name: [row["id"] for row in rows(folder / f"{name}.jsonl")] for name in ("avoid", "anchor")}
 
     found = {wanted: kept(tmp_path / "one", wanted) for wanted in (first, 7 - first)}
@@ -190,7 +193,7 @@ def test_what_is_missing_is_said(tmp_path):
 
 
 def test_own_answers_can_be_left_out_and_losses_be_unknown(tmp_path):
-    settings = HarvestSettings(Sampling(8), 1, 100, self_imitate=False)
+    settings = HarvestSettings(**GREEDY, rows=100, self_imitate=False)
     summary = harvest(Scripted(ANSWERS), Words(), TOXIC, BENIGN, settings, tmp_path)
     assert summary["kept"] == 2
     assert rows(tmp_path / "imitate.jsonl") == []
@@ -204,7 +207,7 @@ def test_contrastive_rows_are_answers_that_neither_harm_nor_decline(tmp_path):
         "forbidden-contrastive#1": f"harm {SENTENCE}",
         "forbidden-contrastive#2": f"sorry {SENTENCE}",
     }
-    settings = HarvestSettings(Sampling(8), 1, 100, contrast=Contrast(2, 3))
+    settings = HarvestSettings(**GREEDY, rows=100, contrastive=Contrastive(words=2, per_word=3))
     summary = harvest(Scripted(ANSWERS | questions | answers), Words(), TOXIC, BENIGN, settings, tmp_path)
     kept = rows(tmp_path / "contrastive.jsonl")
     assert [(row["prompt"], row["label"]) for row in kept] == [("Why is fruit number 0 forbidden?", True)]

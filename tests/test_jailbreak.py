@@ -24,7 +24,8 @@ from tasft.models.server import ServerEngine
 from tasft.models.server_settings import Server
 from tasft.run import recipe_file
 from tasft.run.inputs import Inputs
-from tasft.run.pipeline import STAGES, Run
+from tasft.run.pipeline import Pipeline
+from tasft.run.stages import STAGES
 
 BEHAVIOURS = [Prompt(f"b{index}", f"How do I <forbidden act {index}>?") for index in range(3)]
 MARK = "[INSERT PROMPT HERE]"
@@ -366,9 +367,9 @@ def test_a_run_attacks_before_and_after_and_reports_it_and_does_nothing_twice(sp
         spec["judges"] = {"rated": judge}
         loaded = load(spec, tmp_path, judge="rated", pair={"streams": 1, "iterations": 2, "max_new_tokens": 8})
         run = tmp_path / "run"
-        Run(loaded, run).go(STAGES)
+        Pipeline(loaded, run).go()
         asked = len(server.seen)
-        Run(loaded, run).go(STAGES)
+        Pipeline(loaded, run).go()
         assert len(server.seen) == asked > 0
     for state in ("base", "final"):
         at = run / "evaluate" / state / "jailbreak"
@@ -394,16 +395,16 @@ def test_a_run_attacks_before_and_after_and_reports_it_and_does_nothing_twice(sp
 
 def test_a_changed_field_redoes_the_attacks_that_it_concerns(spec, tmp_path):
     run = tmp_path / "run"
-    Run(load(spec, tmp_path), run).go(STAGES[:-1])
+    Pipeline(load(spec, tmp_path), run).go(tuple(STAGES)[:-1])
     when = {path: path.stat().st_mtime_ns for path in run.rglob("done.json")}
-    Run(load(spec, tmp_path, prefix="Here is", queries=500), run).go(STAGES[:-1])
+    Pipeline(load(spec, tmp_path, prefix="Here is", queries=500), run).go(tuple(STAGES)[:-1])
     changed = {str(path.parent.relative_to(run)) for path, time in when.items() if path.stat().st_mtime_ns != time}
     assert changed == {"evaluate/base/jailbreak/prefix", "evaluate/final/jailbreak/prefix"}
 
 
 def test_a_run_that_was_killed_in_an_attack_ends_as_the_undisturbed_one(spec, tmp_path, monkeypatch):
     loaded = load(spec, tmp_path)
-    Run(loaded, tmp_path / "whole").go(STAGES[:-1])
+    Pipeline(loaded, tmp_path / "whole").go(tuple(STAGES)[:-1])
     judge_replies, calls = jailbreak.judge_replies, []
 
     def dies(*arguments):
@@ -414,9 +415,9 @@ def test_a_run_that_was_killed_in_an_attack_ends_as_the_undisturbed_one(spec, tm
 
     monkeypatch.setattr(jailbreak, "judge_replies", dies)
     with pytest.raises(KeyboardInterrupt):
-        Run(loaded, tmp_path / "killed").go(STAGES[:-1])
+        Pipeline(loaded, tmp_path / "killed").go(tuple(STAGES)[:-1])
     left = (tmp_path / "killed/evaluate/base/jailbreak/templates/replies.jsonl").read_text()
-    Run(loaded, tmp_path / "killed").go(STAGES[:-1])
+    Pipeline(loaded, tmp_path / "killed").go(tuple(STAGES)[:-1])
     for path in sorted((tmp_path / "whole").rglob("jailbreak/*/*.jsonl")):
         assert path.read_text() == (tmp_path / "killed" / path.relative_to(tmp_path / "whole")).read_text()
     assert (tmp_path / "killed/evaluate/base/jailbreak/templates/replies.jsonl").read_text() == left

@@ -12,7 +12,7 @@ from tasft.core.stats import Estimate
 from tasft.report.read import Measured, read_run
 from tasft.report.tasks import _row, task_rows
 from tasft.run import recipe_file
-from tasft.run.pipeline import Run
+from tasft.run.pipeline import Pipeline
 
 STEPS = {
     f"evaluate/{state}/{step}" for state in ("base", "final") for step in ("capability/boolq", "quality/reference")
@@ -77,7 +77,9 @@ def test_they_are_steps_of_a_run_each_redone_for_its_own_settings_alone(wide, tm
 def test_a_prompt_that_is_judged_is_not_trained_on(wide, tmp_path):
     benign = tmp_path / "benign.jsonl"
     benign.write_text(benign.read_text() + json.dumps({"id": "held-out", "prompt": "Explain <matter 3>."}) + "\n")
-    assert "held-out" not in {prompt.id for prompt in Run(recipe_file.load(str(wide)), tmp_path / "run").inputs.benign}
+    assert "held-out" not in {
+        prompt.id for prompt in Pipeline(recipe_file.load(str(wide)), tmp_path / "run").inputs.benign
+    }
 
 
 def test_faults_of_tasks_prompts_and_annotators_show_before_anything_is_written(wide, tmp_path):

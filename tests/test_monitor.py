@@ -7,13 +7,15 @@ import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
 from peft import LoraConfig
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState
 
 from tasft import TASFTConfig, TASFTTrainer
 from tasft.core.errors import UserError
 from tasft.data.rows import Example
-from tasft.train.monitor import CollapseMonitor, MonitorLimits
+from tasft.train.monitor import CollapseMonitor
+from tasft.train.settings import MonitorSettings
 
 ROWS = [Example(f"Say {word}?", f"{word} it is" + "!" * index, True) for index, word in enumerate("abcdefghi")]
 ROWS += [Example(f"Do {word}?", f"sure, {word}" + "." * index, False) for index, word in enumerate("xyz")]
@@ -21,7 +23,8 @@ ROWS += [Example(f"Do {word}?", f"sure, {word}" + "." * index, False) for index,
 COLLAPSE = {"penalty": "emd", "penalty_weight": 50.0, "learning_rate": 5e-2, "max_steps": 24}
 # Ruins everything: at step 8 the loss on imitate rows is high for the third time in a row.
 RUIN = {"penalty": "ascent", "penalty_weight": 200.0, "learning_rate": 1e-1, "max_steps": 12}
-OFF = MonitorLimits(None, None, None, None, None)
+AT_ONCE = MonitorSettings(action="stop", patience=1)
+OFF = dict.fromkeys(("entropy_nats", "entropy_fraction", "nll_factor", "kl_nats", "broken_share"))
 
 
 def trainer(folder, monitor=None, lora=False, **settings):
@@ -72,7 +75,7 @@ def feed(monitor, folder, logs):
 
 @pytest.mark.parametrize("penalty", ["emd_exact", "emd_hinge"])
 def test_a_healthy_run_does_not_trip(tmp_path, penalty):
-    monitor = CollapseMonitor(action="stop")
+    monitor = CollapseMonitor(MonitorSettings(action="stop"))
     subject = trainer(tmp_path, monitor, penalty=penalty, learning_rate=1e-2, max_steps=20)
     subject.train()
     assert subject.state.global_step == 20
@@ -110,36 +113,11 @@ def test_gradient_ascent_trips_it_too(tmp_path):
     assert event["value"] > event["limit"] > 10
 
 
-def test_a_lowered_weight_is_trained_with_and_given_back_at_the_end(tmp_path):
-    monitor = CollapseMonitor(action="lower", factor=0.01, times=1)
-    lowered = trainer(tmp_path / "lower", monitor, **COLLAPSE)
-    lowered.train()
-    trainer(tmp_path / "warn", CollapseMonitor(), **COLLAPSE).train()
-    (event, *more) = lines(tmp_path / "lower" / "monitor.jsonl")
-    assert (event["step"], event["action"], event["penalty_weight"]) == (15, "lower", 0.5)
-    assert "lowered from 50 to 0.5" in event["message"]
-    assert [row["action"] for row in more] == ["warn"]
-    logs = [lines(tmp_path / side / "metrics.jsonl") for side in ("lower", "warn")]
-    kept = [[(row["loss"], row["entropy"]) for row in log] for log in logs]
-    assert kept[0][:15] == kept[1][:15]
-    parts = logs[0][-1]
-    assert parts["loss"] == pytest.approx(parts["imitate_nll"] + 0.5 * parts["penalty"], abs=1e-3)
-    assert lowered.args.penalty_weight == 50
-
-
-def test_it_lowers_again_after_as_many_logs_and_not_more_often_than_said(tmp_path):
-    monitor = CollapseMonitor(action="lower", patience=2, times=2)
-    _, arguments = feed(monitor, tmp_path, [{"entropy": 2.0}] + [{"entropy": 0.0}] * 9)
-    events = lines(tmp_path / "monitor.jsonl")
-    assert [(row["step"], row["action"]) for row in events] == [(3, "lower"), (5, "lower"), (7, "warn")]
-    assert arguments.penalty_weight == 0.25
-
-
-def test_a_resumed_run_keeps_the_lowered_weight_and_no_event_twice(tmp_path):
+def test_a_resumed_run_knows_what_it_warned_of_and_has_no_event_twice(tmp_path):
     settings = COLLAPSE | {"max_steps": 22, "save_strategy": "steps", "save_steps": 8}
 
     def build(side):
-        return trainer(tmp_path / side, CollapseMonitor(action="lower", times=2), lora=True, **settings)
+        return trainer(tmp_path / side, CollapseMonitor(), lora=True, **settings)
 
     whole = build("whole")
     whole.train()
@@ -155,7 +133,7 @@ def test_a_resumed_run_keeps_the_lowered_weight_and_no_event_twice(tmp_path):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_stop_leaves_the_last_good_checkpoint_in_trainer_and_folder(tmp_path, lora):
-    monitor = CollapseMonitor(action="stop")
+    monitor = CollapseMonitor(MonitorSettings(action="stop"))
     limits = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 1}
     subject = trainer(tmp_path, monitor, lora, **COLLAPSE, **limits)
     started = weights(subject.model)
@@ -180,7 +158,7 @@ def test_a_stop_leaves_the_last_good_checkpoint_in_trainer_and_folder(tmp_path, 
 
 
 def test_a_stop_before_the_first_checkpoint_says_so(tmp_path):
-    monitor = CollapseMonitor(action="stop")
+    monitor = CollapseMonitor(MonitorSettings(action="stop"))
     subject = trainer(tmp_path, monitor, **RUIN, save_steps=50)
     subject.train()
     (event,) = lines(tmp_path / "monitor.jsonl")
@@ -192,7 +170,7 @@ def test_a_stop_before_the_first_checkpoint_says_so(tmp_path):
 
 def test_nothing_is_saved_after_a_stop(tmp_path):
     # An epoch has three steps; saved are those after step 3 and 6, of which the first is good.
-    subject = trainer(tmp_path, CollapseMonitor(action="stop"), **RUIN, save_strategy="epoch")
+    subject = trainer(tmp_path, CollapseMonitor(MonitorSettings(action="stop")), **RUIN, save_strategy="epoch")
     subject.train()
     assert subject.state.global_step == 8
     assert checkpoints(tmp_path) == ["checkpoint-3", "checkpoint-6"]
@@ -201,7 +179,7 @@ def test_nothing_is_saved_after_a_stop(tmp_path):
 
 def test_a_run_that_ends_while_over_a_limit_keeps_its_end_and_the_last_good_checkpoint(tmp_path):
     settings = COLLAPSE | {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 1}
-    monitor = CollapseMonitor(action="stop", patience=99)
+    monitor = CollapseMonitor(MonitorSettings(action="stop", patience=99))
     trainer(tmp_path, monitor, **settings).train()
     assert not monitor.stopped
     assert checkpoints(tmp_path) == ["checkpoint-12", "checkpoint-24"]
@@ -211,11 +189,11 @@ def test_a_resumed_run_still_knows_the_last_good_checkpoint(tmp_path):
     settings = COLLAPSE | {"save_strategy": "steps", "save_steps": 7}
     trainer(tmp_path, CollapseMonitor(), **settings).train()
     # Taken up within the streak: the monitor was not told to keep any, so there is none.
-    inside = CollapseMonitor(action="stop")
+    inside = CollapseMonitor(MonitorSettings(action="stop"))
     trainer(tmp_path, inside, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-14"))
     assert inside.stopped
     assert inside.last_good is None
-    before = CollapseMonitor(action="stop")
+    before = CollapseMonitor(MonitorSettings(action="stop"))
     trainer(tmp_path, before, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
     assert before.stopped
     assert before.last_good == 7
@@ -225,7 +203,7 @@ def test_a_resumed_run_still_knows_the_last_good_checkpoint(tmp_path):
 def test_a_checkpoint_in_another_folder_is_not_gone_back_to(tmp_path):
     settings = RUIN | {"max_steps": 9, "save_strategy": "steps", "save_steps": 5}
     trainer(tmp_path / "one", **settings).train()
-    monitor = CollapseMonitor(MonitorLimits(nll_factor=0.0), "stop")
+    monitor = CollapseMonitor(MonitorSettings(action="stop", nll_factor=1.001))
     trainer(tmp_path / "two", monitor, **settings).train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-5"))
     (event,) = lines(tmp_path / "two" / "monitor.jsonl")
     assert "no checkpoint was saved before" in event["message"]
@@ -233,14 +211,14 @@ def test_a_checkpoint_in_another_folder_is_not_gone_back_to(tmp_path):
 
 def test_it_stops_once(tmp_path):
     logs = [{"entropy": 2.0, "kl": 0.0}, {"entropy": 0.0, "kl": 0.0}, {"entropy": 0.0, "kl": 9.0}]
-    feed(CollapseMonitor(action="stop", patience=1), tmp_path, logs)
+    feed(CollapseMonitor(AT_ONCE), tmp_path, logs)
     assert [row["step"] for row in lines(tmp_path / "monitor.jsonl")] == [2]
 
 
-def test_a_checkpoint_made_without_the_guard_can_be_taken_up_with_it(tmp_path):
+def test_a_checkpoint_made_without_the_monitor_can_be_taken_up_with_it(tmp_path):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     trainer(tmp_path, **settings).train()
-    again = trainer(tmp_path, CollapseMonitor(action="stop"), **settings)
+    again = trainer(tmp_path, CollapseMonitor(MonitorSettings(action="stop")), **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     kept = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     assert kept["stateful_callbacks"]["CollapseMonitor"]["attributes"]["seen"]["last_good"] == 2
@@ -262,7 +240,7 @@ FINE = "Knead the dough and bake it in the oven."
 def test_broken_probe_replies_trip_it_at_once(tmp_path):
     seen = []
     replies = [[FINE] * 4, [FINE, FINE, FINE, ""], [FINE, "", "no no no no no no", FINE]]
-    monitor = CollapseMonitor(action="stop", probe=prober(replies, seen), every=2)
+    monitor = CollapseMonitor(MonitorSettings(action="stop"), probe=prober(replies, seen), every=2)
     subject = trainer(tmp_path, monitor, max_steps=6, save_strategy="steps", save_steps=2, learning_rate=1e-3)
     subject.train()
     (event,) = lines(tmp_path / "monitor.jsonl")
@@ -283,7 +261,7 @@ def test_the_probe_gives_the_model_back_as_it_was(tmp_path):
 
 
 def test_replies_that_were_broken_at_the_start_do_not_count(tmp_path):
-    monitor = CollapseMonitor(action="stop", probe=prober([["", "", FINE, FINE]] * 3, []), every=1)
+    monitor = CollapseMonitor(MonitorSettings(action="stop"), probe=prober([["", "", FINE, FINE]] * 3, []), every=1)
     trainer(tmp_path, monitor, max_steps=2, learning_rate=1e-3).train()
     assert not monitor.stopped
 
@@ -304,7 +282,7 @@ def test_a_real_probe_does_not_disturb_training(tmp_path):
 
 def test_a_single_noisy_log_does_not_trip_it(tmp_path):
     noisy = [{"entropy": 2.0, "imitate_nll": 1.0}, {"entropy": 0.0, "imitate_nll": 9.0}]
-    monitor = CollapseMonitor(action="stop", patience=2)
+    monitor = CollapseMonitor(MonitorSettings(action="stop", patience=2))
     control, _ = feed(monitor, tmp_path, noisy * 4)
     assert not control.should_training_stop
     control, _ = feed(monitor, tmp_path, [*noisy, *noisy[1:]])
@@ -327,20 +305,21 @@ def test_a_single_noisy_log_does_not_trip_it(tmp_path):
     ],
 )
 def test_each_limit_holds_and_none_switches_it_off(tmp_path, measure, first, fine, over, switch):
-    def steps(value, limits=None):
+    def steps(value, **limits):
         logs = [{measure: first}, {measure: value}]
-        return feed(CollapseMonitor(limits, "stop", patience=1), tmp_path, logs)[0].should_training_stop
+        monitor = CollapseMonitor(MonitorSettings(action="stop", patience=1, **limits))
+        return feed(monitor, tmp_path, logs)[0].should_training_stop
 
     assert not steps(fine)
     assert steps(over)
     (event,) = lines(tmp_path / "monitor.jsonl")
     assert event["value"] == (None if math.isnan(over) else over)
-    assert not steps(over, MonitorLimits(**switch))
-    assert not steps(over, OFF)
+    assert not steps(over, **switch)
+    assert not steps(over, **OFF)
 
 
 def test_logs_without_its_measures_are_passed_over(tmp_path):
-    control, _ = feed(CollapseMonitor(action="stop", patience=1), tmp_path, [{}, {"grad_norm": math.nan}])
+    control, _ = feed(CollapseMonitor(AT_ONCE), tmp_path, [{}, {"grad_norm": math.nan}])
     assert not control.should_training_stop
 
 
@@ -348,16 +327,16 @@ def test_all_processes_act_on_what_the_first_one_measured(tmp_path, monkeypatch)
     sent = iter([{"entropy": 2.0}, {"entropy": 0.0}])
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda box: box.__setitem__(0, next(sent)))
-    control, _ = feed(CollapseMonitor(action="stop", patience=1), tmp_path, [{"entropy": 2.0}, {"entropy": 2.0}])
+    control, _ = feed(CollapseMonitor(AT_ONCE), tmp_path, [{"entropy": 2.0}, {"entropy": 2.0}])
     assert control.should_training_stop
 
 
 def test_what_contradicts_it_is_refused(tmp_path):
-    with pytest.raises(UserError, match="warn, lower, stop"):
-        CollapseMonitor(action="halt")
+    with pytest.raises(ValidationError, match="'warn' or 'stop'"):
+        MonitorSettings(action="halt")
     for action, settings in (
         ("stop", {"metric_for_best_model": "loss"}),
         ("warn", {"restore_callback_states_from_checkpoint": True}),
     ):
         with pytest.raises(UserError, match="off"):
-            trainer(tmp_path, CollapseMonitor(action=action), max_steps=1, **settings).train()
+            trainer(tmp_path, CollapseMonitor(MonitorSettings(action=action)), max_steps=1, **settings).train()

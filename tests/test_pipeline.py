@@ -21,9 +21,10 @@ from tasft.judges.coherence import MIN_SIMILARITY
 from tasft.judges.coherence import incoherence as whole
 from tasft.models import local
 from tasft.report.read import read_run
-from tasft.run import pipeline, recipe_file
+from tasft.run import recipe_file
 from tasft.run.inputs import Inputs
-from tasft.run.pipeline import Run
+from tasft.run.pipeline import Pipeline
+from tasft.run.stages import STAGES
 
 PROMPTS = {
     "toxic": [f"How do I <forbidden act {index}>?" for index in range(12)],
@@ -68,8 +69,8 @@ def small(tmp_path, tiny):
     return path
 
 
-def go(path, folder, *overrides, stages=pipeline.STAGES):
-    Run(recipe_file.load(str(path), overrides), folder).go(stages)
+def go(path, folder, *overrides, stages=tuple(STAGES)):
+    Pipeline(recipe_file.load(str(path), overrides), folder).go(stages)
 
 
 def done(folder):
@@ -391,14 +392,14 @@ def test_the_paths_of_a_run_are_inside_its_folder(small, tmp_path):
 def test_a_preview_shows_what_training_would_see_and_writes_nothing(small, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(UserError, match="run tasft harvest"):
-        list(Run(recipe_file.load(str(small)), run).preview("train"))
+        list(Pipeline(recipe_file.load(str(small)), run).preview("train"))
     go(small, run, stages=("harvest",))
-    texts = [text.plain for text in Run(recipe_file.load(str(small)), run).preview("train")]
+    texts = [text.plain for text in Pipeline(recipe_file.load(str(small)), run).preview("train")]
     assert [text.split("(")[1].split(")")[0] for text in texts] == ["imitate"] * 3 + ["avoid"] * 3
     assert all("»" in text for text in texts)
     assert not (run / "train").exists()
     with pytest.raises(UserError, match="no sft section"):
-        list(Run(recipe_file.load(str(small)), run).preview("sft"))
+        list(Pipeline(recipe_file.load(str(small)), run).preview("sft"))
 
 
 def test_imitate_rows_are_held_out_to_watch_the_divergence_and_the_guard_writes_what_it_sees(small, tmp_path):

@@ -22,7 +22,7 @@ from tasft.core.text import visible
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tasft.run.pipeline import Run
+    from tasft.run.pipeline import Pipeline
     from tasft.run.sweep import Cell, Sweep
 
 app = typer.Typer(
@@ -83,13 +83,13 @@ def _options(
     pass
 
 
-def _open(source: str, overrides: Sequence[str] | None, out: Path | None) -> "Run":
+def _open(source: str, overrides: Sequence[str] | None, out: Path | None) -> "Pipeline":
     from tasft.run import pipeline, recipe_file
 
     spec = recipe_file.load(source, overrides or ())
     if out is None:
         out = Path(source) if (Path(source) / "recipe.yaml").is_file() else Path("runs") / spec.name
-    return pipeline.Run(spec, out)
+    return pipeline.Pipeline(spec, out)
 
 
 @contextmanager
@@ -123,7 +123,7 @@ def _plan(
     source: str, overrides: Sequence[str] | None, out: Path | None, stages: Sequence[str] | None, as_json: bool = False
 ) -> None:
     from tasft.run import estimate
-    from tasft.run.pipeline import STAGES
+    from tasft.run.stages import STAGES
 
     with _alone(as_json):
         opened = _open(source, overrides, out)
@@ -519,13 +519,13 @@ def sweep(
 def _sweep_plan(cells: "Sequence[Cell]", folder: Path) -> dict[str, Any]:
     from tasft.run import estimate
     from tasft.run import sweep as sweeps
-    from tasft.run.pipeline import Run
+    from tasft.run.pipeline import Pipeline
 
     for cell in cells:
         print(cell.name)
     waiting = sweeps.left(cells, folder)
     groups = sweeps.together(waiting)
-    plan = estimate.plan_sweep([[Run(cell.spec, folder / cell.folder) for cell in group] for group in groups])
+    plan = estimate.plan_sweep([[Pipeline(cell.spec, folder / cell.folder) for cell in group] for group in groups])
     print(f"{len(cells) - len(waiting)} of {len(cells)} cells are done")
     for group, found in zip(groups, plan["groups"], strict=True):
         others = f", and {len(group) - 1} more that share what comes before its training" if len(group) > 1 else ""

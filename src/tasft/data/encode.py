@@ -4,21 +4,19 @@ import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from tasft.core.errors import UserError
+from tasft.core.settings import setting
 from tasft.data.rows import Example, Messages, example_of
+from tasft.data.settings import AvoidSettings, Duplicates, Overlong, PromptFormat, PromptSettings, RowSettings, Turns
 from tasft.loss.tokens import IGNORE_INDEX
 
-PromptFormat = Literal["chat", "alpaca"]
-Turns = Literal["last", "all"]
-Overlong = Literal["truncate", "drop", "error"]
-Duplicates = Literal["keep", "drop", "error"]
 Tools = list[dict[str, Any]]
 Row = dict[str, Any]
 
@@ -61,13 +59,13 @@ class Encoding:
         UserError: A value is none of these.
     """
 
-    style: PromptFormat = "chat"
-    max_length: int = 1024
-    turns: Turns = "last"
-    penalize_eos: bool = False
-    overlong: Overlong = "truncate"
-    duplicates: Duplicates = "keep"
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    style: PromptFormat = setting(PromptSettings, "prompt")
+    max_length: int = setting(RowSettings, "max_length")
+    turns: Turns = setting(RowSettings, "turns")
+    penalize_eos: bool = setting(AvoidSettings, "penalize_eos")
+    overlong: Overlong = setting(RowSettings, "overlong")
+    duplicates: Duplicates = setting(RowSettings, "duplicates")
+    chat_template_kwargs: dict[str, Any] = setting(PromptSettings, "chat_template_kwargs")
 
     def __post_init__(self) -> None:
         faults = [
@@ -385,24 +383,6 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 def _common(one: Sequence[int], other: Sequence[int]) -> list[int]:
     return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerBase, example: Example, style: PromptFormat = "chat", max_length: int = 1024
-) -> Encoded:
-    """Token ids of one row, as `encode_rows` makes them with its other settings at their defaults.
-
-    The chat template is looked into anew at each call: many rows are for `encode_rows`.
-
-    Raises:
-        UserError: As `encode_rows`.
-    """
-    try:
-        encoded = _Encoder(tokenizer, Encoding(style, max_length))(example)
-    except UserError as error:
-        raise UserError([f"row {example.id or example.prompt!r:.60}: {fault}" for fault in error.faults]) from None
-    assert encoded is not None  # only overlong="drop" makes it so
-    return encoded
 
 
 class _Intake:

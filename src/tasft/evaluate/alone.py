@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from tasft.core import provenance, ranks
 from tasft.core.errors import UserError
-from tasft.data.encode import PromptFormat, encode_prompt
+from tasft.data.encode import encode_prompt
 from tasft.data.rows import read_prompts
 from tasft.data.sets import GROUPS, NAMED, expanded
+from tasft.data.settings import PromptFormat
 from tasft.data.sources import differences_of
 from tasft.evaluate.states import Asked, steps_of
 from tasft.judges import Judge

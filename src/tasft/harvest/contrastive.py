@@ -8,11 +8,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tasft.data.rows import Prompt
+from tasft.harvest.settings import Contrastive
 from tasft.models.engine import Engine, Reply, Request, Sampling, collect
 
 REQUEST = (
@@ -24,19 +25,6 @@ TEMPERATURE = 1.0  # Of the questions: k of them to a word should differ.
 _WORD = re.compile(r"[^\W\d_]{3,}(?:['’-][^\W\d_]+)*")
 _PRIOR = 0.5  # Occurrences that each word has beforehand, in each of the two kinds of prompts.
 _TYPICAL = 1.0  # Standard errors.
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """How many seemingly toxic prompts are written.
-
-    Attributes:
-        words: Toxic words that are used.
-        per_word: Prompts to each.
-    """
-
-    words: int
-    per_word: int
 
 
 def toxic_words(toxic: Sequence[str], benign: Sequence[str], count: int) -> list[str]:
@@ -76,7 +64,7 @@ def contrastive_replies(
     writer: Engine,
     toxic: Sequence[Prompt],
     benign: Sequence[Prompt],
-    wanted: Contrast,
+    wanted: Contrastive,
     sampling: Sampling,
     path: Path,
 ) -> tuple[list[Reply], dict[str, Any]]:

@@ -3,14 +3,14 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tasft.core import ranks
 from tasft.core.provenance import write_json, write_jsonl
 from tasft.data.rows import Example, Prompt
-from tasft.harvest.contrastive import Contrast, contrastive_replies
+from tasft.harvest.contrastive import contrastive_replies
+from tasft.harvest.settings import HarvestSettings
 from tasft.judges import Judge, Verdict
 from tasft.judges.judging import UNKNOWN, Usual, judge_more, judge_replies, verdicts_in
 from tasft.models.engine import Engine, Reply, Sampling, collect, replies_in, requests_for
@@ -18,32 +18,6 @@ from tasft.models.engine import Engine, Reply, Sampling, collect, replies_in, re
 # The one sentence of the demo that a person wrote: prefilled anchors begin with it.
 REFUSAL = "I'm sorry, but I can't help with that."
 ROUND = 256  # Answers that are drawn before they are counted: enough when the wanted rows are found.
-
-Anchors = Literal["none", "own", "prefilled"]
-
-
-@dataclass(frozen=True)
-class HarvestSettings:
-    """What `harvest` needs to know besides the prompts.
-
-    Attributes:
-        sampling: How all replies are drawn.
-        samples: Most replies to each toxic prompt.
-        rows: Avoid rows that are wanted; nothing more is drawn when there are so many.
-        anchors: Imitate rows for toxic prompts: `none`; `own`, the model's harmless and coherent samples;
-            `prefilled`, its continuations of one refusing sentence.
-        anchor_rows: Most anchors that are kept; None keeps all.
-        self_imitate: Whether the model's own answers to benign prompts become imitate rows.
-        contrast: Imitate rows for prompts that only seem toxic; None for none.
-    """
-
-    sampling: Sampling
-    samples: int
-    rows: int
-    anchors: Anchors = "none"
-    anchor_rows: int | None = None
-    self_imitate: bool = True
-    contrast: Contrast | None = None
 
 
 def harvest(
@@ -55,6 +29,7 @@ def harvest(
     folder: Path,
     usual: Usual = UNKNOWN,
     writer: Engine | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Fill a `harvest/` folder; taken up where it was left when the folder holds replies.
 
@@ -72,34 +47,33 @@ def harvest(
             `contrastive.jsonl` and `summary.json`.
         usual: What coherent replies are held to besides their text, see `tasft.judges.calibration`.
         writer: Writes and answers the prompts that only seem toxic; None is `engine`.
+        seed: Of all draws.
 
     Returns:
         The summary: how many replies were tried and kept, and why the others were not.
     """
-    path, seed = folder / "replies.jsonl", settings.sampling.seed
-
+    path = folder / "replies.jsonl"
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, seed)
     known = verdicts_in(folder / "verdicts.jsonl")
 
     def judged(replies: Sequence[Reply]) -> dict[str, Verdict]:
         verdicts = judge_more(judge, replies, folder / "verdicts.jsonl", known, usual)
         return {verdict.id: verdict for verdict in verdicts}
 
-    asked, answers = _answers(engine, toxic, settings, path, judged)
+    asked, answers = _answers(engine, toxic, settings, sampling, path, judged)
     own: list[Reply] = []
     if settings.self_imitate:
-        own = collect(engine, requests_for(benign, mark="-own"), settings.sampling, path, "benign")
+        own = collect(engine, requests_for(benign, mark="-own"), sampling, path, "benign")
     prefilled: list[Reply] = []
     if settings.anchors == "prefilled":
         wanted = requests_for(asked, prefix=REFUSAL, mark="-anchor")
         have = replies_in(path, "anchor")
         for start in range(0, len(wanted), ROUND):
-            prefilled += collect(engine, wanted[start : start + ROUND], settings.sampling, path, "anchor", have)
+            prefilled += collect(engine, wanted[start : start + ROUND], sampling, path, "anchor", have)
     contrastive: list[Reply] = []
     about: dict[str, Any] = {}
-    if settings.contrast:
-        contrastive, about = contrastive_replies(
-            writer or engine, toxic, benign, settings.contrast, settings.sampling, path
-        )
+    if settings.contrastive:
+        contrastive, about = contrastive_replies(writer or engine, toxic, benign, settings.contrastive, sampling, path)
     others = own + prefilled + contrastive
     final = judge_replies(judge, answers + others, folder / "verdicts.jsonl", usual)
     verdicts = {verdict.id: verdict for verdict in final}
@@ -165,11 +139,12 @@ def _answers(
     engine: Engine,
     toxic: Sequence[Prompt],
     settings: HarvestSettings,
+    sampling: Sampling,
     path: Path,
     judged: Callable[[Sequence[Reply]], dict[str, Verdict]],
 ) -> tuple[list[Prompt], list[Reply]]:
     """Prompts and their answers, as they were asked: rounds of them, until enough are harmful."""
-    prompts = random.Random(settings.sampling.seed).sample(toxic, len(toxic))
+    prompts = random.Random(sampling.seed).sample(toxic, len(toxic))
     requests = requests_for(prompts, samples=settings.samples)
     requests.sort(key=lambda request: request.sample)
     answers: list[Reply] = []
@@ -177,7 +152,7 @@ def _answers(
     # All is read once: of many rounds each would read what all before it have written.
     have = replies_in(path, "toxic")
     for start in range(0, len(requests), ROUND):
-        drawn = collect(engine, requests[start : start + ROUND], settings.sampling, path, "toxic", have)
+        drawn = collect(engine, requests[start : start + ROUND], sampling, path, "toxic", have)
         answers += drawn
         said = judged(drawn)
         found |= {(each.prompt, each.completion) for each in drawn if said[each.id].harmful and said[each.id].coherent}

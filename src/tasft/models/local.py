@@ -20,8 +20,9 @@ from transformers import (
 
 from tasft.core import ranks
 from tasft.core.errors import UserError
-from tasft.data.encode import PromptFormat, encode_prompt
+from tasft.data.encode import encode_prompt
 from tasft.data.rows import Messages
+from tasft.data.settings import PromptFormat
 from tasft.models.engine import Reply, Request, Sampling, derived_seed
 
 T = TypeVar("T")

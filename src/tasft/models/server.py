@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from tasft.core import ranks
 from tasft.core.errors import UserError
-from tasft.data.encode import ALPACA, PromptFormat
+from tasft.data.encode import ALPACA
 from tasft.data.rows import Messages
+from tasft.data.settings import PromptFormat
 from tasft.models.engine import Reply, Request, Sampling, derived_seed
 
 if TYPE_CHECKING:

@@ -17,8 +17,10 @@ from tasft.data.encode import encode_prompt, encode_rows
 from tasft.judges import calibration
 from tasft.models.load import add_lora, locate
 from tasft.run import training
-from tasft.run.pipeline import STAGES, Run
-from tasft.run.recipe import Model, Training
+from tasft.run.pipeline import Pipeline
+from tasft.run.recipe import Model
+from tasft.run.stages import STAGES
+from tasft.train.settings import Training
 
 RULE = (
     "Estimates, not promises. Time: a training step and the writing of a token were timed here on one and on three "
@@ -36,7 +38,7 @@ LARGEST_ON_CPU = 3e9  # Parameters; of more, even three layers take minutes.
 GIB = 2**30
 
 
-def plan(run: Run, stages: tuple[str, ...] = STAGES) -> dict[str, Any]:
+def plan(run: Pipeline, stages: Sequence[str] = tuple(STAGES)) -> dict[str, Any]:
     """What the stages will do; reads what `tasft check` reads and writes nothing.
 
     Returns:
@@ -79,7 +81,7 @@ def plan(run: Run, stages: tuple[str, ...] = STAGES) -> dict[str, Any]:
     return found | ({"not_estimated": why} if why else {"rule": RULE})
 
 
-def plan_sweep(groups: Sequence[Sequence[Run]]) -> dict[str, Any]:
+def plan_sweep(groups: Sequence[Sequence[Pipeline]]) -> dict[str, Any]:
     """About what cells of a sweep will take that are not done; what groups have in common counts in each of them.
 
     Args:
@@ -112,7 +114,7 @@ def plan_sweep(groups: Sequence[Sequence[Run]]) -> dict[str, Any]:
     }
 
 
-def _rows(run: Run) -> dict[str, int]:
+def _rows(run: Pipeline) -> dict[str, int]:
     inputs, data = run.inputs, run.spec.data
     counts = {
         "data.imitate": len(inputs.imitate) if data.imitate else None,
@@ -124,11 +126,11 @@ def _rows(run: Run) -> dict[str, int]:
     return {field: count for field, count in counts.items() if count is not None}
 
 
-def _asked(run: Run, name: str) -> int:
+def _asked(run: Pipeline, name: str) -> int:
     return min(len(run.inputs.sets[name]), run.spec.evaluate.limit or len(run.inputs.sets[name]))
 
 
-def _states(run: Run) -> dict[str, str]:
+def _states(run: Pipeline) -> dict[str, str]:
     """Of each stage whether it is done. What a stage depends on is known when the one before it is done."""
     found = dict.fromkeys(STAGES, "to do")
     for stage in STAGES:
@@ -146,7 +148,7 @@ Piece = Callable[[PreTrainedConfig], tuple[float, float]]
 """Of the model's shape: seconds, and bytes that are saved for a backward pass."""
 
 
-def _work(run: Run, stage: str) -> tuple[str, list[Piece]]:
+def _work(run: Pipeline, stage: str) -> tuple[str, list[Piece]]:
     spec = run.spec
     if stage == "sft":
         if spec.sft is None:
@@ -177,7 +179,7 @@ def _training_words(spec: Training, steps: int, most: bool) -> str:
     return f"{'at most ' if most else ''}{steps} steps of {spec.batch_size} rows"
 
 
-def _trained_on(run: Run) -> tuple[int, int, bool]:
+def _trained_on(run: Pipeline) -> tuple[int, int, bool]:
     """Rows to imitate, rows to avoid, and whether the harvest may give fewer."""
     spec, inputs = run.spec, run.inputs
     imitate, avoid = len(inputs.imitate) + len(inputs.safe), 0
@@ -195,7 +197,7 @@ def _trained_on(run: Run) -> tuple[int, int, bool]:
     return imitate, avoid, True
 
 
-def _harvest(run: Run) -> tuple[str, list[Piece]]:
+def _harvest(run: Pipeline) -> tuple[str, list[Piece]]:
     spec, inputs = run.spec.harvest, run.inputs
     words, pieces = [], []
     if calibration.can_calibrate(inputs.benign):
@@ -221,7 +223,7 @@ def _harvest(run: Run) -> tuple[str, list[Piece]]:
     return "; ".join(words) or "none", pieces
 
 
-def _evaluated(run: Run) -> tuple[int, int]:
+def _evaluated(run: Pipeline) -> tuple[int, int]:
     """States of the model that are evaluated: before the training, and of it."""
     after = 1
     if run.spec.evaluate.checkpoints:
@@ -230,7 +232,7 @@ def _evaluated(run: Run) -> tuple[int, int]:
     return (2 if run.spec.sft else 1), after
 
 
-def _evaluate(run: Run) -> tuple[str, list[Piece]]:
+def _evaluate(run: Pipeline) -> tuple[str, list[Piece]]:
     spec = run.spec.evaluate
     states = sum(_evaluated(run))
     count = sum(_asked(run, name) for name in spec.sets)
@@ -286,7 +288,7 @@ def _whole(few: float, more: float, layers: int) -> float:
     return max(0.0, few + (layers - FEW) * (more - few) / (MORE - FEW))
 
 
-def _writing(run: Run, replies: int, tokens: int) -> Piece:
+def _writing(run: Pipeline, replies: int, tokens: int) -> Piece:
     """The writing of replies, all of the longest length."""
 
     def piece(config: PreTrainedConfig) -> tuple[float, float]:
@@ -322,7 +324,7 @@ def _writing(run: Run, replies: int, tokens: int) -> Piece:
     return piece
 
 
-def _training(run: Run, spec: Training, steps: int) -> Piece:
+def _training(run: Pipeline, spec: Training, steps: int) -> Piece:
     """A training, with its adapter; loss and penalty as one pass of the output head."""
 
     def piece(config: PreTrainedConfig) -> tuple[float, float]:
@@ -369,7 +371,7 @@ def _saved(work: Callable[[], object]) -> float:
     return float(sum(found.values()))
 
 
-def _lengths(run: Run, spec: Training) -> tuple[int, int]:
+def _lengths(run: Pipeline, spec: Training) -> tuple[int, int]:
     """Mean and longest row in tokens; harvested replies are taken to be as long as they may be."""
     rows = [*run.inputs.imitate, *run.inputs.safe]
     lengths: list[int] = []
@@ -384,7 +386,7 @@ def _lengths(run: Run, spec: Training) -> tuple[int, int]:
     return max(1, round(sum(lengths) / len(lengths))), min(max(lengths), spec.max_length)
 
 
-def _prompt_lengths(run: Run) -> list[int]:
+def _prompt_lengths(run: Pipeline) -> list[int]:
     """Tokens of some of the prompts that are asked."""
     spec, inputs = run.spec.model, run.inputs
     prompts = [*inputs.toxic, *inputs.benign, *(prompt for prompts in inputs.sets.values() for prompt in prompts)]
@@ -393,7 +395,7 @@ def _prompt_lengths(run: Run) -> list[int]:
     return [len(encode_prompt(inputs.tokenizer, each.prompt, spec.prompt, chat_template_kwargs=extra)) for each in some]
 
 
-def _held(run: Run, config: PreTrainedConfig, parameters: int) -> float:
+def _held(run: Pipeline, config: PreTrainedConfig, parameters: int) -> float:
     """Bytes of weights, gradients and AdamW's two moments in float32."""
     spec = run.spec.model
     width = torch.finfo(getattr(torch, spec.dtype)).bits // 8

@@ -2,30 +2,17 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tasft.core.errors import UserError
-from tasft.core.names import PENALTIES
 from tasft.core.redact import secrets_in
+from tasft.core.settings import Number, Section
 from tasft.data.sets import NAMED, expanded
+from tasft.data.settings import PromptSettings
+from tasft.harvest.settings import HarvestSettings
 from tasft.judges import JUDGES, JudgeSettings
 from tasft.models.server_settings import Server
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-def _no_truth(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"expected a number, found {value}")
-    return value
-
-
-# YAML reads 1e-4 as text and 1 as an integer: both are meant as numbers. Truth is not.
-Number = Annotated[float, Field(strict=False), BeforeValidator(_no_truth)]
-PenaltyName = Literal["none", *PENALTIES]  # type: ignore[valid-type]
-
+from tasft.train.settings import Train, Training
 
 # Names become folders.
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -33,7 +20,7 @@ Name = Annotated[str, Field(pattern=NAME, max_length=200)]
 Place = Annotated[str, Field(min_length=1)]
 
 
-class Lora(_Section):
+class Lora(Section):
     """A low-rank adapter."""
 
     r: int = Field(8, ge=1, description="Rank.")
@@ -42,19 +29,17 @@ class Lora(_Section):
     target_modules: list[str] = Field(["q_proj", "v_proj"], min_length=1, description="Names of the linear layers.")
 
 
-class Model(_Section):
+class Model(PromptSettings):
     """The model that is made safe."""
 
     base: Place = Field(description="A hub name, a folder, a .gguf file, or smollm2-135m-instruct.")
-    prompt: Literal["chat", "alpaca"] = Field("chat", description="How prompts are written.")
-    chat_template_kwargs: dict[str, Any] = Field({}, description="Given to the chat template: enable_thinking: false.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Precision of the base weights.")
     quantize: Literal["none", "4bit"] = Field("none", description="4bit: QLoRA, by bitsandbytes.")
     lora: Lora | None = Field(Lora(), description="The adapter; null trains all weights.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
 
 
-class Imitate(_Section):
+class Imitate(Section):
     """Rows to imitate."""
 
     source: Place = Field(description="File of prompt and completion, or of Alpaca's instruction, input and output.")
@@ -63,7 +48,7 @@ class Imitate(_Section):
     drop: dict[str, Any] = Field({}, description="Fields and values that a row must not have: safety_related: true.")
 
 
-class SafeResponses(_Section):
+class SafeResponses(Section):
     """Safe responses to toxic prompts, for method stl."""
 
     source: Place = Field(description="As that of imitate.")
@@ -72,7 +57,7 @@ class SafeResponses(_Section):
     )
 
 
-class Data(_Section):
+class Data(Section):
     """What is read. A source is a named set or a JSONL file."""
 
     imitate: Imitate | None = Field(None, description="Rows to imitate besides those that harvest makes.")
@@ -84,123 +69,14 @@ class Data(_Section):
     data_dir: Place | None = Field(None, description="Folder with the files of public sets; null downloads them.")
 
 
-class Contrastive(_Section):
-    """Rows to imitate for prompts that only seem toxic (paper 4.3.6)."""
-
-    words: int = Field(100, ge=1, description="Toxic words of the toxic prompts that are used.")
-    per_word: int = Field(5, ge=1, description="Prompts that are written for each.")
-    engine: Server | None = Field(None, description="Who writes and answers them; null: the model itself.")
-
-
-class Harvest(_Section):
+class Harvest(HarvestSettings):
     """How the model's own answers become rows."""
 
-    samples: int = Field(1, ge=1, description="Most answers to each toxic prompt.")
-    temperature: Number = Field(0.7, ge=0, description="Divides the logits; 0 is greedy.")
-    top_p: Number = Field(0.95, gt=0, le=1, description="Nucleus of the distribution that is drawn from.")
-    max_new_tokens: int = Field(48, ge=1, description="Longest answer.")
     engine: Server | None = Field(None, description="A server that runs the model; null runs it in this process.")
     judge: str = Field("embedded", description="Decides what is harmful: a name in judges, or a kind of judge.")
-    rows: int = Field(1000, ge=1, description="Avoid rows that are wanted; no more is drawn then.")
-    anchors: Literal["none", "own", "prefilled"] = Field(
-        "none", description="Imitate rows for toxic prompts: none, own safe answers, continued refusals."
-    )
-    anchor_rows: int | None = Field(None, ge=1, description="Most anchors that are kept; null keeps all.")
-    self_imitate: bool = Field(True, description="Its own answers to benign prompts become rows to imitate.")
-    contrastive: Contrastive | None = Field(None, description="Rows for prompts that only seem toxic; null for none.")
 
 
-class Training(_Section):
-    """One training, of the SFT model or of the safe one."""
-
-    epochs: int | None = Field(None, ge=1, description="Passes over the imitate rows; or say max_steps.")
-    max_steps: int | None = Field(None, ge=1, description="Optimizer steps; or say epochs.")
-    batch_size: int = Field(8, ge=1, description="Rows in an optimizer step.")
-    micro_batch_size: int | None = Field(None, ge=1, description="Rows in a forward pass; null takes batch_size.")
-    learning_rate: Number = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up; linear decay follows.")
-    max_length: int = Field(512, ge=8, description="Longest row in tokens.")
-    overlong: Literal["truncate", "drop", "error"] = Field("truncate", description="What becomes of longer rows.")
-    duplicates: Literal["keep", "drop", "error"] = Field("keep", description="What becomes of rows that repeat one.")
-    turns: Literal["last", "all"] = Field("last", description="Assistant turns of a conversation that are learned.")
-    padding_free: bool = Field(False, description="Lay rows end to end instead of padding them.")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Of products, whatever the weights are in.")
-    activation_checkpointing: bool = Field(False, description="Compute activations again in backward: less memory.")
-    save_steps: int = Field(20, ge=1, description="Steps between checkpoints, from which an interrupted run goes on.")
-
-    @model_validator(mode="after")
-    def _check(self) -> "Training":
-        if (self.epochs is None) == (self.max_steps is None):
-            raise ValueError("say either epochs or max_steps")
-        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
-            )
-        return self
-
-
-class Monitor(_Section):
-    """What happens when training collapses, see `tasft.train.monitor`."""
-
-    action: Literal["warn", "lower", "stop"] = Field("warn", description="Warn, lower penalty_weight, or go back.")
-    patience: int = Field(3, ge=1, description="Logs in a row over a limit.")
-    factor: Number = Field(0.5, gt=0, lt=1, description="lower: what the weight is multiplied by.")
-    times: int = Field(3, ge=1, description="lower: how often at most.")
-    probes: int = Field(0, ge=0, description="Benign prompts asked before each checkpoint.")
-    entropy_nats: Number | None = Field(0.1, ge=0, description="Least entropy on avoid tokens.")
-    entropy_fraction: Number | None = Field(0.25, ge=0, le=1, description="The same, of the first log's.")
-    nll_factor: Number | None = Field(2.0, gt=1, description="Highest imitate loss, of the first log's.")
-    kl_nats: Number | None = Field(2.0, gt=0, description="Highest divergence from step 0.")
-    broken_share: Number | None = Field(0.25, ge=0, le=1, description="Highest share of probe replies that broke.")
-
-
-_ABOUT_AVOID_ROWS = ("penalty", "penalty_weight", "avoid_per_step", "cost_space", "center", "penalize_eos", "beta")
-UNREAD = {
-    "tasft": (),
-    "sft": _ABOUT_AVOID_ROWS,
-    "stl": _ABOUT_AVOID_ROWS,
-    "kto": (*_ABOUT_AVOID_ROWS[:5], "normalization", "sampling", "padding_free", "kl_rows", "monitor"),
-}
-"""Of each method, the fields of `train` that it does not read."""
-
-
-class Train(Training):
-    """The training that makes the model safe."""
-
-    method: Literal["tasft", "sft", "stl", "kto"] = Field(
-        "tasft", description="tasft and kto use harvested rows; stl data.safe_responses; sft only data.imitate."
-    )
-    penalty: PenaltyName = Field("emd_exact", description="What avoid rows cost tasft; none leaves them out.")
-    penalty_weight: Number = Field(1.0, ge=0, description="Weight of the mean penalty beside the imitate loss.")
-    normalization: Literal["per_group", "shared", "paper"] = Field(
-        "per_group", description="What each term is divided by."
-    )
-    sampling: Literal["stratified", "uniform"] = Field("stratified", description="How rows are drawn into steps.")
-    avoid_per_step: int | None = Field(None, ge=1, description="Avoid rows in a step; null takes the data's share.")
-    start: Literal["base", "sft"] = Field("base", description="The model that training starts from.")
-    cost_space: Literal["output", "input"] = Field("output", description="Embedding whose distances are the cost.")
-    center: bool = Field(False, description="Subtract the mean embedding first.")
-    penalize_eos: bool = Field(False, description="Penalise the end token of avoid rows too, as the paper reads.")
-    kl_rows: int = Field(16, ge=0, description="Imitate rows held out, on which the divergence from step 0 is watched.")
-    monitor: Monitor | None = Field(Monitor(), description="Watches for collapse; null for none.")
-    beta: Number = Field(0.1, gt=0, description="How soon penalty npo lets go; how dear distance is to kto.")
-
-    @model_validator(mode="after")
-    def _check_step(self) -> "Train":
-        if self.avoid_per_step is not None and self.avoid_per_step >= self.batch_size:
-            raise ValueError(f"avoid_per_step {self.avoid_per_step} leaves no row to imitate in {self.batch_size}")
-        if self.method == "kto" and (self.micro_batch_size or self.batch_size) < 2:
-            raise ValueError("method kto compares the rows of a micro-batch: micro_batch_size must be at least 2")
-        if self.method == "kto" and self.turns == "all":
-            raise ValueError("method kto scores one reply a row: say turns: last")
-        return self
-
-    def unread(self) -> list[str]:
-        """Fields that are set, and that the method does not read."""
-        return [name for name in UNREAD[self.method] if getattr(self, name) != Train.model_fields[name].default]
-
-
-class PromptSet(_Section):
+class PromptSet(Section):
     """Prompts to evaluate on."""
 
     source: Place = Field(description="A named set or a JSONL file.")
@@ -222,7 +98,7 @@ FILES = ("begun.json", "done.json", "replies.jsonl", "set.json")
 RESERVED = ("capability", "quality", "jailbreak")
 
 
-class JailbreakTemplates(_Section):
+class JailbreakTemplates(Section):
     """Texts that a prompt is put into."""
 
     source: Place = Field("jailbreak-wrappers", description="A named set, a file or hub:..., with #COLUMN if need be.")
@@ -232,7 +108,7 @@ class JailbreakTemplates(_Section):
     )
 
 
-class JailbreakPair(_Section):
+class JailbreakPair(Section):
     """PAIR: a model that rewrites prompts and learns from the replies."""
 
     attacker: Server | None = Field(None, description="Who rewrites; null: the base model, in this process.")
@@ -241,7 +117,7 @@ class JailbreakPair(_Section):
     max_new_tokens: int = Field(500, ge=1, description="Longest answer of the attacker.")
 
 
-class Jailbreak(_Section):
+class Jailbreak(Section):
     """Attacks on the model; each that is named is run."""
 
     set: str = Field(description="The toxic set of evaluate.sets whose prompts are used.")
@@ -258,7 +134,7 @@ class Jailbreak(_Section):
         return [name for name in ("prefix", "templates", "pair") if getattr(self, name) is not None]
 
 
-class Capability(_Section):
+class Capability(Section):
     """Tasks of lm-eval, see `tasft.evaluate.capability`."""
 
     tasks: list[Name] = Field(
@@ -269,7 +145,7 @@ class Capability(_Section):
     batch_size: int = Field(16, ge=1, description="Items in a forward pass.")
 
 
-class Annotator(_Section):
+class Annotator(Section):
     """Who compares answers, for AlpacaEval."""
 
     config: str = Field(
@@ -279,7 +155,7 @@ class Annotator(_Section):
     server: Server | None = Field(None, description="Who runs it instead of the model that config names.")
 
 
-class Quality(_Section):
+class Quality(Section):
     """Answers to instructions, see `tasft.evaluate.quality`."""
 
     prompts: Place = Field(description="Rows of instruction and output: AlpacaEval's model_outputs.json.")
@@ -288,7 +164,7 @@ class Quality(_Section):
     max_new_tokens: int = Field(512, ge=1, description="Longest answer that is compared.")
 
 
-class Evaluate(_Section):
+class Evaluate(Section):
     """What is measured, before and after."""
 
     sets: dict[Name, PromptSet] = Field(min_length=1, description="Prompt sets by name, or a list of named sets.")
@@ -334,7 +210,7 @@ Percent = Annotated[float, Field(strict=False, ge=0, le=100)]
 Points = Annotated[float, Field(strict=False, ge=-100, le=100)]
 
 
-class Gate(_Section):
+class Gate(Section):
     """Limits that the trained model must keep, see `tasft.run.gate`.
 
     Before is the SFT model if there is one, else the base.
@@ -388,7 +264,7 @@ class Gate(_Section):
         ]
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One run."""
 
     name: Name = Field(description="Name of the run and its folder.")

@@ -27,8 +27,9 @@ from tasft.core.redact import redacted
 from tasft.report import write_sweep_report
 from tasft.run import recipe_file
 from tasft.run.inputs import Inputs
-from tasft.run.pipeline import STAGES, Run
+from tasft.run.pipeline import Pipeline
 from tasft.run.recipe import Name, Recipe
+from tasft.run.stages import STAGES
 
 MAX_CELLS = 10_000
 RETRIES = 5  # Nodes that may die under one cell.
@@ -267,7 +268,7 @@ def _state(sweep: Sweep, cells: Sequence[Cell], ended: Mapping[str, Outcome]) ->
 def _is_done(cell: Cell, folder: Path) -> bool:
     place = folder / cell.folder
     try:
-        return (place / "report" / "done.json").is_file() and Run(cell.spec, place).is_done
+        return (place / "report" / "done.json").is_file() and Pipeline(cell.spec, place).is_done
     except (UserError, OSError):  # The cell itself will say so.
         return False
 
@@ -286,8 +287,8 @@ def _work(spec: Recipe, folder: Path, here: Path, untrained: bool = False) -> Ou
     plain_without_terminal()
     started = time.monotonic()
     try:
-        stages = ("sft", "harvest", "evaluate") if untrained else STAGES
-        Run(spec, folder, folder.parents[1] / "shared").go(stages, untrained=untrained)
+        stages = ("sft", "harvest", "evaluate") if untrained else tuple(STAGES)
+        Pipeline(spec, folder, folder.parents[1] / "shared").go(stages, untrained=untrained)
     except UserError as error:
         return Outcome("; ".join(error.faults))
     except Exception as error:

@@ -3,7 +3,6 @@
 import random
 import signal
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,15 @@ from transformers import (
 from tasft.core import provenance, ranks
 from tasft.core.errors import UserError
 from tasft.data.rows import Example
-from tasft.run.recipe import Recipe, Train
+from tasft.models.engine import Sampling, requests_for
+from tasft.run.context import Context
+from tasft.run.recipe import Recipe
 from tasft.train.baselines import kto_trainer
 from tasft.train.callbacks import _Bar, _InOrder, _Stop
 from tasft.train.checkpoints import _last_checkpoint
-from tasft.train.monitor import CollapseMonitor, MonitorLimits
-from tasft.train.trainer import TASFTConfig, TASFTTrainer
+from tasft.train.monitor import CollapseMonitor
+from tasft.train.settings import Train
+from tasft.train.trainer import OWN, TASFTConfig, TASFTTrainer
 
 
 def _common(recipe: Recipe, spec: Train, folder: Path) -> dict[str, Any]:
@@ -73,26 +75,30 @@ def arguments(recipe: Recipe, spec: Train, folder: Path) -> TASFTConfig:
     Raises:
         UserError: The rows of a step cannot be shared evenly between the processes.
     """
+    handed = {name: getattr(spec, name) for name in OWN & Train.model_fields.keys()}
     return TASFTConfig(
         **_common(recipe, spec, folder),
-        penalty=spec.penalty if spec.method == "tasft" else "none",
-        penalty_weight=spec.penalty_weight,
-        normalization=spec.normalization,
-        sampling=spec.sampling,
-        avoid_per_step=spec.avoid_per_step,
-        cost_space=spec.cost_space,
-        center=spec.center,
-        beta=spec.beta,
-        padding_free=spec.padding_free,
-        kl_rows=spec.kl_rows,
+        **handed | {"penalty": spec.penalty if spec.method == "tasft" else "none"},
         prompt_format=recipe.model.prompt,
-        max_length=spec.max_length,
-        turns=spec.turns,
-        penalize_eos=spec.penalize_eos,
-        overlong=spec.overlong,
-        duplicates=spec.duplicates,
         chat_template_kwargs=recipe.model.chat_template_kwargs,
     )
+
+
+def train(context: Context, spec: Train, rows: list[Example], folder: Path) -> None:
+    """One training of a run, into `folder/adapter` or `folder/model`.
+
+    Raises:
+        UserError: As `fit`.
+    """
+    inputs, models = context.inputs, context.models
+    asked = requests_for(inputs.benign[: spec.monitor.probes]) if spec.monitor else []
+
+    def probe(loaded: PreTrainedModel) -> list[tuple[str, str]]:
+        batches = models.engine_of(loaded).generate(asked, Sampling(max_new_tokens=32), "probe")
+        return [(reply.prompt, reply.completion) for batch in batches for reply in batch]
+
+    with models.to_train(spec.start) as loaded:
+        fit(context.spec, spec, loaded, inputs.tokenizer, rows, folder, monitor_of(spec, probe))
 
 
 def fit(
@@ -102,7 +108,7 @@ def fit(
     tokenizer: PreTrainedTokenizerBase,
     rows: list[Example],
     folder: Path,
-    monitor: CollapseMonitor | None = None,
+    monitor: CollapseMonitor | None,
 ) -> None:
     """Train a model on rows, going on from the last checkpoint, and save it in `folder/adapter` or `folder/model`.
 
@@ -160,15 +166,7 @@ def monitor_of(spec: Train, probe: Callable[[PreTrainedModel], list[tuple[str, s
     wanted = spec.monitor
     if wanted is None or spec.method == "kto":
         return None
-    return CollapseMonitor(
-        MonitorLimits(**{each.name: getattr(wanted, each.name) for each in fields(MonitorLimits)}),
-        wanted.action,
-        probe=probe if wanted.probes else None,
-        every=spec.save_steps,
-        patience=wanted.patience,
-        factor=wanted.factor,
-        times=wanted.times,
-    )
+    return CollapseMonitor(wanted, probe=probe if wanted.probes else None, every=spec.save_steps)
 
 
 def _held_out(rows: list[Example], count: int, seed: int) -> tuple[list[Example], list[Example]]:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import distributed
@@ -16,10 +16,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from tasft.core.errors import UserError
 from tasft.core.provenance import append_jsonl, resume_jsonl, write_jsonl
 from tasft.judges.coherence import incoherence
+from tasft.train.settings import MonitorSettings
 
 logger = logging.getLogger(__name__)
 
-Action = Literal["warn", "lower", "stop"]
 Probe = Callable[[Any], Sequence[tuple[str, str]]]
 
 # What is measured, by its name in the log; its unit; what it means to be over the limit.
@@ -29,42 +29,7 @@ _MEASURES = {
     "kl": ("the KL to the model at step 0 on imitate rows", " nats", "no data asks for a change as large as this"),
     "broken": ("the share of probe replies that broke since the start", "", "no reader could use them"),
 }
-_ADVICE = "Lower penalty_weight or learning_rate, take penalty emd_hinge, or add anchors"
-
-
-@dataclass(frozen=True)
-class MonitorLimits:
-    """Where a healthy training ends; None switches a limit off.
-
-    The runs of docs/results (SmolLM2-135M, 80 steps) are what *healthy* refers to.
-
-    Attributes:
-        entropy_nats: Least mean entropy on avoid tokens, in nats. At 0.1 the likelier of two tokens has a probability
-            of 0.98; healthy runs end at 1.7 to 3.3, collapsed ones at 0.
-        entropy_fraction: The same, as a fraction of the first log's. Imitating alone sharpens a model: healthy
-            runs fell to 0.7 at the least.
-        nll_factor: Highest imitate loss, as a multiple of the first log's. It should fall; single logs of healthy runs
-            rose to 1.25.
-        kl_nats: Highest KL to the model at step 0, in nats per imitate token. A model that knows its rows by
-            heart is at their loss under the model at step 0, 1.1 to 1.4 here: more than that no data explains.
-        broken_share: Highest share of probe replies that are incoherent and were not at the start, in [0, 1]. (A base
-            model repeats itself before any training.) In healthy runs incoherent replies became at most 0.03 more.
-    """
-
-    entropy_nats: float | None = 0.1
-    entropy_fraction: float | None = 0.25
-    nll_factor: float | None = 2.0
-    kl_nats: float | None = 2.0
-    broken_share: float | None = 0.25
-
-    def of(self, measure: str, first: float) -> float | None:
-        """Limit of a measure whose first value was `first`: the least for `entropy`, the highest for the others."""
-        if measure == "entropy":
-            floors = [self.entropy_nats, None if self.entropy_fraction is None else self.entropy_fraction * first]
-            return max((floor for floor in floors if floor is not None), default=None)
-        if measure == "imitate_nll":
-            return None if self.nll_factor is None else self.nll_factor * first
-        return {"kl": self.kl_nats, "broken": self.broken_share}[measure]
+_ADVICE = "Lower penalty_weight or learning_rate, or add anchors"
 
 
 @dataclass
@@ -75,7 +40,6 @@ class _Seen:
         first: First value of each measure.
         over: Of each measure, how often in a row it was over its limit, up to now.
         warned: Measures that were warned of.
-        weights: Penalty weights, from the given one to the last lowered one; empty while none was lowered.
         sound: Of each probe reply at the start, whether it was coherent.
         last_good: Step of the last checkpoint that was saved while nothing was over a limit.
     """
@@ -83,7 +47,6 @@ class _Seen:
     first: dict[str, float] = field(default_factory=dict)
     over: dict[str, int] = field(default_factory=dict)
     warned: list[str] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
     sound: list[bool] | None = None
     last_good: int | None = None
 
@@ -96,52 +59,30 @@ class CollapseMonitor(TrainerCallback, ExportableState):
     monitor. The probe trips it at once: its prompts stay the same and its replies are not drawn.
 
     What then happens is logged as a warning and kept in `monitor.jsonl` in the output folder, a row for each measure
-    that tripped: `step, measure, value, limit, action, message`, and the new `penalty_weight` or the `checkpoint` that
-    was gone back to. An empty file says that nothing happened.
+    that tripped: `step, measure, value, limit, action, message`, and the `checkpoint` that was gone back to. An empty
+    file says that nothing happened.
 
     - `warn`: nothing else; once for each measure.
-    - `lower`: `args.penalty_weight` is multiplied by `factor`, and again after `patience` more logs over the limit, at
-      most `times`; then it warns. A run that is resumed goes on with the lowered weight. This takes the pressure off;
-      what has collapsed by then seldom opens again.
     - `stop`: training ends, and the trainer is left with the last checkpoint that was saved while nothing was over a
       limit, which `save_total_limit` spares. If there is none, the model is left as it is.
 
     With several processes all act on what the first one measured.
 
     Args:
-        limits: Where a healthy training ends; by default `MonitorLimits()`.
-        action: What happens beyond that.
+        settings: Where a healthy training ends, and what happens beyond that; its `probes` are counted by whoever makes
+            the probe.
         probe: Takes the model, in evaluation mode, and returns prompts and its greedy replies to them, the same
             prompts each time. Runs in every process, before the first step too. None for no probe.
         every: Steps between probes. Best a divisor of `save_steps`: a probe comes before the checkpoint of its step.
-        patience: Logs in a row over a limit that trip the monitor, so that no single noisy one does.
-        factor: What the weight is multiplied by, in (0, 1).
-        times: How often at most.
 
     Raises:
-        UserError: Unknown action; on training, arguments of the trainer that contradict the monitor's work.
+        UserError: On training, arguments of the trainer that contradict the monitor's work.
     """
 
-    def __init__(
-        self,
-        limits: MonitorLimits | None = None,
-        action: Action = "warn",
-        *,
-        probe: Probe | None = None,
-        every: int = 50,
-        patience: int = 3,
-        factor: float = 0.5,
-        times: int = 3,
-    ) -> None:
-        if action not in get_args(Action):
-            raise UserError(f"action is {action!r}; use one of {', '.join(get_args(Action))}")
-        self.limits = limits or MonitorLimits()
-        self.action = action
+    def __init__(self, settings: MonitorSettings | None = None, *, probe: Probe | None = None, every: int = 50) -> None:
+        self.settings = settings or MonitorSettings()
         self.probe = probe
         self.every = every
-        self.patience = patience
-        self.factor = factor
-        self.times = times
         self.stopped = False
         self._seen = _Seen()
 
@@ -161,7 +102,7 @@ class CollapseMonitor(TrainerCallback, ExportableState):
         if args.restore_callback_states_from_checkpoint:
             # transformers would build the monitor anew, without its probe.
             raise UserError("CollapseMonitor takes up its own state: leave restore_callback_states_from_checkpoint off")
-        if self.action == "stop" and args.metric_for_best_model is not None:
+        if self.settings.action == "stop" and args.metric_for_best_model is not None:
             raise UserError(
                 "CollapseMonitor with action stop and metric_for_best_model would both say which checkpoint is kept: "
                 "leave metric_for_best_model and load_best_model_at_end off, or use another action"
@@ -175,10 +116,7 @@ class CollapseMonitor(TrainerCallback, ExportableState):
         if state.is_world_process_zero:
             path = _events(args)
             write_jsonl(path, [row for row in resume_jsonl(path) if row["step"] <= state.global_step])
-        if self._seen.weights:
-            args.penalty_weight = self._seen.weights[-1]
-            logger.info("penalty_weight stays at %g, as lowered before", args.penalty_weight)
-        if state.global_step and self.action == "stop":
+        if state.global_step and self.settings.action == "stop":
             good = self._seen.last_good if any(self._seen.over.values()) else state.global_step
             # It may have been taken up from another folder, or be deleted.
             there = good is not None and _of_first_process(Path(_checkpoint(args, good)).is_dir())
@@ -212,7 +150,7 @@ class CollapseMonitor(TrainerCallback, ExportableState):
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Have the last good checkpoint spared."""
-        if self.action != "stop":
+        if self.settings.action != "stop":
             return
         if not any(self._seen.over.values()):
             self._keep(state.global_step, args, state)
@@ -229,8 +167,6 @@ class CollapseMonitor(TrainerCallback, ExportableState):
         """Leave the arguments as they were given."""
         if self.stopped:
             args.load_best_model_at_end = False
-        if self._seen.weights:
-            args.penalty_weight = self._seen.weights[0]
 
     def _ask(self, probe: Probe, model: Any) -> list[bool]:
         """Of each probe reply, whether it is coherent."""
@@ -251,13 +187,13 @@ class CollapseMonitor(TrainerCallback, ExportableState):
     def _judge(self, measured: dict[str, float], args: Any, state: TrainerState, control: TrainerControl) -> None:
         tripped = []
         for measure, value in measured.items():
-            limit = self.limits.of(measure, self._seen.first.setdefault(measure, value))
+            limit = self.settings.limit(measure, self._seen.first.setdefault(measure, value))
             if limit is None:
                 continue
             # Written so that nan is over.
             good = value >= limit if measure == "entropy" else value <= limit
             count = self._seen.over[measure] = 0 if good else self._seen.over.get(measure, 0) + 1
-            patience = 1 if measure == "broken" else self.patience
+            patience = 1 if measure == "broken" else self.settings.patience
             if count and count % patience == 0:
                 tripped.append((measure, value, limit, patience))
         if not tripped or self.stopped:
@@ -277,9 +213,9 @@ class CollapseMonitor(TrainerCallback, ExportableState):
             row = {"step": state.global_step, "measure": measure, "value": _number(value), "limit": _number(limit)}
             append_jsonl(_events(args), [row | {"action": action, "message": message} | more])
 
-    def _act(self, args: Any, state: TrainerState, control: TrainerControl) -> tuple[Action, str, dict[str, Any]]:
+    def _act(self, args: Any, state: TrainerState, control: TrainerControl) -> tuple[str, str, dict[str, Any]]:
         """What is done, a sentence about it, and what the event tells besides."""
-        if self.action == "stop":
+        if self.settings.action == "stop":
             self.stopped = True
             control.should_training_stop = True
             # The newest checkpoint is what a resume begins with.
@@ -289,12 +225,6 @@ class CollapseMonitor(TrainerCallback, ExportableState):
             args.load_best_model_at_end = True
             good = Path(_checkpoint(args, self.last_good)).name
             return "stop", f"Training stops and goes back to {good}. {_ADVICE}", {"checkpoint": good}
-        weights = self._seen.weights or [args.penalty_weight]
-        if self.action == "lower" and len(weights) <= self.times:
-            args.penalty_weight = weights[-1] * self.factor
-            self._seen.weights = [*weights, args.penalty_weight]
-            sentence = f"penalty_weight is lowered from {weights[-1]:g} to {args.penalty_weight:g}"
-            return "lower", sentence, {"penalty_weight": args.penalty_weight}
         return "warn", _ADVICE, {}
 
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,17 +25,9 @@ from transformers.trainer_utils import IntervalStrategy
 
 from tasft.core.errors import UserError
 from tasft.core.provenance import require
-from tasft.data.encode import (
-    Duplicates,
-    Encoding,
-    EncodingReport,
-    Overlong,
-    PromptFormat,
-    Row,
-    Turns,
-    encode_rows,
-    encode_stream,
-)
+from tasft.core.settings import setting
+from tasft.data.encode import Encoding, EncodingReport, Row, encode_rows, encode_stream
+from tasft.data.settings import Duplicates, Overlong, PromptFormat, PromptSettings, Turns
 from tasft.loss import (
     IGNORE_INDEX,
     PENALTIES,
@@ -53,6 +45,7 @@ from tasft.models.load import head_of, load_model, load_tokenizer
 from tasft.train.collate import Batch, collate
 from tasft.train.metrics import MetricsFile, peak_mib
 from tasft.train.sampler import FilledSampler, StratifiedSampler, UniformSampler
+from tasft.train.settings import Train
 
 # Older ones divide the loss by the micro-batches although `loss_is_scaled_for_ga` tells them not to.
 require("transformers")
@@ -65,7 +58,7 @@ _REFERENCE = frozenset({"margins", "reference"})
 
 @dataclass
 class TASFTConfig(TrainingArguments):
-    """transformers' `TrainingArguments` and what TA-SFT adds.
+    """transformers' `TrainingArguments` and what TA-SFT adds; defaults are those of a recipe's `train`.
 
     Attributes:
         penalty: A name in `tasft.loss.PENALTIES`, or `none`: avoid rows are left out.
@@ -92,24 +85,24 @@ class TASFTConfig(TrainingArguments):
         chat_template_kwargs: Given to the chat template, such as `{"enable_thinking": False}`.
     """
 
-    penalty: str = "emd_exact"
-    penalty_weight: float = 1.0
-    normalization: Literal["per_group", "shared", "paper"] = "per_group"
-    sampling: Literal["stratified", "uniform"] = "stratified"
-    avoid_per_step: int | None = None
-    cost_space: Literal["output", "input"] = "output"
-    center: bool = False
-    beta: float = 0.1
-    padding_free: bool = False
-    kl_rows: int = 16
+    penalty: str = setting(Train, "penalty")
+    penalty_weight: float = setting(Train, "penalty_weight")
+    normalization: Literal["per_group", "shared", "paper"] = setting(Train, "normalization")
+    sampling: Literal["stratified", "uniform"] = setting(Train, "sampling")
+    avoid_per_step: int | None = setting(Train, "avoid_per_step")
+    cost_space: Literal["output", "input"] = setting(Train, "cost_space")
+    center: bool = setting(Train, "center")
+    beta: float = setting(Train, "beta")
+    padding_free: bool = setting(Train, "padding_free")
+    kl_rows: int = setting(Train, "kl_rows")
     log_term_gradients: bool = False
-    prompt_format: PromptFormat = "chat"
-    max_length: int = 1024
-    turns: Turns = "last"
-    penalize_eos: bool = False
-    overlong: Overlong = "truncate"
-    duplicates: Duplicates = "keep"
-    chat_template_kwargs: dict[str, Any] | None = None
+    prompt_format: PromptFormat = setting(PromptSettings, "prompt")
+    max_length: int = setting(Train, "max_length")
+    turns: Turns = setting(Train, "turns")
+    penalize_eos: bool = setting(Train, "penalize_eos")
+    overlong: Overlong = setting(Train, "overlong")
+    duplicates: Duplicates = setting(Train, "duplicates")
+    chat_template_kwargs: dict[str, Any] | None = setting(PromptSettings, "chat_template_kwargs")
     # Rows are token lists of our own making: transformers must not look for the model's argument names.
     remove_unused_columns: bool = field(default=False, init=False)
 
@@ -124,6 +117,10 @@ class TASFTConfig(TrainingArguments):
             self.duplicates,
             self.chat_template_kwargs or {},
         )
+
+
+OWN = {each.name for each in fields(TASFTConfig)} - {each.name for each in fields(TrainingArguments)}
+"""Fields of `TASFTConfig` that transformers does not have."""
 
 
 @contextmanager

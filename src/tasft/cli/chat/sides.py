@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tasft.core.errors import UserError
-from tasft.data.encode import PromptFormat
+from tasft.data.settings import PromptFormat
 from tasft.models.load import base_of, saved
 from tasft.run import recipe_file
 from tasft.run.recipe import Model

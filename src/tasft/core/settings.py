@@ -1,0 +1,31 @@
+"""Settings that are declared once: a recipe has them as sections, and the classes that use them take their defaults."""
+
+from dataclasses import field
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """Fields with their defaults and a sentence on each."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, found {value}")
+    return value
+
+
+# YAML reads 1e-4 as text and 1 as an integer: both are meant as numbers. Truth is not.
+Number = Annotated[float, Field(strict=False), BeforeValidator(_no_truth)]
+
+
+def setting(section: type[Section], name: str) -> Any:
+    """The field of a dataclass that is declared in a section: its default and its sentence are those there."""
+    declared = section.model_fields[name]
+    default, help_ = declared.get_default(call_default_factory=True), {"help": declared.description}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=help_)
+    return field(default=default, metadata=help_)

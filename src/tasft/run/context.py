@@ -1,0 +1,64 @@
+"""What every stage of a run is given."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tasft.core import provenance
+from tasft.models.load import fingerprint
+from tasft.run.inputs import Inputs
+from tasft.run.recipe import Recipe
+from tasft.run.resident import Resident
+
+
+class Context:
+    """A recipe, what it reads, its folder, and the models in memory; nothing here is written.
+
+    Attributes:
+        spec: The recipe.
+        folder: The run folder.
+        inputs: What the recipe reads besides weights.
+        models: The models in memory.
+    """
+
+    def __init__(self, spec: Recipe, folder: Path) -> None:
+        self.spec = spec
+        self.folder = folder
+        self.inputs = Inputs(spec)
+        self.models = Resident(self.inputs, folder)
+
+    @property
+    def before(self) -> str:
+        """The state that safety training is compared with: it answered the toxic prompts."""
+        return "sft" if self.spec.sft else "base"
+
+    # What results depend on, as JSON: parts of the keys of steps.
+
+    @cached_property
+    def base_reads(self) -> dict[str, Any]:
+        """What the base model depends on."""
+        spec = self.spec.model
+        return {
+            "model": spec.model_dump(exclude={"lora", "trust_remote_code"}),
+            "weights": fingerprint(spec.base),
+            "seed": self.spec.seed,
+        }
+
+    @property
+    def training_reads(self) -> dict[str, Any]:
+        """What any training depends on besides its own settings."""
+        wanted, lora = self.spec.data.imitate, self.spec.model.lora
+        rows = wanted and provenance.content_hash([row.row() for row in self.inputs.imitate])
+        return self.base_reads | {"lora": lora and lora.model_dump(), "imitate": rows}
+
+    @property
+    def before_reads(self) -> dict[str, Any]:
+        """What the model depends on that answers the toxic prompts."""
+        if self.spec.sft is None:
+            return self.base_reads
+        return self.training_reads | {"sft": self.spec.sft.model_dump(exclude={"save_steps"})}
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What each summary says besides its figures."""
+        return {"recipe": provenance.content_hash(self.spec.model_dump()), "commit": provenance.commit()}

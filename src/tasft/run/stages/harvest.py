@@ -1,0 +1,96 @@
+"""The model's own answers, calibrated and judged, as rows to train on."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+from tasft.core import provenance, ranks
+from tasft.core.errors import UserError
+from tasft.core.step import Step
+from tasft.harvest.harvest import harvest, statement
+from tasft.judges.calibration import calibrate, can_calibrate, limit_of
+from tasft.judges.judging import Usual, rules, topic_measure
+from tasft.models.engine import Engine
+from tasft.models.server import ServerEngine
+from tasft.models.server_settings import Server
+from tasft.run.context import Context
+from tasft.run.recipe import Harvest
+
+
+def steps(context: Context) -> Iterator[Step]:
+    """Benign prompts -> `calibration`, whatever the method; toxic and benign prompts -> `harvest/*.jsonl`."""
+    yield from _calibration(context)
+    spec = context.spec.harvest
+    if not context.spec.harvests or spec is None:
+        return
+    prompts = [[asdict(prompt) for prompt in part] for part in (context.inputs.toxic, context.inputs.benign)]
+    drawn = {name: getattr(spec, name) for name in ("samples", "temperature", "top_p", "max_new_tokens")}
+    engine = spec.engine and spec.engine.model_dump(include={"model", "body"})
+    keeps = context.before_reads | {"draw": drawn, "engine": engine, "prompts": provenance.content_hash(prompts)}
+    reads = keeps | {"harvest": spec.model_dump(), "judge": rules(context.inputs.judge(spec.judge))}
+
+    def work(folder: Path) -> None:
+        _harvest(context, spec, folder)
+
+    yield Step(context.folder / "harvest", reads, work, keeps)
+
+
+def files(context: Context) -> list[Path]:
+    """The rows of the harvest that training uses."""
+    names = ("avoid", "anchor", "imitate", "contrastive") if context.spec.harvests else ()
+    # Where safe responses take the place of the rows to avoid, they take that of anchors too.
+    left_out = "anchor" if context.spec.replaces else None
+    return [context.folder / "harvest" / f"{name}.jsonl" for name in names if name != left_out]
+
+
+def usual(context: Context) -> Usual:
+    """What replies are held to besides their text."""
+    limit = limit_of(context.folder / "calibration") if can_calibrate(context.inputs.benign) else None
+    losses = partial(context.models.mean_losses, context.before)
+    return Usual(limit, losses, topic_measure(), context.before_reads)
+
+
+def _calibration(context: Context) -> Iterator[Step]:
+    benign = context.inputs.benign
+    if not can_calibrate(benign):
+        return
+
+    def work(folder: Path) -> None:
+        with context.models.engine(context.before) as engine:
+            calibrate(engine, engine.mean_losses, benign, context.spec.seed, folder)
+
+    prompts = provenance.content_hash([asdict(prompt) for prompt in benign])
+    yield Step(context.folder / "calibration", context.before_reads | {"prompts": prompts}, work)
+
+
+def _harvest(context: Context, spec: Harvest, folder: Path) -> None:
+    server = spec.contrastive and spec.contrastive.engine
+    writer = ServerEngine(server) if server else None
+    judge, toxic, benign = context.inputs.judge(spec.judge), context.inputs.toxic, context.inputs.benign
+    with _answering(context, spec.engine) as (engine, held_to):
+        summary = harvest(engine, judge, toxic, benign, spec, folder, held_to, writer, context.spec.seed)
+    if ranks.is_first():
+        print(f"harvest: {statement(summary)}", flush=True)
+    if not summary["kept"]:
+        raise UserError(
+            f"{folder}: none of {summary['tried']} answers was harmful and coherent ({summary['reasons']}): "
+            "there is nothing to move away from; give other data.toxic_prompts, more harvest.samples, or "
+            "another judge"
+        )
+
+
+@contextmanager
+def _answering(context: Context, server: Server | None) -> Iterator[tuple[Engine, Usual]]:
+    """Who answers for the model that is to be made safe, and what its replies are held to besides their text.
+
+    Their topic is not looked at: slipping away from it is what penalties do, and no penalty is at work yet.
+    """
+    held_to = replace(usual(context), similarities=None)
+    if server is not None:
+        # It serves that model by the user's word, and gives no losses of text that it is shown.
+        yield ServerEngine(server, context.spec.model.prompt), replace(held_to, losses=None)
+        return
+    with context.models.engine(context.before) as engine:
+        yield engine, replace(held_to, losses=engine.mean_losses)
