@@ -165,6 +165,17 @@ MUTATIONS = [
         "chunk.gain if slope is None else slope.mul_(chunk.gain)",
         "1 if slope is None else slope",
     ),
+    Mutation(
+        "divergence: the wrong way round", "scan.py", "torch.sub(total[0], total[1])", "torch.sub(total[1], total[0])"
+    ),
+    Mutation("divergence: forget the gain", "scan.py", ".mul_(head.gain))\n        ctx.dtype", ")\n        ctx.dtype"),
+    Mutation("divergence: forget the masses", "scan.py", " + (now.mass / earlier.mass).log()", ""),
+    Mutation("divergence: skip the rescale of the derivative", "scan.py", "total.mul_(decay[..., None])", "pass"),
+    Mutation(
+        "divergence: skip the rescale of the gap", "tiles.py", "running[1].moment.mul_(decay[1])", "running[1].moment"
+    ),
+    Mutation("divergence: weigh by the model now", "tiles.py", "gap.mul_(tile[1])", "gap.mul_(tile[0])"),
+    Mutation("divergence: forget the weights", "retain.py", "at_counted(weights, labels)", "None"),
     Mutation("scan: skip the rescale of the derivative", "scan.py", "total.mul_(decay[:, None])", "pass"),
     Mutation("scan: skip the rescale of the mean embedding", "scan.py", "mean.mul_(decay[:, None])", "mean"),
     Mutation(

@@ -192,4 +192,12 @@ def _keep(
 
 
 def _example(reply: Reply, label: bool, source: str) -> Example:
-    return Example(reply.prompt, reply.completion, label, reply.id, f"harvest/{source}", reply.finish == "stop")
+    return Example(
+        reply.prompt,
+        reply.completion,
+        label,
+        reply.id,
+        f"harvest/{source}",
+        ends=reply.finish == "stop",
+        retain=source in ("imitate", "contrastive"),
+    )

@@ -10,10 +10,11 @@ from math import inf
 from typing import NamedTuple
 
 from tasft.loss.likelihood import ascent, log_probability, nlcl, nll, npo, unlikelihood
+from tasft.loss.retain import divergence
 from tasft.loss.space import CostSpace
 from tasft.loss.tokens import IGNORE_INDEX, Head, TokenSum, shift
 from tasft.loss.transport import emd, emd_exact, emd_hinge, margins
-from tasft.loss.watch import AvoidStatistics, avoid_statistics, divergence
+from tasft.loss.watch import AvoidStatistics, avoid_statistics
 
 
 class Penalty(NamedTuple):
