@@ -221,7 +221,10 @@ VARIANTS: dict[str, Variant] = {
     "emd": Variant(penalty("emd"), "naive", (5, 6)),
     "emo": Variant(emo, "naive", (5, 6)),
     "naive_likelihood": Variant(naive_likelihood, "naive_likelihood", (2, 3)),
-    **{name: Variant(penalty(name), "naive_likelihood", (2, 4)) for name in ("nlcl", "unlikelihood", "npo", "ascent")},
+    **{
+        name: Variant(penalty(name), "naive_likelihood", (2, 4))
+        for name in ("nlcl", "unlikelihood", "npo", "npo_mean", "simnpo", "ascent")
+    },
     "naive_divergence": Variant(naive_divergence, "naive_divergence", (3, 4)),
     "divergence": Variant(retain, "naive_divergence", (4, 4), frozen=True),
     "cross_entropy": Variant(cross_entropy, "naive_likelihood", (2, 3)),

@@ -121,9 +121,11 @@ def slow(name: str, case: Case) -> Tensor:
         return reference.eq7_nlcl(each(response)) * len(each(response))
     if name == "unlikelihood":
         return reference.unlikelihood(response).sum()
-    if name == "npo":
+    if name in ("npo", "npo_mean"):
         pairs = zip(each(response), each(before), strict=True)
-        return torch.stack([reference.npo(*pair, BETA) for pair in pairs]).sum()
+        return torch.stack([getattr(reference, name)(*pair, BETA) for pair in pairs]).sum()
+    if name == "simnpo":
+        return torch.stack([reference.simnpo(one, BETA) for one in each(response)]).sum()
     assert name == "ascent"
     return reference.log_q(response).sum()
 
@@ -154,6 +156,8 @@ BY_HAND = {
     "nlcl": (math.log(4 / 3), 1),
     "unlikelihood": (-math.log(1 / 2) - math.log(7 / 8), 2),
     "npo": (2 / BETA * math.log(1 + 2**BETA), 1),
+    "npo_mean": (2 / BETA * math.log(1 + 2 ** (BETA / 2)), 1),
+    "simnpo": (2 / BETA * math.log(1 + (1 / 4) ** BETA), 1),
     "ascent": (math.log(1 / 16), 2),
 }
 

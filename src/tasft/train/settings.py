@@ -103,7 +103,9 @@ class Train(Training, AvoidSettings):
         description="Weight of the divergence from the untouched model, on its own answers to benign prompts.",
     )
     retain_nll: bool = Field(False, description="Learn these answers by their likelihood too, as without retain.")
-    beta: Number = Field(0.1, gt=0, description="How soon penalty npo lets go; how dear distance is to kto.")
+    beta: Number | None = Field(
+        None, gt=0, description="How soon npo and its kin let go, or how dear distance is to kto; null: its usual value."
+    )
 
     @model_validator(mode="after")
     def _check_step(self) -> "Train":

@@ -73,7 +73,7 @@ class TASFTConfig(TrainingArguments):
         avoid_per_step: Avoid rows in an optimizer step; None takes the share that the data has, at least 1.
         cost_space: Whose rows are the token embeddings of the Earth Mover Distance: `output` head or `input`.
         center: Whether the mean embedding is subtracted first.
-        beta: How soon `npo` lets go of a response.
+        beta: How soon `npo`, `npo_mean` and `simnpo` let go of a response; None takes the usual value of each.
         retain: Weight of the mean divergence from the model at step 0 on the tokens of rows with `retain`; 0 for none.
         retain_nll: Whether rows that are retained are learned by their likelihood too.
         padding_free: Whether the rows of a micro-batch are laid end to end instead of padded. The model must know
@@ -96,7 +96,7 @@ class TASFTConfig(TrainingArguments):
     avoid_per_step: int | None = setting(Train, "avoid_per_step")
     cost_space: Literal["output", "input"] = setting(Train, "cost_space")
     center: bool = setting(Train, "center")
-    beta: float = setting(Train, "beta")
+    beta: float | None = setting(Train, "beta")
     retain: float = setting(Train, "retain")
     retain_nll: bool = setting(Train, "retain_nll")
     padding_free: bool = setting(Train, "padding_free")
@@ -480,7 +480,7 @@ class TASFTTrainer(Trainer):
             terms["retain"] = divergence(hidden, head, retain_labels, before=then, head_before=head, weights=weights)
         if self.penalty is None:
             return terms
-        offered = flat | {"space": self._space(), "beta": self.args.beta}
+        offered = flat | {"space": self._space(), "beta": self.args.beta or self.penalty.beta}
         needed = {name: offered[name] for name in self.penalty.needs}
         terms["penalty"] = self.penalty.fn(hidden, head, avoid_labels, weights=flat.get("weight"), **needed)
         if watch:
