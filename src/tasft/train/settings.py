@@ -104,7 +104,9 @@ class Train(Training, AvoidSettings):
     )
     retain_nll: bool = Field(False, description="Learn these answers by their likelihood too, as without retain.")
     beta: Number | None = Field(
-        None, gt=0, description="How soon npo and its kin let go, or how dear distance is to kto; null: its usual value."
+        None,
+        gt=0,
+        description="How soon npo and its kin let go, or how dear distance is to kto; null: its usual value.",
     )
 
     @model_validator(mode="after")
