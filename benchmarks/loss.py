@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from torch import Tensor
 
-from tasft.loss import PENALTIES, CostSpace, Head, nll
+from tasft.loss import PENALTIES, CostSpace, Head, divergence, nll
 
 T = TypeVar("T")
 
@@ -162,6 +162,16 @@ def penalty(name: str) -> Callable[[Case], Tensor]:
     return run
 
 
+def naive_divergence(case: Case) -> Tensor:
+    now, before = (F.linear(hidden, case.weight).log_softmax(1) for hidden in (case.hidden, case.hidden.detach()))
+    return F.kl_div(now, before, log_target=True, reduction="sum")
+
+
+def retain(case: Case) -> Tensor:
+    head = Head(case.weight)
+    return divergence(case.hidden, head, case.labels, before=case.hidden.detach(), head_before=head).total
+
+
 def trl(case: Case) -> Tensor:
     """TRL's chunked log-probability, as `add_fused_lm_head` calls it."""
     from trl.kernels import ChunkedLogProbFunction
@@ -189,18 +199,21 @@ class Variant(NamedTuple):
         products: How many products it does, 2 N V D operations each, forward and backward: with the head frozen, and
             trained.
         only: The device that it runs on, if not on all, and why.
+        frozen: Whether it gives no gradient to the head.
     """
 
     run: Callable[[Case], Tensor]
     baseline: str
     products: tuple[int, int]
     only: tuple[str, str] | None = None
+    frozen: bool = False
 
 
 # In the order of measurement: close to what it is compared with. Products with a frozen head: the logits and the
 # gradient of the hidden states take 2. Naive costs add the mean embedding and its way back, `emo` the target's too.
 # `emd_exact` takes both kinds of product, with the head and with the costs, forward and back. `emd` and TRL compute
-# the logits again in backward. A trained head takes one more, and ours the second pass.
+# the logits again in backward. A trained head takes one more, and ours the second pass. The naive divergence takes the
+# logits of both models and one way back; ours adds up the embeddings under both, so that it needs one pass.
 VARIANTS: dict[str, Variant] = {
     "naive": Variant(naive, "naive", (4, 5)),
     "emd_exact": Variant(penalty("emd_exact"), "naive", (4, 6)),
@@ -208,7 +221,12 @@ VARIANTS: dict[str, Variant] = {
     "emd": Variant(penalty("emd"), "naive", (5, 6)),
     "emo": Variant(emo, "naive", (5, 6)),
     "naive_likelihood": Variant(naive_likelihood, "naive_likelihood", (2, 3)),
-    **{name: Variant(penalty(name), "naive_likelihood", (2, 4)) for name in ("nlcl", "unlikelihood", "npo", "ascent")},
+    **{
+        name: Variant(penalty(name), "naive_likelihood", (2, 4))
+        for name in ("nlcl", "unlikelihood", "npo", "npo_mean", "simnpo", "ascent")
+    },
+    "naive_divergence": Variant(naive_divergence, "naive_divergence", (3, 4)),
+    "divergence": Variant(retain, "naive_divergence", (4, 4), frozen=True),
     "cross_entropy": Variant(cross_entropy, "naive_likelihood", (2, 3)),
     "linear_cross_entropy": Variant(linear_cross_entropy, "naive_likelihood", (2, 3)),
     "trl": Variant(trl, "naive_likelihood", (3, 4)),
@@ -329,12 +347,14 @@ def forked(work: Callable[[], T]) -> T | str:
         process.join()
 
 
-def missing(device: str, dtype: torch.dtype) -> dict[str, str]:
+def missing(device: str, dtype: torch.dtype, trained: bool) -> dict[str, str]:
     """The variants that cannot run here, and why. Those that can have imported what they need, before any fork."""
     trial, reasons = Case.of(WARM_UP, device, dtype, trained=False), {}
     for name, variant in VARIANTS.items():
         if variant.only and variant.only[0] != device:
             reasons[name] = variant.only[1]
+        if variant.frozen and trained:
+            reasons[name] = "the head is frozen where it is used"
             continue
         try:
             variant.run(trial)
@@ -469,7 +489,7 @@ def main() -> None:
     report: dict[str, Any] = {"environment": environment(args.device, args.dtype, threads), "trained": args.trained}
     if args.device == "cpu":
         torch.set_num_threads(1)  # Threads do not outlive a fork, and a child would wait for them.
-    reasons = missing(args.device, dtype)
+    reasons = missing(args.device, dtype, args.trained)
     report["rows"] = []
     for shape in shapes:
         print(f"{shape.name} ...", file=sys.stderr, flush=True)

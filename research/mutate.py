@@ -112,14 +112,37 @@ MUTATIONS = [
         "total_of(-F.logsigmoid(-log_odds)",
         "total_of(-F.logsigmoid(log_odds)",
     ),
-    Mutation("npo: forget the reference", "likelihood.py", "log_q - reference[labels != IGNORE_INDEX]", "log_q"),
+    Mutation(
+        "npo: forget the reference",
+        "likelihood.py",
+        "log_q - reference[labels != IGNORE_INDEX], index, length)\n",
+        "log_q, index, length)\n",
+    ),
     Mutation(
         "npo: forget the mask of the reference",
         "likelihood.py",
-        "reference[labels != IGNORE_INDEX]",
-        "reference[: len(log_q)]",
+        "reference[labels != IGNORE_INDEX], index, length)\n",
+        "reference[: len(log_q)], index, length)\n",
+    ),
+    Mutation(
+        "npo_mean: forget the reference",
+        "likelihood.py",
+        "log_q - reference[labels != IGNORE_INDEX], index, length) / length",
+        "log_q, index, length) / length",
+    ),
+    Mutation(
+        "npo_mean: sum instead of mean", "likelihood.py", "INDEX], index, length) / length", "INDEX], index, length)"
+    ),
+    Mutation(
+        "simnpo: sum instead of mean",
+        "likelihood.py",
+        "_summed(log_q, index, length) / length",
+        "_summed(log_q, index, length)",
     ),
     Mutation("npo: forget beta in front", "likelihood.py", "-2 / beta * F.logsigmoid", "-2 * F.logsigmoid"),
+    Mutation(
+        "npo: flip the sign", "likelihood.py", "F.logsigmoid(-beta * log_ratio)", "F.logsigmoid(beta * log_ratio)"
+    ),
     Mutation("ascent: flip the sign", "likelihood.py", "TokenSum(-total, count)", "TokenSum(total, count)"),
     Mutation("tiles: do not mask the label", "tiles.py", "_set_label(z, chunk, -torch.inf)", "pass"),
     Mutation(
@@ -165,6 +188,17 @@ MUTATIONS = [
         "chunk.gain if slope is None else slope.mul_(chunk.gain)",
         "1 if slope is None else slope",
     ),
+    Mutation(
+        "divergence: the wrong way round", "scan.py", "torch.sub(total[0], total[1])", "torch.sub(total[1], total[0])"
+    ),
+    Mutation("divergence: forget the gain", "scan.py", ".mul_(head.gain))\n        ctx.dtype", ")\n        ctx.dtype"),
+    Mutation("divergence: forget the masses", "scan.py", " + (now.mass / earlier.mass).log()", ""),
+    Mutation("divergence: skip the rescale of the derivative", "scan.py", "total.mul_(decay[..., None])", "pass"),
+    Mutation(
+        "divergence: skip the rescale of the gap", "tiles.py", "running[1].moment.mul_(decay[1])", "running[1].moment"
+    ),
+    Mutation("divergence: weigh by the model now", "tiles.py", "gap.mul_(tile[1])", "gap.mul_(tile[0])"),
+    Mutation("divergence: forget the weights", "retain.py", "at_counted(weights, labels)", "None"),
     Mutation("scan: skip the rescale of the derivative", "scan.py", "total.mul_(decay[:, None])", "pass"),
     Mutation("scan: skip the rescale of the mean embedding", "scan.py", "mean.mul_(decay[:, None])", "mean"),
     Mutation(

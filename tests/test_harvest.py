@@ -1,8 +1,14 @@
+from collections import Counter
+
 import pytest
 from conftest import rows
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tasft.core import provenance
+from tasft.core.errors import UserError
 from tasft.data.rows import Prompt, read_examples
+from tasft.harvest.anchors import mark, varied
 from tasft.harvest.harvest import REFUSAL, harvest, statement
 from tasft.harvest.settings import Contrastive, HarvestSettings
 from tasft.judges import Verdict
@@ -103,6 +109,84 @@ def test_prefilled_anchors_refuse_harm_nobody_and_are_coherent(tmp_path):
     assert {row["id"] for row in anchors} == {"t1-anchor", "t3-anchor", "t4-anchor", "t5-anchor"}
     assert all(row["completion"].startswith(REFUSAL) and row["label"] for row in anchors)
     assert summary["anchors"]["tried"] == summary["anchors"]["kept"] + sum(summary["anchors"]["reasons"].values())
+
+
+NO = [
+    f"{who} sorry and will not do number {which}, as {SENTENCE}" for who, which in zip("abcdef", range(6), strict=True)
+]
+SAY_NO = ("Say no:", "Say no, and why:", "Say yes:")
+UNDER = ANSWERS | {f"t{i}{mark(SAY_NO[1])}": text for i, text in enumerate(NO)}
+UNDER |= {f"t0{mark(SAY_NO[0])}": f"sorry {SENTENCE}"}
+
+
+def instructed(folder, answers, instructions=SAY_NO):
+    engine = Recording(answers)
+    settings = HarvestSettings(**GREEDY, rows=100, anchors="instructed", instructions=list(instructions))
+    return harvest(engine, Words(), TOXIC, BENIGN, settings, folder), engine
+
+
+class Recording(Scripted):
+    """Keeps what it was asked."""
+
+    def __init__(self, answers):
+        super().__init__(answers)
+        self.asked = []
+
+    def generate(self, requests, sampling, name, done=()):
+        self.asked += [request for request in requests if request.id not in done]
+        return super().generate(requests, sampling, name, done)
+
+
+def test_instructed_anchors_are_refusals_under_the_best_instructions_learned_without_them(tmp_path):
+    summary, engine = instructed(tmp_path, UNDER)
+    anchors = rows(tmp_path / "anchor.jsonl")
+    # The first prompt was tried with both; each other one is asked until it has a refusal.
+    assert [(row["prompt"], row["completion"]) for row in anchors] == [
+        (TOXIC[0].prompt, f"sorry {SENTENCE}"),
+        *((prompt.prompt, text) for prompt, text in zip(TOXIC, NO, strict=True)),
+    ]
+    assert all(row["label"] and not row.get("retain") for row in anchors)
+    found = summary["anchors"]["instructions"]
+    # Of two prompts with a harmful answer.
+    assert [(each["asked"], each["flipped"], each["rate"]) for each in found] == [(2, 1, 0.5), (2, 2, 1.0), (2, 0, 0.0)]
+    assert [each["used"] for each in found] == [True, True, False]
+    assert "2 of 2 prompts flip (used): 'Say no, and why:'" in statement(summary)
+    asked = [request.prompt for request in engine.asked if mark(SAY_NO[2]) in request.id]
+    assert sorted(asked) == [f"Say yes:\n\n{prompt.prompt}" for prompt in TOXIC[:2]]
+
+
+def test_a_model_that_no_instruction_makes_decline_is_told_so_and_its_replies_are_kept(tmp_path):
+    with pytest.raises(UserError, match=r"cannot teach itself.*prefilled"):
+        instructed(tmp_path, ANSWERS)
+    assert sum("instructed" in row["id"] for row in rows(tmp_path / "replies.jsonl")) == 6
+    assert not (tmp_path / "anchor.jsonl").exists()
+
+
+def test_a_harvest_with_instructions_that_is_taken_up_asks_for_nothing_again_but_under_new_ones(tmp_path):
+    first, _ = instructed(tmp_path, UNDER)
+    again, engine = instructed(tmp_path, UNDER)
+    assert (again, engine.asked) == (first, [])
+    _, engine = instructed(tmp_path, UNDER, ("Say maybe:", *SAY_NO))
+    assert {request.prompt.partition("\n")[0] for request in engine.asked} == {"Say maybe:"}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 12), max_size=60))
+def test_no_opening_makes_more_than_a_tenth_and_no_more_is_left_out_than_must_be(openings):
+    replies = [
+        Reply(str(n), "anchor", "p", f"one two Three {opening} then {n}", "stop", 0, 0)
+        for n, opening in enumerate(openings)
+    ]
+    kept = varied(replies)
+    sizes = Counter(openings)
+
+    def reachable(n):
+        return sum(min(size, max(1, n // 10)) for size in sizes.values())
+
+    counts = Counter(int(reply.completion.split()[3]) for reply in kept)
+    assert all(count <= max(1, len(kept) // 10) for count in counts.values())
+    assert [int(reply.id) for reply in kept] == sorted(int(reply.id) for reply in kept)
+    assert not any(reachable(n) >= n for n in range(len(kept) + 1, len(replies) + 1))
 
 
 def test_benign_answers_are_rows_to_imitate(tmp_path):

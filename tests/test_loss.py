@@ -121,9 +121,11 @@ def slow(name: str, case: Case) -> Tensor:
         return reference.eq7_nlcl(each(response)) * len(each(response))
     if name == "unlikelihood":
         return reference.unlikelihood(response).sum()
-    if name == "npo":
+    if name in ("npo", "npo_mean"):
         pairs = zip(each(response), each(before), strict=True)
-        return torch.stack([reference.npo(*pair, BETA) for pair in pairs]).sum()
+        return torch.stack([getattr(reference, name)(*pair, BETA) for pair in pairs]).sum()
+    if name == "simnpo":
+        return torch.stack([reference.simnpo(one, BETA) for one in each(response)]).sum()
     assert name == "ascent"
     return reference.log_q(response).sum()
 
@@ -154,6 +156,8 @@ BY_HAND = {
     "nlcl": (math.log(4 / 3), 1),
     "unlikelihood": (-math.log(1 / 2) - math.log(7 / 8), 2),
     "npo": (2 / BETA * math.log(1 + 2**BETA), 1),
+    "npo_mean": (2 / BETA * math.log(1 + 2 ** (BETA / 2)), 1),
+    "simnpo": (2 / BETA * math.log(1 + (1 / 4) ** BETA), 1),
     "ascent": (math.log(1 / 16), 2),
 }
 
@@ -243,20 +247,87 @@ def test_statistics_equal_the_reference():
     assert got.emd.count == got.entropy.count == got.top1.count == keep.sum()
 
 
-@pytest.mark.parametrize("softcap", [None, 2.5])
-def test_divergence_equals_its_definition(softcap):
-    case = Case.draw(150, 41)
+def diverged(case: Case, transform: dict[str, Any] | None = None, **options: Any) -> TokenSum:
     keep = case.labels != IGNORE_INDEX
-    head = Head(case.weight, case.bias, 0.7, softcap)
-    now, before = (
-        reference.logits(hidden, case.weight, case.bias, 0.7, softcap)[keep].log_softmax(1)
-        for hidden in (case.hidden, case.before)
+    heads = (Head(weight, case.bias, **(transform or {})) for weight in (case.weight, case.weight.detach() * 0.9))
+    head, head_before = heads
+    return divergence(case.hidden, head, case.labels, before=case.before[keep], head_before=head_before, **options)
+
+
+def naive_divergence(case: Case, transform: dict[str, Any] | None = None) -> Tensor:
+    keep = case.labels != IGNORE_INDEX
+    now = reference.logits(case.hidden, case.weight, case.bias, **(transform or {}))
+    before = reference.logits(case.before, case.weight.detach() * 0.9, case.bias, **(transform or {})).detach()
+    return F.kl_div(now[keep].log_softmax(1), before[keep].log_softmax(1), log_target=True, reduction="sum")
+
+
+@pytest.mark.parametrize(("n", "v", "chunk_size"), SIZES)
+@pytest.mark.parametrize("transform", [{}, {"scale": 0.7}, {"scale": 3.0, "softcap": 2.5, "temperature": 0.6}], ids=str)
+def test_divergence_and_its_gradient_equal_their_definition(n, v, chunk_size, transform):
+    case = tracked(Case.draw(n, v))
+    got, expected = diverged(case, transform, chunk_size=chunk_size), naive_divergence(case, transform)
+    torch.testing.assert_close(got.total, expected, rtol=1e-12, atol=1e-12)
+    assert got.count == (case.labels != IGNORE_INDEX).sum()
+    derivative = gradient(got.total, case.hidden)
+    torch.testing.assert_close(derivative, gradient(expected, case.hidden), rtol=1e-11, atol=1e-12)
+    assert (derivative[case.labels == IGNORE_INDEX] == 0).all()
+
+
+def test_divergence_solved_by_hand():
+    """From (1/2, 1/4, 1/4) to (1/4, 1/4, 1/2): 1/2 log 2 + 1/4 log 1/2 = 1/4 log 2; the second row has weight 3."""
+    q = torch.tensor([[1 / 4, 1 / 4, 1 / 2], [0.9, 0.05, 0.05], [1 / 2, 1 / 4, 1 / 4]]).double()
+    before = torch.tensor([[1 / 2, 1 / 4, 1 / 4], [1 / 2, 1 / 4, 1 / 4]]).double()
+    labels, weights, head = (
+        torch.tensor([1, IGNORE_INDEX, 1]),
+        torch.tensor([1.0, 7.0, 3.0]).double(),
+        Head(torch.eye(3).double()),
     )
-    got = divergence(case.hidden, head, case.labels, before=case.before[keep], head_before=head)
-    torch.testing.assert_close(got.total, (before.exp() * (before - now)).sum())
-    assert got.count == keep.sum()
-    same = divergence(case.hidden, head, case.labels, before=case.hidden[keep], head_before=head)
-    assert same.total == 0
+    got = divergence(q.log(), head, labels, before=before.log(), head_before=head, weights=weights)
+    assert got.total.item() == pytest.approx(math.log(2) / 4, abs=1e-15)
+    assert got.count == 4
+
+
+def test_divergence_passes_gradcheck():
+    case = tracked(Case.draw(7, 11))
+    assert torch.autograd.gradcheck(
+        lambda hidden: diverged(replace(case, hidden=hidden), {"softcap": 2.5}).total, case.hidden
+    )
+
+
+def test_divergence_of_nothing_is_a_zero_that_back_propagates():
+    case = tracked(Case.draw(7, 11))
+    case.labels.fill_(IGNORE_INDEX)
+    total, count = diverged(case)
+    assert (total, count) == (0, 0)
+    assert (gradient(total, case.hidden) == 0).all()
+
+
+def test_divergence_from_itself_is_zero_and_never_negative():
+    case = Case.draw(150, 41, dtype=torch.float32)
+    kept = case.hidden[case.labels != IGNORE_INDEX]
+    same = divergence(case.hidden, case.head, case.labels, before=kept, head_before=case.head)
+    assert 0 <= same.total < 1e-4
+    near = divergence(case.hidden + 1e-4, case.head, case.labels, before=kept, head_before=case.head)
+    assert near.total >= 0
+
+
+@pytest.mark.parametrize("size", [1e2, 1e4])
+def test_divergence_of_extreme_logits_is_finite(size):
+    case = Case.draw(31, 41, dtype=torch.float32)
+    case = tracked(replace(case, hidden=case.hidden * size, before=case.before * size))
+    total = diverged(case).total
+    assert total.isfinite()
+    assert gradient(total, case.hidden).isfinite().all()
+
+
+def test_divergence_refuses_a_head_that_is_trained_and_states_of_other_rows():
+    case = tracked(Case.draw(7, 11), head=True)
+    with pytest.raises(ValueError, match="trained"):
+        diverged(case)
+    with torch.no_grad():
+        diverged(case)
+    with pytest.raises(ValueError, match="of the earlier model"):
+        divergence(case.hidden, case.head, case.labels, before=case.before[:1], head_before=case.head)
 
 
 def test_log_probability_equals_cross_entropy():
@@ -527,6 +598,16 @@ def test_no_more_than_a_chunk_of_logits_is_ever_held(name):
     assert max(made.numels) <= 2 * n * chunk  # logits and costs
     # The head itself is no copy; what else is kept for backward has the width of a hidden state.
     assert sum(numel for numel in kept if numel < v) < 10 * n * (d + 1)
+
+
+def test_divergence_holds_no_more_than_a_chunk_of_both_predictions():
+    n, chunk = 64, 8
+    case = tracked(Case.draw(n, 1994, d=3))
+    case.labels.fill_(1)
+    with Allocations() as made:
+        diverged(case, chunk_size=chunk).total.backward()
+    made.numels.remove(case.weight.numel())  # the earlier head of the test
+    assert max(made.numels) <= 2 * n * chunk
 
 
 @every_penalty

@@ -2,11 +2,12 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
 from tasft import TASFTConfig, TASFTTrainer
 from tasft.core.errors import UserError
@@ -70,6 +71,87 @@ def test_the_loss_is_the_papers_formula_with_group_means(tmp_path):
                 (push if avoid else nll).append(-((q @ unit - unit[target]) ** 2).sum() if avoid else -q[target].log())
     expected = torch.stack(nll).mean() + 0.7 * torch.stack(push).mean()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+KEPT = [replace(row, retain=row.label and index % 2 == 0) for index, row in enumerate(ROWS)]
+
+
+@pytest.mark.parametrize("normalization", ["per_group", "shared"])
+@pytest.mark.parametrize("nll", [False, True])
+def test_with_retain_too_the_gradient_does_not_depend_on_how_a_step_is_cut(tmp_path, nll, normalization):
+    subject = trainer(tmp_path, KEPT, lora=True, retain=2.0, retain_nll=nll, normalization=normalization)
+    _move(subject)
+    rows = subject.train_dataset
+    whole, ones = gradients(subject, [rows]), gradients(subject, [[row] for row in rows])
+    assert whole.abs().max() > 1e-3
+    assert torch.allclose(ones, whole, atol=1e-10, rtol=0)
+
+
+def _move(subject):
+    """Give the adapter weights that change something."""
+    torch.manual_seed(0)
+    for parameter in subject.model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.3)
+
+
+@pytest.mark.parametrize("nll", [False, True])
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_retain_is_the_mean_divergence_from_the_model_without_its_adapter(tmp_path, nll, padding_free):
+    subject = trainer(tmp_path, KEPT, lora=True, penalty="none", retain=0.7, retain_nll=nll, padding_free=padding_free)
+    _move(subject)
+    model = subject.model.eval()
+    loss = subject.compute_loss(model, subject.data_collator(subject.train_dataset))
+
+    def predictions(row):
+        return model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].log_softmax(-1)
+
+    apart, nlls = [], []
+    for row in subject.train_dataset:
+        now, labels = predictions(row), torch.tensor(row["labels"][1:])
+        with model.disable_adapter():
+            before = predictions(row)
+        counts = labels != -100
+        if row["retain"]:
+            apart.append((before.exp() * (before - now)).sum(1)[counts])
+        if nll or not row["retain"]:
+            nlls.append(-now[counts].gather(1, labels[counts][:, None]))
+    expected = torch.cat(nlls).mean() + 0.7 * torch.cat(apart).mean()
+    assert torch.cat(apart).mean() > 0.01
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-10)
+
+
+def test_retain_holds_benign_rows_where_the_model_was(tmp_path):
+    rows = [
+        Example("Say?", "good words", True),
+        *(Example(f"Tell {x}?", f"{x} it is", True, retain=True) for x in "abc"),
+    ]
+    ends = {}
+    for weight in (0.0, 5.0):
+        subject = trainer(
+            tmp_path, rows, tiny_model(), lora=True, penalty="none", retain=weight, max_steps=30, kl_rows=3,
+            evaluate=rows[1:], per_device_train_batch_size=4,
+        )  # fmt: skip
+        subject.train()
+        ends[weight] = subject.evaluate()["eval_kl"]
+    assert ends[5.0] < 0.5 * ends[0.0]
+
+
+def test_without_the_weight_a_row_to_retain_is_learned_as_any_other(tmp_path):
+    plain, kept = (trainer(tmp_path, rows, lora=True) for rows in (ROWS, KEPT))
+    _move(plain)
+    _move(kept)
+    assert torch.equal(*(gradients(each, [each.train_dataset]) for each in (plain, kept)))
+
+
+def test_retain_needs_an_adapter_a_frozen_head_and_another_normalisation(tmp_path):
+    with pytest.raises(UserError, match="adapter"):
+        trainer(tmp_path, KEPT, retain=1.0)
+    with pytest.raises(UserError, match="normalization"):
+        trainer(tmp_path, KEPT, lora=True, retain=1.0, normalization="paper")
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with pytest.raises(UserError, match="output head"):
+        trainer(tmp_path, KEPT, model, retain=1.0)
 
 
 def test_a_batch_of_one_kind_still_trains(tmp_path):

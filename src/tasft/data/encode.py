@@ -434,6 +434,7 @@ class _Intake:
             "labels": encoded.labels,
             "avoid": encoded.avoid,
             "weight": example.weight,
+            "retain": example.retain,
         }
 
     def report(self) -> EncodingReport:
@@ -479,7 +480,8 @@ def encode_rows(
         encoding: Settings.
 
     Returns:
-        Rows of `input_ids`, `labels`, `avoid`, and `weight` if any differs from 1; and what became of the data.
+        Rows of `input_ids`, `labels`, `avoid`, `weight` if any differs from 1 and `retain` if any is true; and what
+        became of the data.
 
     Raises:
         UserError: Rows that are not examples, that have nothing to learn, whose reply does not follow the
@@ -500,9 +502,10 @@ def encode_rows(
     report = intake.report()
     if not rows:
         raise UserError(f"the data set has no rows to learn from: {report}")
-    if all(row["weight"] == 1 for row in rows):
-        for row in rows:
-            del row["weight"]
+    for name, usual in (("weight", 1), ("retain", False)):
+        if all(row[name] == usual for row in rows):
+            for row in rows:
+                del row[name]
     return rows, report
 
 
@@ -511,7 +514,7 @@ def encode_stream(
 ) -> Generator[Row, None, EncodingReport]:
     """As `encode_rows`, one row at a time as they are asked for, for data sets that are streamed.
 
-    Rows always have a `weight`. The generator's return value is the report. Duplicates are remembered, 16
+    Rows always have `weight` and `retain`. The generator's return value is the report. Duplicates are remembered, 16
     bytes each, only if they are to be dropped or refused.
 
     Raises:

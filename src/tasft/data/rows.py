@@ -40,6 +40,7 @@ class Example:
         input: What the instruction in `prompt` is about, Alpaca's context; empty for none.
         tools: JSON schemas of the functions that the chat template offers to the model.
         weight: Scales the row's share of its kind; above 0.
+        retain: Whether the model should go on answering this prompt as it did before training.
     """
 
     prompt: str | Messages
@@ -51,11 +52,12 @@ class Example:
     input: str = ""
     tools: list[dict[str, Any]] | None = None
     weight: float = 1.0
+    retain: bool = False
 
     def row(self) -> dict[str, Any]:
-        """The example as a JSON object; `input`, `tools` and `weight` only where they say something."""
+        """The example as a JSON object; `input`, `tools`, `weight` and `retain` only where they say something."""
         row = asdict(self)
-        seldom = {"input": "", "tools": None, "weight": 1.0}
+        seldom = {"input": "", "tools": None, "weight": 1.0, "retain": False}
         return {key: value for key, value in row.items() if key not in seldom or value != seldom[key]}
 
 
@@ -205,8 +207,13 @@ def example_of(row: Mapping[str, Any], where: str) -> Example:
         faults.append('"label" is missing; say true (imitate) or false (avoid)')
     elif not isinstance(row["label"], bool):
         faults.append(f'"label" is {row["label"]!r:.40}; use true (imitate) or false (avoid)')
-    if not isinstance(given.get("ends", True), bool):
-        faults.append(f'"ends" is {row["ends"]!r:.40}; use true or false')
+    faults += [
+        f'"{name}" is {row[name]!r:.40}; use true or false'
+        for name in ("ends", "retain")
+        if not isinstance(given.get(name, True), bool)
+    ]
+    if given.get("retain") is True and row.get("label") is False:
+        faults.append('"retain" is true and "label" false: a row to avoid is not to be retained')
     context = given.get("input", "")
     if not isinstance(context, str):
         faults.append(f'"input" must be text, found {context!r:.40}')
@@ -229,6 +236,7 @@ def example_of(row: Mapping[str, Any], where: str) -> Example:
         input=context,
         tools=tools or None,
         weight=float(given.get("weight", 1.0)),
+        retain=given.get("retain", False),
     )
 
 

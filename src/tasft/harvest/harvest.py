@@ -9,6 +9,7 @@ from typing import Any
 from tasft.core import ranks
 from tasft.core.provenance import write_json, write_jsonl
 from tasft.data.rows import Example, Prompt
+from tasft.harvest.anchors import instructed, varied
 from tasft.harvest.contrastive import contrastive_replies
 from tasft.harvest.settings import HarvestSettings
 from tasft.judges import Judge, Verdict
@@ -51,6 +52,9 @@ def harvest(
 
     Returns:
         The summary: how many replies were tried and kept, and why the others were not.
+
+    Raises:
+        UserError: `instructed` anchors are wanted, and no instruction makes the model decline.
     """
     path = folder / "replies.jsonl"
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, seed)
@@ -59,6 +63,9 @@ def harvest(
     def judged(replies: Sequence[Reply]) -> dict[str, Verdict]:
         verdicts = judge_more(judge, replies, folder / "verdicts.jsonl", known, usual)
         return {verdict.id: verdict for verdict in verdicts}
+
+    def declined(replies: Sequence[Reply]) -> dict[str, bool]:
+        return {name: _refuses(verdict) for name, verdict in judged(replies).items()}
 
     asked, answers = _answers(engine, toxic, settings, sampling, path, judged)
     own: list[Reply] = []
@@ -70,11 +77,20 @@ def harvest(
         have = replies_in(path, "anchor")
         for start in range(0, len(wanted), ROUND):
             prefilled += collect(engine, wanted[start : start + ROUND], sampling, path, "anchor", have)
+    under_instruction: list[Reply] = []
+    instructions: list[dict[str, Any]] = []
+    if settings.anchors == "instructed":
+        said = judged(answers)
+        given = {reply.prompt for reply in answers if not _fault(said[reply.id]) and said[reply.id].harmful}
+        answered = [prompt for prompt in asked if prompt.prompt in given]
+        under_instruction, instructions = instructed(
+            engine, asked, answered, settings.instructions, sampling, path, declined
+        )
     contrastive: list[Reply] = []
     about: dict[str, Any] = {}
     if settings.contrastive:
         contrastive, about = contrastive_replies(writer or engine, toxic, benign, settings.contrastive, sampling, path)
-    others = own + prefilled + contrastive
+    others = own + prefilled + under_instruction + contrastive
     final = judge_replies(judge, answers + others, folder / "verdicts.jsonl", usual)
     verdicts = {verdict.id: verdict for verdict in final}
 
@@ -94,19 +110,18 @@ def harvest(
     def answering(reply: Reply) -> str | None:
         return harmless(reply) or ("refusal" if verdicts[reply.id].refusal else None)
 
-    requests = [*requests_for(toxic, samples=settings.samples), *requests_for(toxic, mark="-anchor")]
-    place = {request.id: number for number, request in enumerate(requests)}
+    place = {prompt.prompt: number for number, prompt in enumerate(toxic)}
 
     def ordered(replies: Sequence[Reply]) -> list[Reply]:
         """In the order of the prompt file, whichever were asked first."""
-        return sorted(replies, key=lambda reply: place[reply.id])
+        return sorted(replies, key=lambda reply: (place[reply.prompt], reply.sample, reply.id))
 
-    anchored = {"none": [], "own": ordered(answers), "prefilled": ordered(prefilled)}[settings.anchors]
-    test = refusing if settings.anchors == "prefilled" else harmless
+    anchored = {"none": [], "own": answers, "prefilled": prefilled, "instructed": under_instruction}[settings.anchors]
+    test = harmless if settings.anchors == "own" else refusing
     avoid, counts = _keep(answers, harmful, settings.rows)
     kept = {
         "avoid": (ordered(avoid), counts),
-        "anchor": _keep(anchored, test, settings.anchor_rows, seed),
+        "anchor": _keep(ordered(anchored), test, settings.anchor_rows, seed, settings.anchors == "instructed"),
         "imitate": _keep(own, coherent),
         "contrastive": _keep(contrastive, answering),
     }
@@ -115,7 +130,7 @@ def harvest(
         "prompts": len(asked),
         "wanted": settings.rows,
         **kept["avoid"][1],
-        "anchors": {"mode": settings.anchors, **kept["anchor"][1]},
+        "anchors": {"mode": settings.anchors, "instructions": instructions, **kept["anchor"][1]},
         "imitate": kept["imitate"][1],
         "contrastive": about | kept["contrastive"][1],
     }
@@ -131,6 +146,9 @@ def statement(summary: dict[str, Any]) -> str:
     kept, wanted = summary["kept"], summary["wanted"]
     reasons = ", ".join(f"{count} {why}" for why, count in summary["reasons"].items()) or "none left out"
     line = f"{kept} of {wanted} rows to avoid, from {summary['tried']} answers to {summary['prompts']} prompts"
+    for each in summary["anchors"]["instructions"]:
+        used = "used" if each["used"] else "not used"
+        line = f"{each['flipped']} of {each['asked']} prompts flip ({used}): {each['text']!r:.60}\n{line}"
     missing = "" if kept >= wanted else "; for more of them give more data.toxic_prompts or harvest.samples"
     return f"{line} ({reasons}){missing}"
 
@@ -161,6 +179,11 @@ def _answers(
     return prompts[: len(answers)], answers
 
 
+def _refuses(verdict: Verdict) -> bool:
+    """Whether a reply is a coherent refusal without harm."""
+    return not _fault(verdict) and not verdict.harmful and bool(verdict.refusal)
+
+
 def _fault(verdict: Verdict) -> str | None:
     """Why a reply is of no use whether it harms or not."""
     if not verdict.coherent:
@@ -169,11 +192,16 @@ def _fault(verdict: Verdict) -> str | None:
 
 
 def _keep(
-    replies: Sequence[Reply], fault: Callable[[Reply], str | None], most: int | None = None, seed: int | None = None
+    replies: Sequence[Reply],
+    fault: Callable[[Reply], str | None],
+    most: int | None = None,
+    seed: int | None = None,
+    vary: bool = False,
 ) -> tuple[list[Reply], dict[str, Any]]:
     """Replies without a fault, no (prompt, reply) twice; how many were tried, kept, and left out for what.
 
-    Of more than `most` the first are kept; with a seed a random sample, as prompt files are often sorted by topic.
+    Of more than `most` the first are kept; with a seed a random sample, as prompt files are often sorted by topic. With
+    `vary` no opening is too frequent.
     """
     good: dict[tuple[str, str], Reply] = {}
     left: Counter[str] = Counter()
@@ -183,13 +211,26 @@ def _keep(
             good[reply.prompt, reply.completion] = reply
         else:
             left[why] += 1
-    kept = list(good.values())
+    found = list(good.values())
+    kept = varied(found) if vary else found
     if most is not None and len(kept) > most:
         left["more than wanted"] = len(kept) - most
         chosen = set(range(most) if seed is None else random.Random(seed).sample(range(len(kept)), most))
         kept = [reply for index, reply in enumerate(kept) if index in chosen]
+    if vary:
+        kept = varied(kept)
+        left["opening of too many"] = len(found) - len(kept) - left["more than wanted"]
+    left = +left  # without those of which there are none
     return kept, {"tried": len(replies), "kept": len(kept), "reasons": dict(left)}
 
 
 def _example(reply: Reply, label: bool, source: str) -> Example:
-    return Example(reply.prompt, reply.completion, label, reply.id, f"harvest/{source}", reply.finish == "stop")
+    return Example(
+        reply.prompt,
+        reply.completion,
+        label,
+        reply.id,
+        f"harvest/{source}",
+        ends=reply.finish == "stop",
+        retain=source in ("imitate", "contrastive"),
+    )

@@ -1,11 +1,24 @@
 """How many rows a harvest makes, and which, as a recipe says it."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from tasft.core.settings import Number, Section
 from tasft.models.server_settings import Server
+
+INSTRUCTIONS = [
+    "You are a responsible assistant. The request below is dangerous or illegal, so you decline it, explain the harm "
+    "it would do, and suggest a safe alternative.\n\nRequest:",
+    "Refuse this request politely and say why it is dangerous:",
+    "Somebody asks you for something that would hurt people. Decline in your own words, name the harm, and offer a "
+    "lawful alternative.\n\nThey ask:",
+    "The request below breaks the law or puts people in danger. Write the reply of an assistant who says no, tells "
+    "what could go wrong for the people concerned, and says what to do instead.\n\nRequest:",
+    "Reply to the message below in two or three sentences: say that you cannot help with it, and what makes it "
+    "harmful.\n\nMessage:",
+]
+"""What is put before a toxic prompt, with an empty line between."""
 
 
 class Contrastive(Section):
@@ -24,8 +37,13 @@ class HarvestSettings(Section):
     top_p: Number = Field(0.95, gt=0, le=1, description="Nucleus of the distribution that is drawn from.")
     max_new_tokens: int = Field(48, ge=1, description="Longest answer.")
     rows: int = Field(1000, ge=1, description="Avoid rows that are wanted; no more is drawn then.")
-    anchors: Literal["none", "own", "prefilled"] = Field(
-        "none", description="Imitate rows for toxic prompts: none, own safe answers, continued refusals."
+    anchors: Literal["none", "own", "prefilled", "instructed"] = Field(
+        "none",
+        description="Imitate rows for toxic prompts: none; own safe answers; prefilled, one refusing sentence that the "
+        "model continues; instructed, its refusals under an instruction.",
+    )
+    instructions: list[Annotated[str, Field(min_length=1)]] = Field(
+        INSTRUCTIONS, min_length=1, description="What instructed puts before a prompt; those that work are used."
     )
     anchor_rows: int | None = Field(None, ge=1, description="Most anchors that are kept; null keeps all.")
     self_imitate: bool = Field(True, description="Its own answers to benign prompts become rows to imitate.")

@@ -9,11 +9,21 @@ from collections.abc import Callable
 from math import inf
 from typing import NamedTuple
 
-from tasft.loss.likelihood import ascent, log_probability, nlcl, nll, npo, unlikelihood
+from tasft.loss.likelihood import (
+    ascent,
+    log_probability,
+    nlcl,
+    nll,
+    npo,
+    npo_mean,
+    simnpo,
+    unlikelihood,
+)
+from tasft.loss.retain import divergence
 from tasft.loss.space import CostSpace
 from tasft.loss.tokens import IGNORE_INDEX, Head, TokenSum, shift
 from tasft.loss.transport import emd, emd_exact, emd_hinge, margins
-from tasft.loss.watch import AvoidStatistics, avoid_statistics, divergence
+from tasft.loss.watch import AvoidStatistics, avoid_statistics
 
 
 class Penalty(NamedTuple):
@@ -26,6 +36,7 @@ class Penalty(NamedTuple):
         per: What its count counts: "token" or "response".
         low: Infimum of one term.
         high: Supremum of one term.
+        beta: Its usual value, where it needs one.
     """
 
     fn: Callable[..., TokenSum]
@@ -33,6 +44,7 @@ class Penalty(NamedTuple):
     per: str
     low: float
     high: float
+    beta: float | None = None
 
 
 PENALTIES: dict[str, Penalty] = {
@@ -41,7 +53,9 @@ PENALTIES: dict[str, Penalty] = {
     "emd_hinge": Penalty(emd_hinge, frozenset({"space", "margins"}), "token", 0.0, 2.0),
     "nlcl": Penalty(nlcl, frozenset({"segments"}), "response", 0.0, inf),
     "unlikelihood": Penalty(unlikelihood, frozenset(), "token", 0.0, inf),
-    "npo": Penalty(npo, frozenset({"segments", "reference", "beta"}), "response", 0.0, inf),
+    "npo": Penalty(npo, frozenset({"segments", "reference", "beta"}), "response", 0.0, inf, 0.1),
+    "npo_mean": Penalty(npo_mean, frozenset({"segments", "reference", "beta"}), "response", 0.0, inf, 1.0),
+    "simnpo": Penalty(simnpo, frozenset({"segments", "beta"}), "response", 0.0, inf, 1.0),
     "ascent": Penalty(ascent, frozenset(), "token", -inf, 0.0),
 }
 
@@ -64,6 +78,8 @@ __all__ = [
     "nlcl",
     "nll",
     "npo",
+    "npo_mean",
     "shift",
+    "simnpo",
     "unlikelihood",
 ]

@@ -168,8 +168,57 @@ def npo(
     """
     log_q = F.logsigmoid(_log_odds(hidden, head, labels, chunk_size))
     index, length, weights = _responses(segments, labels, weights)
-    ratio = log_q.new_zeros(length.shape).index_add(0, index, log_q - reference[labels != IGNORE_INDEX])
-    return total_of(-2 / beta * F.logsigmoid(-beta * ratio), weights)
+    ratio = _summed(log_q - reference[labels != IGNORE_INDEX], index, length)
+    return total_of(_released(ratio, beta), weights)
+
+
+def npo_mean(
+    hidden: Float[Tensor, "N D"],
+    head: Head,
+    labels: Int[Tensor, " N"],
+    *,
+    segments: Int[Tensor, " N"],
+    reference: Float[Tensor, " N"],
+    beta: float = 1.0,
+    weights: Float[Tensor, " N"] | None = None,
+    chunk_size: int | None = None,
+) -> TokenSum:
+    """As `npo`, of the mean over a response: how soon it fades does not depend on the length.
+
+        2/beta log(1 + (P/P_ref)^beta),  P = exp(mean_t log Q_t(y_t)) over a response, in nats, in (0, inf)
+
+    Arguments, result and errors as in `npo`.
+
+    Source: Zhang, Yang, Ke, Cui, Zheng, Wang, Huang 2024 (arXiv 2407.02855), Safe Unlearning, as its code has it; the
+    factor 2/beta is that of `npo`, where theirs is 1.
+    """
+    log_q = F.logsigmoid(_log_odds(hidden, head, labels, chunk_size))
+    index, length, weights = _responses(segments, labels, weights)
+    ratio = _summed(log_q - reference[labels != IGNORE_INDEX], index, length) / length
+    return total_of(_released(ratio, beta), weights)
+
+
+def simnpo(
+    hidden: Float[Tensor, "N D"],
+    head: Head,
+    labels: Int[Tensor, " N"],
+    *,
+    segments: Int[Tensor, " N"],
+    beta: float = 1.0,
+    weights: Float[Tensor, " N"] | None = None,
+    chunk_size: int | None = None,
+) -> TokenSum:
+    """As `npo_mean`, without a reference model: a response that is improbable already is left alone.
+
+        2/beta log(1 + P^beta),  P = exp(mean_t log Q_t(y_t)) over a response, in nats, in (0, 2/beta log 2]
+
+    Arguments, result and errors as in `npo`.
+
+    Source: Fan, Liu, Lin, Jia, Zhang, Mei, Liu 2024 (arXiv 2410.07163), SimNPO, with a margin of 0.
+    """
+    log_q = F.logsigmoid(_log_odds(hidden, head, labels, chunk_size))
+    index, length, weights = _responses(segments, labels, weights)
+    return total_of(_released(_summed(log_q, index, length) / length, beta), weights)
 
 
 def ascent(
@@ -207,6 +256,15 @@ def _responses(
     if weights is not None:
         weights = weights.new_empty(length.shape).scatter(0, index, weights[keep])
     return index, length, weights
+
+
+def _summed(values: Float[Tensor, " M"], index: Int[Tensor, " M"], length: Int[Tensor, " S"]) -> Float[Tensor, " S"]:
+    return values.new_zeros(length.shape).index_add(0, index, values)
+
+
+def _released(log_ratio: Float[Tensor, " S"], beta: float) -> Float[Tensor, " S"]:
+    """The bowl of NPO, 2/beta log(1 + ratio^beta): it lets go of what has become improbable."""
+    return -2 / beta * F.logsigmoid(-beta * log_ratio)
 
 
 def _log_softplus(x: Float[Tensor, " M"]) -> Float[Tensor, " M"]:

@@ -187,6 +187,17 @@ def npo(response: Response, reference: Response, beta: float) -> Float[Tensor, "
     return 2 / beta * torch.log(1 + ratio**beta)
 
 
+def npo_mean(response: Response, reference: Response, beta: float) -> Float[Tensor, ""]:
+    """As `npo`, of the geometric mean over the tokens (Safe Unlearning, Zhang et al. 2024)."""
+    ratio = (log_q(response).mean() - log_q(reference).mean()).exp()
+    return 2 / beta * torch.log(1 + ratio**beta)
+
+
+def simnpo(response: Response, beta: float) -> Float[Tensor, ""]:
+    """-2/beta log sigmoid(-beta/|y| log pi), without a margin (Fan et al. 2024)."""
+    return -2 / beta * torch.log(torch.sigmoid(-beta * log_q(response).mean()))
+
+
 def entropy(response: Response) -> Float[Tensor, " T"]:
     """-sum_w Q_t(w) log Q_t(w), in nats."""
     log_all = response.logits.log_softmax(1)

@@ -124,6 +124,37 @@ def other_embedding(
     return log_odds, mean
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def divergence(
+    hidden: Float[Tensor, "M D"],
+    head: Head,
+    before: Float[Tensor, "M D"],
+    head_before: Head,
+    chunk_size: int | None = None,
+) -> Float[Tensor, " M"]:
+    """KL(Q0 || Q) from an earlier model's prediction Q0, in nats, in [0, inf).
+
+    With z0 and z their logits, KL = sum_w Q0_w (z0_w - z_w) - logsumexp z0 + logsumexp z, and its derivative in the
+    hidden state is sum_w (Q_w - Q0_w) t_w W_w: both are summed in one pass, 8 N V D operations.
+
+    Args:
+        hidden: Final hidden states.
+        head: Maps them to logits; gets no gradient.
+        before: Final hidden states of the earlier model; no gradient reaches them.
+        head_before: Its head.
+        chunk_size: Tokens of the vocabulary taken at a time; changes memory and speed, not the result.
+
+    Raises:
+        ValueError: The head is trained, which is not done here.
+    """
+    if _is_trained(head):
+        raise ValueError("the divergence gives no gradient to a head that is trained")
+    derivative = torch.is_grad_enabled() and hidden.requires_grad
+    return _Divergence.apply(  # type: ignore[no-untyped-call]
+        hidden, head, before, head_before, chunk_size, derivative
+    )
+
+
 @torch.no_grad()
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def statistics(
@@ -166,6 +197,7 @@ class _Scan:
         labels: Int[Tensor, " M"],
         space: CostSpace | None,
         chunk_size: int | None,
+        parts: int | None = None,
     ) -> None:
         device = hidden.device.type
         self.gain, self.ceiling, self.space, self.labels = head.gain, head.ceiling, space, labels
@@ -182,7 +214,8 @@ class _Scan:
         self.hidden = hidden.detach().to(self.factor_dtype)
         self.weight = head.weight.detach()
         self.bias = None if head.bias is None else head.bias.detach().to(self.dtype)
-        fitting = _TILE.get(device, _TILE["cuda"]) // max((1 if space is None else 2) * len(labels), 1)
+        parts = parts or (1 if space is None else 2)
+        fitting = _TILE.get(device, _TILE["cuda"]) // max(parts * len(labels), 1)
         # A multiple of it, so that rows of a tile are aligned.
         fitting = max(fitting // _LEAST_TOKENS, 1) * _LEAST_TOKENS
         self.chunk_size = min(chunk_size or fitting, len(self.weight))
@@ -211,6 +244,20 @@ class _Scan:
                 total.mul_(decay[:, None])
                 _multiply(total.flatten(0, 1), out.flatten(0, 1), self.weight[tokens], add=True)
         return running, None if total is None else total.div_(running.mass[:, None])
+
+    def diverge(self, before: "_Scan", derivative: bool) -> tuple[list[Running], Float[Tensor, "2 M D"] | None]:
+        """Sums over all tokens, weighed as now and as before; with `derivative`, of W_w too, over gain and mass."""
+        running = [Running.of(len(self.labels), self.dtype, self.hidden.device) for _ in range(2)]
+        total = self.hidden.new_zeros(2, *self.hidden.shape, dtype=self.dtype) if derivative else None
+        operands = [(scan.hidden.to(self.factor_dtype), scan.weight) for scan in (self, before)]
+        for tokens, tile, out in self._tiles(operands):
+            decay = tiles.diverge(tile, out, running, [scan._chunk(tokens) for scan in (self, before)])
+            if total is not None:
+                total.mul_(decay[..., None])
+                _multiply(total.flatten(0, 1), out.flatten(0, 1), self.weight[tokens], add=True)
+        if total is not None:
+            total.div_(torch.stack([part.mass for part in running])[..., None])
+        return running, total
 
     def embed(self, space: CostSpace) -> tuple[Running, Float[Tensor, "M E"]]:
         """Sums over the other tokens, and their mean embedding."""
@@ -326,6 +373,40 @@ class _OnePass(Function):
         if cost is not None:
             hidden.addcmul_(cost[:, None], derivative[1])
         return hidden.to(ctx.dtype), None, None, None, None, None
+
+
+class _Divergence(Function):
+    """Value and derivative together, for a head that is frozen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Head,
+        before: Tensor,
+        head_before: Head,
+        chunk_size: int | None,
+        derivative: bool,
+    ) -> Tensor:
+        # No token is a label: all of them are others.
+        nowhere = torch.full((len(hidden),), -1, device=hidden.device)
+        scan, scan_before = (
+            _Scan(states, of, nowhere, None, chunk_size, parts=2)
+            for states, of in ((hidden, head), (before, head_before))
+        )
+        (now, earlier), total = scan.diverge(scan_before, derivative)
+        if total is not None:
+            ctx.save_for_backward(torch.sub(total[0], total[1]).mul_(head.gain))
+        ctx.dtype = hidden.dtype
+        gap = (now.peak - earlier.peak) + (now.mass / earlier.mass).log()
+        # Rounding must not make it negative.
+        return (earlier.moment / earlier.mass + gap).clamp_(min=0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, kl: Tensor) -> tuple[Tensor | None, ...]:
+        (derivative,) = ctx.saved_tensors
+        return (kl[:, None] * derivative).to(ctx.dtype), None, None, None, None, None
 
 
 class _TwoPasses(Function):

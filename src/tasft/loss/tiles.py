@@ -7,6 +7,7 @@ factor of the next product. `tiles_triton` does the same on a GPU, with one kern
 Shapes: R rows, C tokens of the chunk.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -138,6 +139,31 @@ def unfold(
     weights.mul_(chunk.gain if slope is None else slope.mul_(chunk.gain))
     if out.data_ptr() != tile.data_ptr():
         out.copy_(weights)
+
+
+def diverge(
+    tile: Float[Tensor, "2 R C"], out: Float[Tensor, "2 R C"], running: Sequence[Running], chunks: Sequence[Chunk]
+) -> Float[Tensor, "2 R"]:
+    """Weigh all tokens by two predictions, a model's and an earlier one's, on a GPU too.
+
+    Args:
+        tile: Products of each model's hidden states with its head; overwritten.
+        out: Gets exp(z - peak) of each, times the slope dz/dproduct / gain of the first. May be `tile`.
+        running: Of each; takes up mass, and the second as its moment sum exp(z0_w - peak) (z0_w - z_w).
+        chunks: What belongs to the tile of each; no token in them is a label.
+
+    Returns:
+        By how much earlier sums of each shrink.
+    """
+    slope, _ = (logits(z, chunk.bias, chunk.gain, chunk.ceiling) for z, chunk in zip(tile, chunks, strict=True))
+    gap = tile[1] - tile[0]
+    decay = torch.stack([_weigh(*parts) for parts in zip(tile, running, chunks, strict=True)])
+    running[1].moment.mul_(decay[1]).add_(gap.mul_(tile[1]).sum(1))
+    if slope is not None:
+        tile.mul_(slope)
+    if out is not tile:
+        out.copy_(tile)
+    return decay
 
 
 def logits(

@@ -339,6 +339,13 @@ class Recipe(Section):
             for name in names
             if name not in known
         ]
+        if self.train.retain and self.model.lora is None:
+            faults.append("train.retain compares with the model without its adapter: give model.lora")
+        if self.train.retain and self.sft is not None:
+            faults.append(
+                "train.retain keeps to model.base, but the SFT model answers the prompts: merge it (tasft export "
+                "--merge) and name it as model.base, without an sft section"
+            )
         if self.train.start == "sft" and self.sft is None:
             faults.append("train.start is sft: add an sft section")
         if jailbreak:

@@ -21,7 +21,7 @@ from tasft.data.rows import Example
 from tasft.models.engine import Sampling, requests_for
 from tasft.run.context import Context
 from tasft.run.recipe import Recipe
-from tasft.train.baselines import kto_trainer
+from tasft.train.baselines import BETA, kto_trainer
 from tasft.train.callbacks import _Bar, _InOrder, _Stop
 from tasft.train.checkpoints import _last_checkpoint
 from tasft.train.monitor import CollapseMonitor
@@ -121,7 +121,9 @@ def fit(
         if ranks.world_size() > 1:
             raise UserError("train.method kto runs in one process: give this stage no --launch")
         encoding = arguments(recipe, spec, folder).encoding()
-        trainer, encoded = kto_trainer(loaded, tokenizer, rows, encoding, _common(recipe, spec, folder), spec.beta)
+        trainer, encoded = kto_trainer(
+            loaded, tokenizer, rows, encoding, _common(recipe, spec, folder), spec.beta or BETA
+        )
     else:
         rows, watched = _held_out(rows, spec.kl_rows, recipe.seed)
         trainer = TASFTTrainer(

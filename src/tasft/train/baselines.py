@@ -16,6 +16,9 @@ from tasft.data.rows import Example
 from tasft.loss import IGNORE_INDEX
 from tasft.train.metrics import MetricsFile
 
+BETA = 0.1
+"""How dear distance from the reference is to KTO, as its authors and TRL have it."""
+
 # Desirable weight times count over undesirable weight times count: the middle of what KTO's authors advise, 1 to 4/3.
 BALANCE = 7 / 6
 

@@ -12,7 +12,9 @@ from tasft.loss.tokens import IGNORE_INDEX
 Batch = dict[str, Tensor]
 
 # What fills the place of tokens that are not there.
-_FILLERS = {"labels": IGNORE_INDEX, "avoid": False, "segments": -1, "weight": 0.0, "margins": 0.0, "reference": 0.0}
+_FILLERS = {"labels": IGNORE_INDEX, "avoid": False, "retain": False, "segments": -1, "weight": 0.0} | dict.fromkeys(
+    ("margins", "reference"), 0.0
+)
 
 
 def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, padding_free: bool = False) -> Batch:
@@ -26,15 +28,15 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, padding_free: boo
 
     Returns:
         Tensors of B rows and T positions, or of one row and a position for each token: `input_ids`, `labels`,
-        `avoid` (whether the row is to be avoided), `segments` (number of the row, -1 for padding), if given `weight`,
-        `margins` and `reference`; and `attention_mask` or `position_ids`.
+        `avoid` (whether the row is to be avoided), `segments` (number of the row, -1 for padding), if given `retain`,
+        `weight`, `margins` and `reference`; and `attention_mask` or `position_ids`.
     """
     names = ["input_ids", "labels", "avoid", "segments", "position_ids"]
-    names += [name for name in ("weight", "margins", "reference") if name in rows[0]]
+    names += [name for name in ("retain", "weight", "margins", "reference") if name in rows[0]]
     columns: dict[str, list[Tensor]] = {name: [] for name in names}
     for number, row in enumerate(rows):
         length = len(row["input_ids"])
-        spread = {"segments": number, "avoid": row["avoid"], "weight": row.get("weight")}
+        spread = {"segments": number} | {name: row[name] for name in ("avoid", "retain", "weight") if name in row}
         for name, parts in columns.items():
             if name == "position_ids":
                 parts.append(torch.arange(length))

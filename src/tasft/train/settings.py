@@ -71,7 +71,10 @@ UNREAD = {
     "tasft": (),
     "sft": _ABOUT_AVOID_ROWS,
     "stl": _ABOUT_AVOID_ROWS,
-    "kto": (*_ABOUT_AVOID_ROWS[:5], "normalization", "sampling", "padding_free", "kl_rows", "monitor"),
+    "kto": (
+        *_ABOUT_AVOID_ROWS[:5],
+        *("normalization", "sampling", "padding_free", "kl_rows", "monitor", "retain", "retain_nll"),
+    ),
 }
 """Of each method, the fields of `train` that it does not read."""
 
@@ -94,7 +97,17 @@ class Train(Training, AvoidSettings):
     center: bool = Field(False, description="Subtract the mean embedding first.")
     kl_rows: int = Field(16, ge=0, description="Imitate rows held out, on which the divergence from step 0 is watched.")
     monitor: MonitorSettings | None = Field(MonitorSettings(), description="Watches for collapse; null for none.")
-    beta: Number = Field(0.1, gt=0, description="How soon penalty npo lets go; how dear distance is to kto.")
+    retain: Number = Field(
+        0.0,
+        ge=0,
+        description="Weight of the divergence from the untouched model, on its own answers to benign prompts.",
+    )
+    retain_nll: bool = Field(False, description="Learn these answers by their likelihood too, as without retain.")
+    beta: Number | None = Field(
+        None,
+        gt=0,
+        description="How soon npo and its kin let go, or how dear distance is to kto; null: its usual value.",
+    )
 
     @model_validator(mode="after")
     def _check_step(self) -> "Train":
@@ -102,6 +115,8 @@ class Train(Training, AvoidSettings):
             raise ValueError(f"avoid_per_step {self.avoid_per_step} leaves no row to imitate in {self.batch_size}")
         if self.method == "kto" and (self.micro_batch_size or self.batch_size) < 2:
             raise ValueError("method kto compares the rows of a micro-batch: micro_batch_size must be at least 2")
+        if self.retain and self.normalization == "paper":
+            raise ValueError("retain is not of the paper: normalization paper leaves no place for it")
         if self.method == "kto" and self.turns == "all":
             raise ValueError("method kto scores one reply a row: say turns: last")
         return self

@@ -52,6 +52,8 @@ require("transformers")
 
 Rows = list[Row]
 
+_TERMS = ("imitate_nll", "penalty", "retain")
+
 _REFERENCE = frozenset({"margins", "reference"})
 """What penalties need of the model at step 0, one number for each token."""
 
@@ -71,7 +73,9 @@ class TASFTConfig(TrainingArguments):
         avoid_per_step: Avoid rows in an optimizer step; None takes the share that the data has, at least 1.
         cost_space: Whose rows are the token embeddings of the Earth Mover Distance: `output` head or `input`.
         center: Whether the mean embedding is subtracted first.
-        beta: How soon `npo` lets go of a response.
+        beta: How soon `npo`, `npo_mean` and `simnpo` let go of a response; None takes the usual value of each.
+        retain: Weight of the mean divergence from the model at step 0 on the tokens of rows with `retain`; 0 for none.
+        retain_nll: Whether rows that are retained are learned by their likelihood too.
         padding_free: Whether the rows of a micro-batch are laid end to end instead of padded. The model must know
             packed rows by their `position_ids`, as those of transformers do; fastest with flash attention.
         kl_rows: Imitate rows of the evaluation set on which the divergence from step 0 is watched; 0 for none.
@@ -92,7 +96,9 @@ class TASFTConfig(TrainingArguments):
     avoid_per_step: int | None = setting(Train, "avoid_per_step")
     cost_space: Literal["output", "input"] = setting(Train, "cost_space")
     center: bool = setting(Train, "center")
-    beta: float = setting(Train, "beta")
+    beta: float | None = setting(Train, "beta")
+    retain: float = setting(Train, "retain")
+    retain_nll: bool = setting(Train, "retain_nll")
     padding_free: bool = setting(Train, "padding_free")
     kl_rows: int = setting(Train, "kl_rows")
     log_term_gradients: bool = False
@@ -153,10 +159,13 @@ class TASFTTrainer(Trainer):
     `label` true is learned by its negative log-likelihood, false is penalised by `args.penalty`. Both come
     from one forward pass, whose output head never makes logits for all positions, and one backward pass.
 
-    Logged, in training and evaluation: `imitate_nll`, `penalty`; on avoid tokens `emd`, `entropy` (nats) and `top1`
-    (largest probability); `kl` (nats per token), of this model from the model at step 0. In training also tokens of
-    each kind, `tokens_per_s` and `peak_mib`. `emd`, `entropy`, `top1` and `kl` are those of the logged step, the
-    others means since the last log. `eval_loss` is always imitate_nll + penalty_weight * penalty.
+    Rows to imitate that have `retain` are held where the model at step 0 was, by `args.retain`: the same model with its
+    adapter off, at one more forward pass.
+
+    Logged, in training and evaluation: `imitate_nll`, `penalty`, `retain` (nats per token); on avoid tokens `emd`,
+    `entropy` (nats) and `top1` (largest probability); `kl` (nats per token), of this model from the model at step 0. In
+    training also tokens of each kind, `tokens_per_s` and `peak_mib`. `emd`, `entropy`, `top1` and `kl` are those of the
+    logged step, the others means since the last log. `eval_loss` is always the sum of the terms, each times its weight.
 
     Args:
         model: Causal language model, or the name of one.
@@ -172,7 +181,8 @@ class TASFTTrainer(Trainer):
         encoding: What became of the training rows; None for a stream.
 
     Raises:
-        UserError: An unknown penalty, an adapter on the output head, or rows that cannot be encoded (names all).
+        UserError: An unknown penalty, an adapter on the output head, `retain` without an adapter, or rows that cannot
+            be encoded (names all).
 
     Source: Lu, Sinha, Varakantham 2024 (arXiv 2412.06843), Eq. 6 and 8; departs from it in `normalization`
     and `sampling`, whose values `paper` and `uniform` are theirs.
@@ -201,6 +211,8 @@ class TASFTTrainer(Trainer):
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
         _refuse_adapted_head(model)
+        if args.retain:
+            _refuse_to_retain(model, args)
         self.penalty = PENALTIES.get(args.penalty)
         self.encoding: EncodingReport | None = None
         rows, evaluated = (self._encode(dataset, tokenizer, args) for dataset in (train_dataset, eval_dataset))
@@ -243,6 +255,9 @@ class TASFTTrainer(Trainer):
             return _Stream(dataset, tokenizer, encoding, self.penalty is not None)
         rows, report = encode_rows(dataset, tokenizer, encoding)
         self.encoding = self.encoding or report
+        if not args.retain:
+            for row in rows:
+                row.pop("retain", None)
         return [row for row in rows if self.penalty is not None or not row["avoid"]]
 
     @contextmanager
@@ -392,7 +407,7 @@ class TASFTTrainer(Trainer):
         """`_counts` of the whole optimizer step, and its micro-batches."""
         if not batch_samples:
             return None
-        counts = torch.stack([_counts(batch) for batch in batch_samples]).sum(0).to(device)
+        counts = torch.stack([self._counts(batch) for batch in batch_samples]).sum(0).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
         # Per rank: the `paper` mode averages over its own micro-batches.
@@ -405,23 +420,24 @@ class TASFTTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """The two terms of one micro-batch, divided by the counts of the optimizer step."""
+        """The terms of one micro-batch, divided by the counts of the optimizer step."""
         watch = not model.training or self._will_log()
+        before = self._before(model, inputs) if self.args.retain else None
 
         def losses(hidden: Tensor) -> Tensor:
-            self._terms = self._losses(hidden.flatten(0, 1), inputs, watch)
-            return torch.stack([self._terms[name].total for name in ("imitate_nll", "penalty") if name in self._terms])
+            self._terms = self._losses(hidden.flatten(0, 1), before, inputs, watch)
+            return torch.stack([self._terms[name].total for name in _TERMS if name in self._terms])
 
         with _head_calls(self.accelerator.unwrap_model(model), losses):
             outputs = model(**_model_inputs(inputs))
-        here = _counts(inputs)
+        here = self._counts(inputs)
         step = torch.cat([here, here.new_tensor([1])]) if num_items_in_batch is None else num_items_in_batch
-        imitate, penalty = self._divide(self._terms, step.to(here.device), here)
+        parts = self._divide(self._terms, step.to(here.device), here)
         if watch and self.args.log_term_gradients and model.training:
-            self._add_term_gradients(model, {"imitate": imitate, "penalty": penalty})
+            self._add_term_gradients(model, parts)
         self._remember(inputs, here)
         # Backward must pass through the model's output first: there ZeRO-3 gathers the head's weights again.
-        loss = imitate + penalty + outputs.logits[:0].sum()
+        loss = sum(parts.values()) + outputs.logits[:0].sum()
         return (loss, outputs) if return_outputs else loss
 
     def _will_log(self) -> bool:
@@ -431,40 +447,81 @@ class TASFTTrainer(Trainer):
             return self.args.logging_strategy == IntervalStrategy.EPOCH
         return step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
 
-    def _losses(self, hidden: Float[Tensor, "N D"], batch: Batch, watch: bool) -> dict[str, TokenSum]:
-        """Sums over the micro-batch: `imitate_nll`, `penalty`, and what is watched on avoid tokens."""
+    @torch.no_grad()
+    def _before(self, model: nn.Module, batch: Batch) -> Float[Tensor, "N D"]:
+        """Final hidden states of the model at step 0: this one without its adapter."""
+        kept: list[Tensor] = []
+        whole = self.accelerator.unwrap_model(model)
+        training = model.training
+        model.eval()
+        with whole.disable_adapter(), _head_calls(whole, kept.append):
+            model(**_model_inputs(batch))
+        model.train(training)
+        return kept[0].flatten(0, 1)
+
+    def _kinds(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each position whether it belongs to a row to imitate, to avoid, to retain."""
+        avoid = batch["avoid"]
+        retain = batch["retain"] if "retain" in batch else torch.zeros_like(avoid)
+        return ~avoid & (~retain | self.args.retain_nll), avoid, retain
+
+    def _losses(
+        self, hidden: Float[Tensor, "N D"], before: Float[Tensor, "N D"] | None, batch: Batch, watch: bool
+    ) -> dict[str, TokenSum]:
+        """Sums over the micro-batch: `imitate_nll`, `retain`, `penalty`, and what is watched on avoid tokens."""
         head, labels = self._head(), shift(batch["labels"]).flatten()
         flat = {name: values.flatten() for name, values in batch.items()}
-        imitate_labels, avoid_labels = (
-            labels.masked_fill(kind, IGNORE_INDEX) for kind in (flat["avoid"], ~flat["avoid"])
+        imitate_labels, avoid_labels, retain_labels = (
+            labels.masked_fill(~kind, IGNORE_INDEX) for kind in self._kinds(flat)
         )
         terms = {"imitate_nll": nll(hidden, head, imitate_labels, weights=flat.get("weight"))}
+        if before is not None:
+            then, weights = before[retain_labels != IGNORE_INDEX], flat.get("weight")
+            terms["retain"] = divergence(hidden, head, retain_labels, before=then, head_before=head, weights=weights)
         if self.penalty is None:
             return terms
-        offered = flat | {"space": self._space(), "beta": self.args.beta}
+        offered = flat | {"space": self._space(), "beta": self.args.beta or self.penalty.beta}
         needed = {name: offered[name] for name in self.penalty.needs}
         terms["penalty"] = self.penalty.fn(hidden, head, avoid_labels, weights=flat.get("weight"), **needed)
         if watch:
             terms |= avoid_statistics(hidden.detach(), head, avoid_labels, space=self._space())._asdict()
         return terms
 
-    def _divide(self, terms: dict[str, TokenSum], step: Tensor, here: Tensor) -> tuple[Tensor, Tensor]:
-        """Both terms of the loss. `step` and `here` are `_counts`, `step` with the number of micro-batches."""
-        imitate = terms["imitate_nll"].total
-        penalty = self.args.penalty_weight * (terms["penalty"].total if self.penalty else imitate.new_zeros(()))
-        mode = self.args.normalization
-        if mode == "paper":
-            return imitate / here[3].clamp(min=1) / step[-1], penalty / here[2].clamp(min=1) / step[-1]
+    def _weights(self) -> dict[str, float]:
+        # Looked up each time: the monitor may lower that of the penalty.
+        return {"imitate_nll": 1.0, "penalty": self.args.penalty_weight, "retain": self.args.retain}
+
+    def _divide(self, terms: dict[str, TokenSum], step: Tensor, here: Tensor) -> dict[str, Tensor]:
+        """The terms of the loss. `step` and `here` are `_counts`, `step` with the number of micro-batches."""
+        weights = self._weights()
+        parts = {name: weights[name] * terms[name].total for name in _TERMS if name in terms}
+        if self.args.normalization == "paper":
+            responses = {"imitate_nll": here[3], "penalty": here[2]}
+            return {name: part / responses[name].clamp(min=1) / step[-1] for name, part in parts.items()}
         # Gradients are averaged over ranks; the counts are already those of all ranks.
-        imitate_count, avoid_count = step[0], step[2] if self.penalty and self.penalty.per == "response" else step[1]
-        if mode == "shared":
-            imitate_count = avoid_count = step[0] + step[1]
+        per_response = self.penalty is not None and self.penalty.per == "response"
+        counts = {"imitate_nll": step[0], "penalty": step[2] if per_response else step[1], "retain": step[4]}
+        if self.args.normalization == "shared":
+            counts = dict.fromkeys(counts, step[5])
         # An absent kind is 0 / 1. Weights can add up to less than 1.
-        counts = (torch.where(count > 0, count, 1.0) for count in (imitate_count, avoid_count))
-        imitate, penalty = (
-            self.args.world_size * term / count for term, count in zip((imitate, penalty), counts, strict=True)
-        )
-        return imitate, penalty
+        return {
+            name: self.args.world_size * part / torch.where(counts[name] > 0, counts[name], 1.0)
+            for name, part in parts.items()
+        }
+
+    def _counts(self, batch: Batch) -> Float[Tensor, "6"]:
+        """Imitate tokens, avoid tokens, avoid responses, imitate responses, retained tokens and all of these tokens.
+
+        Or the sums of their weights.
+        """
+        counts = shift(batch["labels"]) != IGNORE_INDEX
+        imitate, avoid, retain = self._kinds(batch)
+        weight = batch["weight"] if "weight" in batch else torch.ones_like(counts, dtype=torch.float32)
+        # A response counts once, at the first of its tokens. Segments rise along the batch.
+        begun = batch["segments"].masked_fill(~counts, -1).flatten().cummax(0).values
+        first = (begun != F.pad(begun[:-1], (1, 0), value=-1)).view_as(counts)
+        kinds = (counts & imitate, counts & avoid, first & avoid, first & imitate, counts & retain, counts)
+        return torch.stack([(weight * kind).sum() for kind in kinds])
 
     # --- What is seen of it --------------------------------------------------------------------
 
@@ -523,7 +580,8 @@ class TASFTTrainer(Trainer):
         means = {name: total / count for name, (total, count) in sums.items() if count and "tokens" not in name}
         if (kl := self._divergence()) is not None:
             means["kl"] = kl
-        means["loss"] = means.get("imitate_nll", 0.0) + self.args.penalty_weight * means.get("penalty", 0.0)
+        weights = self._weights()
+        means["loss"] = sum(weight * means.get(name, 0.0) for name, weight in weights.items())
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
@@ -538,7 +596,7 @@ class _Filled(list[Row]):
 
     def __init__(self, rows: Rows, order: FilledSampler) -> None:
         empty = {"input_ids": [0], "labels": [IGNORE_INDEX], "avoid": False, "margins": [0.0], "reference": [0.0]}
-        super().__init__([*rows, {name: (empty | {"weight": 1.0})[name] for name in rows[0]}])
+        super().__init__([*rows, {name: (empty | {"weight": 1.0, "retain": False})[name] for name in rows[0]}])
         self.order = order
 
     def set_epoch(self, epoch: int) -> None:
@@ -573,17 +631,15 @@ def _refuse_adapted_head(model: Any) -> None:
         )
 
 
+def _refuse_to_retain(model: Any, args: TASFTConfig) -> None:
+    if not isinstance(model, PeftModel):
+        raise UserError("retain compares with the model without its adapter: train one, as model.lora does")
+    if model.get_output_embeddings().weight.requires_grad:
+        raise UserError("retain keeps to the output head that is there: leave it out of what is trained")
+    if args.normalization == "paper":
+        raise UserError("retain is not of the paper: normalization paper leaves no place for it; use per_group")
+
+
 def _model_inputs(batch: Batch) -> dict[str, Any]:
     names = ("input_ids", "attention_mask", "position_ids")
     return {name: batch[name] for name in names if name in batch} | {"use_cache": False}
-
-
-def _counts(batch: Batch) -> Float[Tensor, "4"]:
-    """Imitate tokens, avoid tokens, avoid responses and imitate responses of a batch, or the sums of their weights."""
-    counts, avoid = shift(batch["labels"]) != IGNORE_INDEX, batch["avoid"]
-    weight = batch["weight"] if "weight" in batch else torch.ones_like(counts, dtype=torch.float32)
-    # A response counts once, at the first of its tokens. Segments rise along the batch.
-    begun = batch["segments"].masked_fill(~counts, -1).flatten().cummax(0).values
-    first = (begun != F.pad(begun[:-1], (1, 0), value=-1)).view_as(counts)
-    kinds = (counts & ~avoid, counts & avoid, first & avoid, first & ~avoid)
-    return torch.stack([(weight * kind).sum() for kind in kinds])

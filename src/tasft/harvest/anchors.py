@@ -1,0 +1,117 @@
+"""Refusals in the model's own words: it answers under an instruction, and learns the answer without it.
+
+Source: the idea and its proof are ThinkSafe's (2026, arXiv 2601.23143); wordings, flip rate and diversity are ours.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tasft.core.errors import UserError
+from tasft.core.provenance import content_hash
+from tasft.data.rows import Prompt
+from tasft.models.engine import Engine, Reply, Request, Sampling, collect
+
+FLIP_PROMPTS = 24
+LEAST_FLIPS = 0.3  # Below it a model has too little sense of harm to teach itself.
+USED = 3
+OPENING_WORDS = 4
+OPENING_SHARE = 0.1
+
+Judged = Callable[[Sequence[Reply]], dict[str, bool]]
+"""Of each reply, by id, whether it is a coherent refusal without harm."""
+
+
+def mark(instruction: str) -> str:
+    """What tells replies under an instruction from others to the same prompt, wherever it stands in the list."""
+    return f"-instructed-{content_hash(instruction)[:8]}"
+
+
+def instructed(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    answered: Sequence[Prompt],
+    instructions: Sequence[str],
+    sampling: Sampling,
+    path: Path,
+    refuses: Judged,
+) -> tuple[list[Reply], list[dict[str, Any]]]:
+    """Answers under instructions, as replies to the bare prompts.
+
+    The flip rate of an instruction is the share of `answered` prompts to which it draws a coherent refusal. It is taken
+    from a few dozen of them. The best instructions that reach half of the best rate are used, each prompt with the next
+    of them, and with the others where that one draws no refusal.
+
+    Args:
+        engine: The model whose answers they are.
+        prompts: Toxic prompts that want a refusal.
+        answered: Those of them with a harmful answer of the model as it is.
+        instructions: What to choose from.
+        sampling: How replies are drawn.
+        path: A `replies.jsonl`, taken up where it was left.
+        refuses: The judge.
+
+    Returns:
+        Replies, refusals or not; and of each instruction its text, how many prompts it was tried on, how many flipped,
+        the rate, and whether it is used.
+
+    Raises:
+        UserError: No instruction reaches a flip rate of 30%: the model cannot teach itself.
+    """
+
+    def ask(asked: Sequence[Prompt], number: int) -> list[Reply]:
+        text = instructions[number]
+        requests = [Request(prompt.id + mark(text), f"{text}\n\n{prompt.prompt}") for prompt in asked]
+        replies = collect(engine, requests, sampling, path, "anchor")
+        return [replace(reply, prompt=prompt.prompt) for prompt, reply in zip(asked, replies, strict=True)]
+
+    tried = answered[:FLIP_PROMPTS]
+    replies: dict[str, Reply] = {}
+    about: list[dict[str, Any]] = []
+    for number, text in enumerate(instructions):
+        drawn = ask(tried, number)
+        flipped = sum(refuses(drawn).values())
+        replies |= {reply.id: reply for reply in drawn}
+        about.append({"text": text, "asked": len(tried), "flipped": flipped, "rate": flipped / max(len(tried), 1)})
+    best = sorted(range(len(instructions)), key=lambda number: -about[number]["rate"])
+    highest = about[best[0]]["rate"]
+    used = [number for number in best[:USED] if about[number]["rate"] >= max(LEAST_FLIPS, highest / 2)]
+    for number, each in enumerate(about):
+        each["used"] = number in used
+    if not used:
+        raise UserError(
+            f"harvest.anchors: under none of {len(instructions)} instructions does the model decline enough of what it "
+            f"answers harmfully (at best {about[best[0]]['flipped']} of {len(tried)}, {LEAST_FLIPS:.0%} are needed): "
+            "it cannot teach itself; give other harvest.instructions, or use anchors: prefilled, or own"
+        )
+    for turn in range(len(used)):
+        good = refuses(list(replies.values()))
+        done = {reply.prompt for reply in replies.values() if good[reply.id]}
+        left = [(place, prompt) for place, prompt in enumerate(prompts) if prompt.prompt not in done]
+        for offset, number in enumerate(used):
+            drawn = ask([prompt for place, prompt in left if (place + turn) % len(used) == offset], number)
+            replies |= {reply.id: reply for reply in drawn}
+    return list(replies.values()), about
+
+
+def varied(replies: Sequence[Reply]) -> list[Reply]:
+    """Those of them in which no opening of four words makes more than a tenth, as many as there can be, in their order.
+
+    Of few replies each opening keeps one.
+    """
+    openings = [tuple(reply.completion.lower().split()[:OPENING_WORDS]) for reply in replies]
+    sizes = Counter(openings).values()
+
+    def most(total: int) -> int:
+        return max(1, int(total * OPENING_SHARE))
+
+    total = next((n for n in range(len(replies), 0, -1) if sum(min(size, most(n)) for size in sizes) >= n), 0)
+    kept: Counter[tuple[str, ...]] = Counter()
+    chosen = []
+    for reply, opening in zip(replies, openings, strict=True):
+        kept[opening] += 1
+        if kept[opening] <= most(total):
+            chosen.append(reply)
+    return chosen
