@@ -30,7 +30,7 @@ from tasft.data.rows import Prompt
 from tasft.data.sources import read_source
 from tasft.loss import Head, divergence, nll
 from tasft.models.engine import Reply
-from tasft.models.load import head_of
+from tasft.models.head import learn_tail
 from tasft.models.local import TransformersEngine
 from tasft.models.server_settings import Server
 
@@ -109,6 +109,11 @@ def _rows(engine: TransformersEngine, references: Sequence[Reference]) -> list[_
     return sorted(rows, key=lambda row: len(row.prompt) + len(row.answer))
 
 
+def _head(engine: TransformersEngine, references: Sequence[Reference]) -> Head:
+    """The map from those states to logits."""
+    return learn_tail(engine.model, _rows(engine, references[:1])[0].prompt).head(engine.model)
+
+
 def _hidden(engine: TransformersEngine, references: Sequence[Reference]) -> Iterator[tuple[_Row, Tensor]]:
     """Each reference with the (T, D) states that its T tokens are predicted from, in order of length."""
     rows = _rows(engine, references)
@@ -141,7 +146,7 @@ def remember(engine: TransformersEngine, references: Sequence[Reference]) -> Bef
     0.5 GB in bfloat16 for a width of 4096.
     """
     kept = {row.index: states.cpu() for row, states in _hidden(engine, references)}
-    return Before([kept[index] for index in range(len(references))], head_of(engine.model))
+    return Before([kept[index] for index in range(len(references))], _head(engine, references))
 
 
 @torch.inference_mode()
@@ -170,7 +175,7 @@ def measure(
         about: What else the summary says: recipe, commit.
         before: The model that it is compared with.
     """
-    head = head_of(engine.model)
+    head = _head(engine, references)
     items: list[dict[str, Any]] = [
         {"id": row.id, "tokens": 0, "reference_nll": None, "kl_to_before": None} for row in references
     ]

@@ -23,7 +23,6 @@ from transformers import (
 
 from tasft.core.errors import UserError
 from tasft.core.provenance import file_hash
-from tasft.loss import Head
 
 
 @dataclass(frozen=True)
@@ -402,10 +401,3 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     """Tokens that end a reply: a chat model often ends its turns with one of its own beside the tokenizer's."""
     named = model.generation_config.eos_token_id
     return sorted({tokenizer.eos_token_id, *([named] if isinstance(named, int) else named or ())})
-
-
-def head_of(model: Any) -> Head:
-    """The map from a model's final hidden states to its logits."""
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    return Head(head.weight, head.bias, scale, getattr(config, "final_logit_softcapping", None))

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 from transformers import (
@@ -41,7 +42,8 @@ from tasft.loss import (
     nll,
     shift,
 )
-from tasft.models.load import head_of, load_model, load_tokenizer
+from tasft.models.head import learn_tail, replaced_head
+from tasft.models.load import load_model, load_tokenizer
 from tasft.train.collate import Batch, collate
 from tasft.train.metrics import MetricsFile, peak_mib
 from tasft.train.sampler import FilledSampler, StratifiedSampler, UniformSampler
@@ -56,6 +58,9 @@ _TERMS = ("imitate_nll", "penalty", "retain")
 
 _REFERENCE = frozenset({"margins", "reference"})
 """What penalties need of the model at step 0, one number for each token."""
+
+_QUESTION = "What is a compost heap?"
+"""What the model is asked to see how its logits are made from its output head."""
 
 
 @dataclass
@@ -129,15 +134,12 @@ OWN = {each.name for each in fields(TASFTConfig)} - {each.name for each in field
 """Fields of `TASFTConfig` that transformers does not have."""
 
 
-@contextmanager
-def _head_calls(model: Any, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+def _head_calls(model: Any, function: Callable[[Tensor], Tensor | None]) -> AbstractContextManager[None]:
     """Within, the output head hands its hidden states (B, T, D) to `function` instead of making logits.
 
-    The function runs inside the model's own forward, where sharded weights are gathered and hooks fire. What it
-    returns adds nothing to the model's output, but the output comes to depend on it: DDP takes for unused what
-    the output does not depend on.
+    What the function returns adds nothing to the model's output, but the output comes to depend on it: DDP takes for
+    unused what the output does not depend on.
     """
-    head = model.get_output_embeddings()
 
     def forward(hidden: Tensor) -> Tensor:
         sums = function(hidden)
@@ -145,11 +147,7 @@ def _head_calls(model: Any, function: Callable[[Tensor], Tensor | None]) -> Iter
         logits = hidden[..., :1]
         return logits if sums is None else logits + sums[:0].sum()
 
-    head.forward = forward
-    try:
-        yield
-    finally:
-        del head.forward
+    return replaced_head(model, forward)
 
 
 class TASFTTrainer(Trainer):
@@ -234,6 +232,7 @@ class TASFTTrainer(Trainer):
         self._kept_space: CostSpace | None = None
         self._start_head: Head | None = None
         with self._whole_model():
+            self._tail = learn_tail(self.accelerator.unwrap_model(self.model), tokenizer(_QUESTION).input_ids)
             if self.penalty is not None:
                 self._space()  # now: a head that is trained will be another once a checkpoint is loaded
             for each in (rows, evaluated):
@@ -285,7 +284,7 @@ class TASFTTrainer(Trainer):
     # --- The model's parts, and what it was at step 0 ----------------------------------------
 
     def _head(self) -> Head:
-        return head_of(self.accelerator.unwrap_model(self.model))
+        return self._tail.head(self.accelerator.unwrap_model(self.model))
 
     def _space(self) -> CostSpace:
         """The cost space as it was at step 0."""
@@ -618,13 +617,19 @@ class _Stream(IterableDataset[Row]):
 
 
 def _refuse_adapted_head(model: Any) -> None:
+    """See that the head is one weight, all of it trained or none."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        raise UserError(
+            "trainable_token_indices trains some rows of the output head, which the losses read directly and which may "
+            "be the embedding: leave it out, or train in full"
+        )
     if isinstance(head, BaseTunerLayer):
         raise UserError(
             "the adapter is on the output head, which the losses read directly: leave the head out of its "
             "target_modules, or name it in modules_to_save to train it in full"
         )
-    if isinstance(embedding, BaseTunerLayer) and embedding.weight is head.weight:
+    if isinstance(embedding, BaseTunerLayer) and head is not None and embedding.weight is head.weight:
         raise UserError(
             "the adapter is on the embedding, which is the output head too and which the losses read directly: leave "
             "it out of its target_modules, or train in full"
