@@ -3,6 +3,7 @@
 import json
 import os
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -174,6 +175,35 @@ def check_tensors(path: Path) -> None:
         raise UserError(f"{path}: damaged or cut short ({error!s:.100})") from None
 
 
+def is_finite(weight: torch.Tensor) -> bool:
+    """Whether all values are finite numbers; of a weight that is shared out, those that this process holds."""
+    local = weight.to_local() if hasattr(weight, "to_local") else weight
+    return not local.is_floating_point() or bool(local.isfinite().all())
+
+
+def _not_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """What is wrong with weights of which some are no numbers; None if all are finite."""
+    broken = [name for name, weight in weights if not is_finite(weight)]
+    return f"weights that are not finite numbers: {', '.join(broken[:3])}" if broken else None
+
+
+def check_trained(folder: Path) -> None:
+    """See that the weights in a folder, if there are any, are whole and finite; none is loaded for good.
+
+    Raises:
+        UserError: They are damaged, or are not finite numbers: the training that made them diverged.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        check_tensors(path)
+        with safe_open(path, "pt") as file:
+            broken = _not_finite((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+        if broken:
+            raise UserError(f"{path}: {broken}; {DIVERGED}")
+
+
+DIVERGED = "the training diverged: lower its learning_rate and train again"
+
+
 def fingerprint(base: str) -> list[tuple[str, int, int]] | str | None:
     """What tells a changed model from an unchanged one of the same name; None for a hub's, which has no files here.
 
@@ -268,12 +298,8 @@ def load_model(
                 f"model.base: {base:.100}: by its config.json, weights are {what}: {', '.join(names[:3])}{more}; copy "
                 "or download the model again"
             )
-    broken = [name for name, each in model.named_parameters() if each.is_floating_point() and not each.isfinite().all()]
-    if broken:
-        raise UserError(
-            f"model.base: {base:.100}: weights that are not finite numbers: {', '.join(broken[:3])}; copy or download "
-            "the model again"
-        )
+    if broken := _not_finite(model.named_parameters()):
+        raise UserError(f"model.base: {base:.100}: {broken}; copy or download the model again")
     if place.gguf_file is not None:
         # The weights are dequantised; the marks that are left make save_pretrained and peft refuse them.
         model.is_quantized = False
@@ -366,7 +392,7 @@ def attach_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = Fals
     path = adapter / "adapter_model.safetensors"
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    check_tensors(path)
+    check_trained(adapter)
     try:
         return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
     except Exception as error:  # those of every kind of adapter

@@ -27,7 +27,7 @@ from tasft.judges import Judge
 from tasft.judges.calibration import calibrate, can_calibrate, limit_of
 from tasft.judges.judging import Usual, rules, topic_measure
 from tasft.models.engine import Engine, Reply, Sampling, collect, replies_in, requests_for
-from tasft.models.load import add_lora, attach_adapter, detach, fingerprint, load_model, saved
+from tasft.models.load import add_lora, attach_adapter, check_trained, detach, fingerprint, load_model, saved
 from tasft.models.local import TransformersEngine
 from tasft.models.server import ServerEngine
 from tasft.models.server_settings import Server
@@ -435,6 +435,8 @@ class Run:
         reads = {"recipe": self.spec.model_dump(), "steps": [step.key for step in steps]}
 
         def work(folder: Path) -> None:
+            for name in ("adapter", "model"):
+                check_trained(self.folder / "train" / name)
             if self.spec.gate:
                 provenance.write_json(folder / "gate.json", gate.judge(self.spec.gate, read_run(self.folder)))
             write_report(self.folder)
