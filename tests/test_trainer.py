@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,6 +71,21 @@ def test_the_loss_is_the_papers_formula_with_group_means(tmp_path):
                 (push if avoid else nll).append(-((q @ unit - unit[target]) ** 2).sum() if avoid else -q[target].log())
     expected = torch.stack(nll).mean() + 0.7 * torch.stack(push).mean()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("normalization", ["per_group", "paper"])
+def test_weights_that_add_up_to_less_than_1_give_the_weighted_mean(tmp_path, normalization):
+    rows = [Example("Say?", "good words", True, weight=0.1), Example("Do?", "bad words", False, weight=0.15)]
+    subject = trainer(tmp_path, rows, penalty="emd", normalization=normalization, penalty_weight=0.5)
+    batch = subject.data_collator(subject.train_dataset)
+    found = subject.compute_loss(subject.model, dict(batch))
+    alike = trainer(
+        tmp_path, [replace(row, weight=1.0) for row in rows], penalty="emd", normalization=normalization,
+        penalty_weight=0.5,
+    )  # fmt: skip
+    batch = alike.data_collator(alike.train_dataset)
+    # A weight that all rows of a kind have changes nothing.
+    assert found.item() == pytest.approx(alike.compute_loss(alike.model, dict(batch)).item(), rel=1e-5)
 
 
 def test_a_batch_of_one_kind_still_trains(tmp_path):

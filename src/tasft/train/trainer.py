@@ -494,17 +494,13 @@ class TASFTTrainer(FiniteSteps):
         penalty = self.args.penalty_weight * (terms["penalty"].total if self.penalty else imitate.new_zeros(()))
         mode = self.args.normalization
         if mode == "paper":
-            return imitate / here[3].clamp(min=1) / step[-1], penalty / here[2].clamp(min=1) / step[-1]
+            return imitate / _present(here[3]) / step[-1], penalty / _present(here[2]) / step[-1]
         # Gradients are averaged over ranks; the counts are already those of all ranks.
         imitate_count, avoid_count = step[0], step[2] if self.penalty and self.penalty.per == "response" else step[1]
         if mode == "shared":
             imitate_count = avoid_count = step[0] + step[1]
-        # An absent kind is 0 / 1. Weights can add up to less than 1.
-        counts = (torch.where(count > 0, count, 1.0) for count in (imitate_count, avoid_count))
-        imitate, penalty = (
-            self.args.world_size * term / count for term, count in zip((imitate, penalty), counts, strict=True)
-        )
-        return imitate, penalty
+        times = self.args.world_size
+        return times * imitate / _present(imitate_count), times * penalty / _present(avoid_count)
 
     # --- What is seen of it --------------------------------------------------------------------
 
@@ -595,6 +591,11 @@ def _is_encoded(dataset: Any) -> bool:
         and isinstance(dataset[0], dict)
         and {"input_ids", "labels", "avoid"} <= dataset[0].keys()
     )
+
+
+def _present(count: Tensor) -> Tensor:
+    """What a sum is divided by: an absent kind is 0 / 1. Weights can add up to less than 1."""
+    return torch.where(count > 0, count, 1.0)
 
 
 def _refuse_adapted_head(model: Any) -> None:
