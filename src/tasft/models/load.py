@@ -4,6 +4,7 @@ import json
 import os
 import textwrap
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from tasft.core.errors import UserError
+from tasft.core.hashes import known_hash
 from tasft.core.provenance import file_hash
 from tasft.loss import Head
 
@@ -204,18 +206,43 @@ def check_trained(folder: Path) -> None:
 DIVERGED = "the training diverged: lower its learning_rate and train again"
 
 
-def fingerprint(base: str) -> list[tuple[str, int, int]] | str | None:
-    """What tells a changed model from an unchanged one of the same name; None for a hub's, which has no files here.
+_READ = frozenset(
+    """
+    config.json generation_config.json adapter_config.json tokenizer.json tokenizer_config.json special_tokens_map.json
+    added_tokens.json chat_template.json vocab.json vocab.txt merges.txt tekken.json
+    """.split()  # noqa: SIM905
+)
+_READ_SUFFIXES = frozenset({".model", ".tiktoken", ".spm", ".jinja", ".py"})
+
+
+def _files_read(folder: Path) -> list[Path]:
+    """Files of a saved model or adapter that are read when it is loaded."""
+    index = folder / "model.safetensors.index.json"
+    weights = {"model.safetensors", "adapter_model.safetensors"}
+    if index.is_file() and not (folder / "model.safetensors").is_file():
+        with suppress(ValueError, KeyError, TypeError, AttributeError):  # `locate` says what is wrong with it.
+            weights |= {index.name, *json.loads(index.read_bytes())["weight_map"].values()}
+    templates = (folder / "additional_chat_templates").glob("*.jinja")
+    return sorted(
+        path
+        for path in (*folder.iterdir(), *templates)
+        if path.name in _READ | weights or path.suffix in _READ_SUFFIXES
+        if path.name[0] != "." and path.is_file()
+    )
+
+
+def fingerprint(base: str) -> list[tuple[str, str]] | str | None:
+    """What tells a model from others by content, wherever it is; None for a hub's, which has no files here.
 
     Returns:
-        The hash of a bundled model; name, size and time of change of each file of a local one.
+        The hash of a bundled model or a GGUF file; name and hash of each file of a saved one that is read.
     """
     if base in BUNDLED:
         return BUNDLED[base].sha256
     path = Path(base)
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    found = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-    return found or None
+    if not path.is_dir():
+        return known_hash(path) if path.is_file() else None
+    return [(str(file.relative_to(path)), known_hash(file)) for file in _files_read(path)] or None
 
 
 def load_tokenizer(base: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -121,8 +121,9 @@ class Run:
     def _base_reads(self) -> dict[str, Any]:
         spec = self.spec.model
         return {
-            "model": spec.model_dump(exclude={"lora", "trust_remote_code"}),
-            "weights": fingerprint(spec.base),
+            "model": spec.model_dump(exclude={"base", "lora", "trust_remote_code"}),
+            # A model whose content is known is the same wherever it is.
+            "weights": fingerprint(spec.base) or spec.base,
             "seed": self.spec.seed,
         }
 
@@ -441,7 +442,7 @@ class Run:
                 provenance.write_json(folder / "gate.json", gate.judge(self.spec.gate, read_run(self.folder)))
             write_report(self.folder)
 
-        yield Step(self.folder / "report", reads, work)
+        yield Step(self.folder / "report", reads, work, costs_nothing=True)
 
     @property
     def gate(self) -> dict[str, Any] | None:
