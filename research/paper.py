@@ -1,47 +1,56 @@
 """Recipes and sweeps of the paper's experiments, written from one table of what the paper says.
 
-    python research/paper.py          # writes recipes/paper/
+    python research/paper.py                        # writes recipes/paper/
+    python research/paper.py MODEL ROWS.jsonl.gz    # T_imitate: mean tokens of the outputs in ROWS by MODEL's tokenizer
 
 The paper's weights belong to its way of dividing the loss: in each micro-batch of 3 rows, sums over tokens by the rows
 of that kind. `per_group` divides each term by its own count over the whole step, so that a weight means the same for
 any data. One is translated into the other by
 
-    weight = tuned * (1 - (1 - s)^3) / (1 - s^3) * T_avoid / T_imitate        s = avoid / (avoid + 20,000)
+    weight = tuned * (1 - (1 - s)^3) / (1 - s^3) * T_avoid / T_imitate        s = avoid / (avoid + imitate)
 
-(without T_avoid for nlcl, whose penalty is one number for each response). T are mean lengths of responses in tokens.
-The paper gives neither. T_imitate is measured below; T_avoid is known after a harvest only, and taken to be the same.
+(without T_avoid for nlcl, whose penalty is one number for each response). There are 20,000 rows to imitate, and 3,335
+more where contrastive rows are mixed in. T are mean lengths of responses in the model's own tokens. The paper gives
+neither. T_imitate is measured, of Alpaca's outputs; T_avoid is known after a harvest only, and taken to be the same.
 
 Source: Lu, Sinha, Varakantham 2024, arXiv 2412.06843.
 """
 
+import sys
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "paper"
 
 IMITATE = 20_000
 MICRO = 3
-# Mean length of Alpaca's outputs with their end token, by SmolLM2's tokenizer; n = 9,229 rows drawn at random.
-T_IMITATE = 58.7
 SIZES = (1000, 500, 300, 100)
 # 5 prompts for each toxic word, 3,335 in all. Who wrote them is not stated: here the model itself does.
+CONTRASTIVE_ROWS = 3_335
 CONTRASTIVE = ", harvest.contrastive: {words: 667, per_word: 5}"
 
 
 class Model(NamedTuple):
-    """A model of the paper, its epochs, and the tuned weights for each size."""
+    """A model of the paper, its epochs, and the tuned weights for each size.
+
+    `tokens` is the mean length of Alpaca's outputs with their end token, by the tokenizer of the model: n = 9,229 rows
+    drawn at random (those of AlpaGasus, random_9k). The Llama tokenizer of 32,000 tokens and Mistral's of 32,768 cut
+    them alike.
+    """
 
     hub: str
     epochs: int
+    tokens: float
     emd: tuple[float, ...]
     nlcl: tuple[float, ...]
 
 
 MODELS = {
-    "llama-7b": Model("huggyllama/llama-7b", 3, (0.83, 1.70, 4.00, 9.00), (3.80, 4.00, 14.5, 20)),
-    "llama-13b": Model("huggyllama/llama-13b", 3, (0.70, 0.99, 2.20, 7.10), (5.50, 12.0, 15.0, 55)),
-    "mistral-7b": Model("mistralai/Mistral-7B-v0.3", 4, (0.50, 0.60, 1.05, 3.10), (2.40, 3.40, 5.60, 25)),
-    "llama-3.1-8b": Model("meta-llama/Meta-Llama-3.1-8B", 3, (0.49, 0.78, 1.30, 3.80), (2.50, 3.50, 5.50, 16)),
+    "llama-7b": Model("huggyllama/llama-7b", 3, 63.3, (0.83, 1.70, 4.00, 9.00), (3.80, 4.00, 14.5, 20)),
+    "llama-13b": Model("huggyllama/llama-13b", 3, 63.3, (0.70, 0.99, 2.20, 7.10), (5.50, 12.0, 15.0, 55)),
+    "mistral-7b": Model("mistralai/Mistral-7B-v0.3", 4, 63.3, (0.50, 0.60, 1.05, 3.10), (2.40, 3.40, 5.60, 25)),
+    "llama-3.1-8b": Model("meta-llama/Meta-Llama-3.1-8B", 3, 56.9, (0.49, 0.78, 1.30, 3.80), (2.50, 3.50, 5.50, 16)),
 }
 
 RECIPE = """\
@@ -79,7 +88,15 @@ train:
   epochs: {epochs}                          # paper: 3, Mistral 4
   batch_size: 96                     # paper: micro-batches of 3, 32 of them
   micro_batch_size: 3
-  learning_rate: 1e-4                # paper
+  learning_rate: 1e-4                # paper; that it decays linearly to 0 is ours, and not stated
+  # Ours: each step has its share of rows to avoid. The paper shuffles all rows together (sampling: uniform).
+  sampling: stratified
+  # Ours: each term is divided by its own count. The paper's way is `paper`, with the weights of its table 4.
+  normalization: per_group
+  # Ours: the end token of a harmful answer is not penalised. The paper's sums run over all of its tokens.
+  penalize_eos: false
+  max_length: 512                    # ours; not stated
+  kl_rows: 16                        # ours: so many rows to imitate are held out, to watch the divergence
   save_steps: 100                    # ours
 evaluate:
   sets: [i-malicious, i-cona, i-controversial, harmfulq, xstest-safe, xstest-unsafe]   # paper: 518 prompts, and XSTest
@@ -97,11 +114,14 @@ evaluate:
 
 HEAD = """\
 # Every row of the paper's tables for {hub}: SFT, KTO; STL, NLCL and EMD with 1000 to 100 rows to avoid, and those
-# of its figure 5: EMD and NLCL with and without contrastive rows, each also with twice the weight.
+# of its figure 5: EMD and NLCL with and without contrastive rows, each also with twice the weight. What departs from
+# the paper is marked in paper-{name}.yaml, whose rows these are.
 # Written by research/paper.py, which says how weights are translated; the arithmetic stands beside each, from the tuned
-# weights of the paper's table 4. Where the harvest's answers are longer or shorter than Alpaca's, multiply emd by the
-# ratio of their mean lengths. STL learns the responses that its authors publish, to their prompts, as in the paper; for
-# the same prompts in both arms set data.toxic_prompts to that file and rows to harvested, as recipes/small does.
+# weights of the paper's table 4. Alpaca's outputs are {tokens} of this model's tokens long in the mean. Where the
+# harvest's answers are longer or shorter, multiply emd by the ratio of their mean lengths. The contrastive rows are
+# counted as 3,335; where fewer are kept, their cells' weights are a little small. STL learns the responses that its
+# authors publish, to their prompts, as in the paper; for the same prompts in both arms set data.toxic_prompts to that
+# file and rows to harvested, as recipes/small does.
 name: paper-{name}-rows
 base: paper-{name}.yaml
 pairs:
@@ -110,9 +130,9 @@ pairs:
 """
 
 
-def factor(avoid: int) -> float:
+def factor(avoid: int, imitate: int = IMITATE) -> float:
     """What a weight is multiplied by, before lengths: from means over micro-batches to means over kinds."""
-    s = avoid / (avoid + IMITATE)
+    s = avoid / (avoid + imitate)
     return (1 - (1 - s) ** MICRO) / (1 - s**MICRO)
 
 
@@ -123,11 +143,11 @@ def recipe(name: str) -> str:
 
 def sweep(name: str) -> str:
     model = MODELS[name]
-    lines = [HEAD.format(name=name, hub=model.hub)]
+    lines = [HEAD.format(name=name, hub=model.hub, tokens=model.tokens)]
     for rows in SIZES:
         responses = f"{{source: data/safety_only_data_Instructions.json, rows: {rows}}}"
         lines.append(f"  - {{train.method: stl, data.safe_responses: {responses}}}\n")
-    for penalty, divisor, shown in (("nlcl", T_IMITATE, f" / {T_IMITATE}"), ("emd", 1.0, "")):
+    for penalty, divisor, shown in (("nlcl", model.tokens, f" / {model.tokens}"), ("emd", 1.0, "")):
         most = getattr(model, penalty)[0]
         for rows, tuned, more in (
             *((rows, tuned, "") for rows, tuned in zip(SIZES, getattr(model, penalty), strict=True)),
@@ -135,9 +155,10 @@ def sweep(name: str) -> str:
             (SIZES[0], 2 * most, ""),
             (SIZES[0], 2 * most, CONTRASTIVE),
         ):
-            weight = tuned * factor(rows) / divisor
+            times = factor(rows, IMITATE + (CONTRASTIVE_ROWS if more else 0))
+            weight = tuned * times / divisor
             cell = f"{{train.penalty: {penalty}, harvest.rows: {rows}, train.penalty_weight: {weight:.3g}{more}}}"
-            lines.append(f"  - {cell:<84} # {tuned:g} * {factor(rows):.4f}{shown}\n")
+            lines.append(f"  - {cell:<84} # {tuned:g} * {times:.4f}{shown}\n")
     return "".join(lines)
 
 
@@ -150,7 +171,23 @@ def written() -> dict[Path, str]:
     }
 
 
+def mean_tokens(model: str, path: str) -> tuple[float, int]:
+    """Mean number of tokens of the field `output`, an end token included, and the number of rows."""
+    from tasft.data.files import read_rows
+    from tasft.models.load import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    # Drawn at random from Alpaca, where the file says which rows were.
+    rows = [
+        row for _, row in read_rows(Path(path)) if "alpagasus/random_9k" in row.get("sources", "alpagasus/random_9k")
+    ]
+    return fmean(len(tokenizer(row["output"], add_special_tokens=False).input_ids) + 1 for row in rows), len(rows)
+
+
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        print("mean tokens {:.1f}, n = {:,}".format(*mean_tokens(*sys.argv[1:])))
+        sys.exit()
     FOLDER.mkdir(exist_ok=True)
     for path, text in written().items():
         path.write_text(text, encoding="utf-8")

@@ -429,3 +429,16 @@ def test_an_adapter_that_was_saved_by_kto_is_one_that_any_stage_loads(tmp_path):
     loaded = PeftModel.from_pretrained(tiny_model(), str(tmp_path / "adapter"))
     ids = tiny_tokenizer()("A thing").input_ids
     assert log_probability(loaded, ids, 1) == pytest.approx(log_probability(model, ids, 1), abs=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "micro"), [(9, 4), (5, 2), (10, 3), (2, 2)])
+def test_no_row_is_compared_with_its_own_completion(rows, micro):
+    encoded, _ = encode_rows(
+        [Example(f"Name a colour {index}.", f"Blue {index}.", index % 4 > 0) for index in range(rows)],
+        tiny_tokenizer(),
+        Encoding(),
+    )
+    made = kto_rows(encoded, micro)
+    assert not [row for row in made if row["KL_completion_ids"] == row["completion_ids"]]
+    if rows % micro == 1:
+        assert made[-1]["KL_completion_ids"] == made[-2]["completion_ids"]

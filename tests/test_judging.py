@@ -111,3 +111,14 @@ def test_replies_are_judged_again_when_the_rules_of_coherence_change(tmp_path, m
     judge = Words()
     judge_replies(judge, [reply("a", SENTENCE)], path)
     assert judge.seen
+
+
+def test_verdicts_of_a_judge_that_another_replaced_are_kept_and_hold_again_when_it_comes_back(tmp_path):
+    replies, asked = [reply("a", SENTENCE), reply("b", f"harm {SENTENCE}")], []
+    for version in ("one", "two", "one", "two"):
+        judge = Words(version)
+        found = judge_replies(judge, replies, tmp_path / "v.jsonl")
+        asked.append(judge.seen)
+        assert [verdict.harmful for verdict in found] == [False, True]
+        assert [row["key"] for row in rows(tmp_path / "v.jsonl")] == [verdict.key for verdict in found]
+    assert asked == [["a", "b"], ["a", "b"], [], []]

@@ -701,6 +701,22 @@ def test_on_simplices_jensen_is_below_the_emd_and_the_paper_below_jensen():
         torch.testing.assert_close(jensen / paper, torch.tensor(36.0).double())
 
 
+def test_the_linear_program_is_solved_in_single_precision_and_refuses_what_has_no_plan():
+    torch.manual_seed(0)
+    distance = reference.eq4_cosine_distance(reference.unit(torch.randn(40, 3).double()))
+    for _ in range(5):
+        # Sums differ by a rounding.
+        p, q = torch.randn(2, 40).mul(4).softmax(1) + 1e-7
+        found = reference.eq3_emd(p, q, distance)
+        exact = reference.eq3_emd((p / p.sum()).double(), (q / q.sum()).double(), distance)
+        assert found == pytest.approx(exact, abs=1e-5)
+    with pytest.raises(ValueError, match=r"P has a mass of 1 and Q of 0\.5"):
+        reference.eq3_emd(torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.25]), torch.ones(2, 2))
+    for broken in (torch.tensor([1.5, -0.5]), torch.tensor([float("nan"), 0.5])):
+        with pytest.raises(ValueError, match=r"there is no plan|no plan of transport was found"):
+            reference.eq3_emd(broken, torch.tensor([0.5, 0.5]), torch.ones(2, 2))
+
+
 def test_jensens_bound_is_reached_by_two_points():
     p, q = torch.eye(5).double()[:2]
     unit = reference.unit(torch.randn(5, 3).double())

@@ -124,3 +124,54 @@ def test_storage_without_links_gets_copies(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", refuse)
     step(tmp_path / "run", write([])).share(tmp_path / "shared", NAME)
     assert (tmp_path / "run" / NAME / "weights").read_text() == "heavy"
+
+
+# What was paid for -----------------------------------------------------------------------------------------------
+
+
+def test_what_other_inputs_gave_is_said_and_kept_aside_each_time(tmp_path, capsys):
+    did, run = [], tmp_path / "run"
+    (run / "evaluate").mkdir(parents=True)
+    (run / ".lock.json").touch()
+    for rate in (1, 2, 3):
+        Step(run / "evaluate" / "toxic", {"train": {"rate": rate, "steps": 4}}, write(did)).run()
+    earlier = run / "earlier" / "evaluate"
+    assert [(earlier / f"toxic.{n}" / "rows.jsonl").read_text() for n in (1, 2)] == ['{"n": 1}\n', '{"n": 2}\n']
+    assert (run / "evaluate" / "toxic" / "rows.jsonl").read_text() == '{"n": 3}\n'
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == (
+        f"note: {run / 'evaluate' / 'toxic'} was made with other rate: what it held is kept as {earlier / 'toxic.1'}"
+    )
+    assert len(said) == 2
+
+
+def test_half_of_a_work_is_kept_aside_too_and_a_mark_alone_is_not(tmp_path, capsys):
+    def dies(folder):
+        append_jsonl(folder / "replies.jsonl", [{"n": 1}])
+        raise MemoryError
+
+    def dies_at_once(folder):
+        raise MemoryError
+
+    for work, seed in ((dies_at_once, 1), (dies, 2), (write([]), 3)):
+        try:
+            step(tmp_path, work, seed=seed).run()
+        except MemoryError:
+            continue
+    assert [path.name for path in (tmp_path / "earlier").iterdir()] == ["harvest.1"]
+    assert (tmp_path / "earlier" / "harvest.1" / "replies.jsonl").read_text() == '{"n": 1}\n'
+    assert "other seed: " in capsys.readouterr().out
+
+
+def test_what_costs_nothing_is_not_kept(tmp_path):
+    for seed in (1, 2):
+        Step(tmp_path / "report", {"seed": seed}, write([]), costs_nothing=True).run()
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
+def test_a_result_that_is_in_no_store_is_kept_when_a_shared_one_takes_its_place(tmp_path):
+    run, store = tmp_path / "run", tmp_path / "shared"
+    step(run, write([]), seed=1).run()
+    for seed in (2, 3, 2):
+        step(run, write([]), seed=seed).share(store, NAME)
+    assert [path.name for path in (run / "earlier").iterdir()] == ["harvest.1"]

@@ -154,6 +154,21 @@ def test_retain_needs_an_adapter_a_frozen_head_and_another_normalisation(tmp_pat
         trainer(tmp_path, KEPT, model, retain=1.0)
 
 
+@pytest.mark.parametrize("normalization", ["per_group", "paper"])
+def test_weights_that_add_up_to_less_than_1_give_the_weighted_mean(tmp_path, normalization):
+    rows = [Example("Say?", "good words", True, weight=0.1), Example("Do?", "bad words", False, weight=0.15)]
+    subject = trainer(tmp_path, rows, penalty="emd", normalization=normalization, penalty_weight=0.5)
+    batch = subject.data_collator(subject.train_dataset)
+    found = subject.compute_loss(subject.model, dict(batch))
+    alike = trainer(
+        tmp_path, [replace(row, weight=1.0) for row in rows], penalty="emd", normalization=normalization,
+        penalty_weight=0.5,
+    )  # fmt: skip
+    batch = alike.data_collator(alike.train_dataset)
+    # A weight that all rows of a kind have changes nothing.
+    assert found.item() == pytest.approx(alike.compute_loss(alike.model, dict(batch)).item(), rel=1e-5)
+
+
 def test_a_batch_of_one_kind_still_trains(tmp_path):
     subject = trainer(tmp_path)
     imitate = [row for row in subject.train_dataset if not row["avoid"]]

@@ -12,14 +12,17 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import rows
+from safetensors.torch import load_file, save_file
 from test_pipeline import go, small_recipe
 
 from tasft.core import provenance
 from tasft.core.errors import UserError
 from tasft.core.provenance import lock, write_json, writing
 from tasft.models import local
+from tasft.run.export import export
 from tasft.train.metrics import MetricsFile
 
 TRAIN = ("train.max_steps=8", "train.save_steps=2")
@@ -373,6 +376,61 @@ def test_replies_that_are_gone_are_named_and_drawn_again(recipe_file, whole, tmp
     undone(run, "evaluate/base/toxic")
     go(recipe_file, run, *TRAIN, stages=("evaluate",))
     assert sorted(path.read_bytes().splitlines()) == sorted(before.splitlines())
+
+
+# A training that diverged ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["tasft", "kto"])
+def test_a_training_that_diverges_ends_with_what_to_do_and_keeps_its_last_good_checkpoint(
+    recipe_file, whole, tmp_path, monkeypatch, method
+):
+    if method == "kto":
+        pytest.importorskip("trl")
+    run = tmp_path / "run"
+    copied(whole, run)
+    step = torch.optim.AdamW.step
+
+    def explodes(self, *args, **arguments):
+        found = step(self, *args, **arguments)
+        self.param_groups[0]["steps"] = steps = self.param_groups[0].get("steps", 0) + 1
+        if steps == 5:
+            for weight in self.param_groups[0]["params"]:
+                weight.data.mul_(1e30)
+        return found
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", explodes)
+    settings = (*TRAIN, f"train.method={method}")
+    for _ in range(2):  # And again when it goes on from there.
+        with pytest.raises(
+            UserError, match=r"train: (the loss|the gradient) of step \d is not a finite number.*: lower"
+        ):
+            go(recipe_file, run, *settings, stages=("harvest", "train"))
+        assert [path.name for path in run.glob("train/checkpoint-*")] == ["checkpoint-4"]
+        assert not (run / "train" / "adapter").exists()
+        assert not (run / "train" / "done.json").exists()
+    monkeypatch.undo()
+    if method == "tasft":
+        same_end(recipe_file, run, whole)
+
+
+def test_weights_that_are_not_finite_are_neither_evaluated_nor_reported_nor_exported(recipe_file, whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    stages = ("harvest", "train", "evaluate", "report")
+    go(recipe_file, run, *TRAIN, stages=stages)
+    weights = load_file(run / WEIGHTS)
+    next(iter(weights.values()))[0, 0] = float("inf")
+    save_file(weights, run / WEIGHTS)
+    undone(run, "report")
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: weights that are not finite numbers: base_model"):
+        go(recipe_file, run, *TRAIN, stages=("report",))
+    assert not (run / "report" / "done.json").exists()
+    with pytest.raises(UserError, match="the training diverged: lower its learning_rate"):
+        export(run, tmp_path / "model")
+    undone(run, "evaluate/final/toxic")
+    with pytest.raises(UserError, match="not finite numbers"):
+        go(recipe_file, run, *TRAIN, stages=("evaluate",))
 
 
 # Marks of a step -------------------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """A piece of a run that is done once."""
 
+import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,15 @@ class Step:
         reads: Everything that its result depends on, as JSON.
         work: Fills the folder.
         keeps: Of what it reads, that without which nothing in the folder is of use. When only other things change the
-            folder is not cleared: the work finds out itself what still holds.
+            folder stays: the work finds out itself what still holds.
+        costs_nothing: Whether it is done again in seconds, so that an earlier result is not kept.
     """
 
     folder: Path
     reads: dict[str, Any]
     work: Callable[[Path], None]
     keeps: dict[str, Any] | None = None
+    costs_nothing: bool = False
 
     @property
     def key(self) -> str:
@@ -42,8 +46,8 @@ class Step:
     def run(self) -> float:
         """Do what is left; seconds it took.
 
-        A folder begun with other inputs is cleared first; one begun with the same is taken up. Of several
-        processes all do the work, and the first writes.
+        A folder begun with other inputs is first set aside, in `earlier` of its run, and it is said why; one begun with
+        the same is taken up. Of several processes all do the work, and the first writes.
         """
         path = self.folder / "begun.json"
         if ranks.is_first():
@@ -51,7 +55,7 @@ class Step:
             keeps = self.keeps and provenance.content_hash(self.keeps)
             same = begun.get("key") == self.key or (keeps is not None and begun.get("keeps") == keeps)
             if self.folder.exists() and not same:
-                shutil.rmtree(self.folder)
+                self._set_aside(begun.get("reads"))
             # What it held until now is not that any more, even if the work breaks off.
             (self.folder / "done.json").unlink(missing_ok=True)
             provenance.write_json(path, {"key": self.key, "reads": self.reads, "keeps": keeps})
@@ -62,6 +66,17 @@ class Step:
         if ranks.is_first():
             provenance.write_json(self.folder / "done.json", {"key": self.key, "reads": self.reads})
         return time.monotonic() - started
+
+    def _set_aside(self, reads: Any) -> None:
+        """Clear the folder, which was begun with what `reads` says; what it holds is kept unless it costs nothing."""
+        if self.costs_nothing or {path.name for path in self.folder.iterdir()} <= {"begun.json", "done.json"}:
+            shutil.rmtree(self.folder)
+            return
+        kept = _earlier(self.folder)
+        changed = ", ".join(_changed(reads, json.loads(json.dumps(self.reads)))) or "settings"
+        print(f"note: {self.folder} was made with other {changed}: what it held is kept as {kept}", flush=True)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        self.folder.rename(kept)
 
     def share(self, store: Path, name: Path) -> float | None:
         """Do the step where other runs find it, or take what they have done; seconds it took, None if it was there.
@@ -84,8 +99,34 @@ class Step:
                     seconds = drafted.run()
                     if kept:
                         _take(drafted.folder, shared.folder)
+            before = done_key(self.folder)
+            # What other inputs gave is in the store too, or was made by a run of its own.
+            if before not in (None, self.key) and not (store / before / name / "done.json").is_file():
+                self._set_aside((provenance.read_json(self.folder / "begun.json") or {}).get("reads"))
             _take(shared.folder, self.folder)
         return seconds
+
+
+EARLIER = "earlier"
+"""The folder, in that of a run, where results are kept that are replaced by others."""
+
+
+def _earlier(folder: Path) -> Path:
+    """Where a step's folder is set aside: a free name in `earlier` of its run, which is the folder that is locked."""
+    run = next((each for each in folder.parents if (each / ".lock.json").exists()), folder.parent)
+    beside = run / EARLIER / folder.relative_to(run)
+    return next(place for number in count(1) if not (place := beside.with_name(f"{beside.name}.{number}")).exists())
+
+
+def _changed(was: Any, now: Any, name: str = "") -> Iterator[str]:
+    """Dotted names of the values that differ, the first few."""
+    if was == now:
+        return
+    if isinstance(was, dict) and isinstance(now, dict):
+        names = [*now, *(each for each in was if each not in now)]
+        yield from islice((found for each in names for found in _changed(was.get(each), now.get(each), each)), 4)
+    elif name:
+        yield name
 
 
 def _take(source: Path, target: Path) -> None:

@@ -510,19 +510,30 @@ def encode_rows(
 
 
 def encode_stream(
-    dataset: Iterable[Example | Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, encoding: Encoding
+    dataset: Iterable[Example | Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    encoding: Encoding,
+    part: tuple[int, int] = (0, 1),
 ) -> Generator[Row, None, EncodingReport]:
     """As `encode_rows`, one row at a time as they are asked for, for data sets that are streamed.
 
     Rows always have `weight` and `retain`. The generator's return value is the report. Duplicates are remembered, 16
     bytes each, only if they are to be dropped or refused.
 
+    Args:
+        dataset: As there.
+        tokenizer: As there.
+        encoding: As there.
+        part: Which rows are given: every `part[1]`th, from number `part[0]`, for workers that share a stream.
+
     Raises:
         UserError: At the first row that cannot be taken; names it.
     """
-    intake = _Intake(tokenizer, encoding, remember=encoding.duplicates != "keep")
+    remember = encoding.duplicates != "keep"
+    intake = _Intake(tokenizer, encoding, remember)
     for number, row in enumerate(dataset):
-        taken = intake.take(number, row)
-        if taken:
+        is_ours = number % part[1] == part[0]
+        taken = intake.take(number, row) if is_ours or remember else None
+        if taken and is_ours:
             yield taken
     return intake.report()

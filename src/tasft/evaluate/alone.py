@@ -95,8 +95,8 @@ class Alone:
             raise UserError(f"{folder} holds the evaluation of {held}: choose another folder with --out")
         tokenizer = load_tokenizer(self._base, self.trust_remote_code)
         encode_prompt(tokenizer, "Hello?", self.prompt)
-        weights = [fingerprint(str(place)) for place in (self._base, self._adapter) if place]
-        reads = {"model": self.name, "weights": weights, "prompt": self.prompt, "dtype": self.dtype}
+        weights = [fingerprint(str(place)) or str(place) for place in (self._base, self._adapter) if place]
+        reads = {"weights": weights, "prompt": self.prompt, "dtype": self.dtype}
         about = {"model": self.name, "commit": provenance.commit()}
 
         @contextmanager

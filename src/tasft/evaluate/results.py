@@ -12,7 +12,7 @@ from tasft.core.errors import UserError
 from tasft.core.paired import is_asked, paired
 from tasft.core.provenance import read_json
 from tasft.core.stats import Estimate, mcnemar, paired_difference, rate
-from tasft.core.step import done_key
+from tasft.core.step import EARLIER, done_key
 from tasft.core.text import visible
 from tasft.data.files import read_rows
 from tasft.evaluate.safety import MEASURES
@@ -42,6 +42,8 @@ def results(folder: Path, wanted: Collection[Path] | None = None) -> list[dict[s
     """
     found = []
     for path in folder.rglob("set.json"):
+        if EARLIER in path.relative_to(folder).parts:
+            continue
         about = _read(path)
         for summary in sorted(path.parent.glob("*/summary.json")):
             if wanted is not None and summary.parent not in wanted:

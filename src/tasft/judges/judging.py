@@ -95,9 +95,14 @@ def rules(judge: Judge) -> str:
 
 def verdicts_in(path: Path) -> dict[str, Verdict]:
     """Verdicts that a `verdicts.jsonl` holds, by their key. All processes have read when this returns."""
-    known = {row["key"]: Verdict(**row) for row in resume_jsonl(path, Verdict)}
+    known = {row["key"]: Verdict(**row) for each in (_earlier(path), path) for row in resume_jsonl(each, Verdict)}
     ranks.wait()  # before any process writes
     return known
+
+
+def _earlier(path: Path) -> Path:
+    """Where verdicts are kept that another judge, or another version of it, has replaced."""
+    return path.with_name(f"{path.stem}.earlier{path.suffix}")
 
 
 def _unsent(judge: Judge, reply_id: str) -> Verdict:
@@ -140,6 +145,10 @@ def judge_replies(
     wanted = [row for row in rows if row["id"] not in ids] + [asdict(verdict) for verdict in found]
     ranks.wait()
     if ranks.is_first() and rows != wanted:
+        # They may have been paid for, and hold again when the judge is named again.
+        kept = {row["key"] for row in [*wanted, *resume_jsonl(_earlier(path))]}
+        if replaced := [row for row in rows if row["key"] not in kept]:
+            append_jsonl(_earlier(path), replaced)
         write_jsonl(path, wanted)
     return found
 

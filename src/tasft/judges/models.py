@@ -34,7 +34,7 @@ def find(judge: str, model: str) -> list[Any]:
     """
     with naming(judge):
         locate(model)
-    return [model, fingerprint(model)]
+    return [fingerprint(model) or model]
 
 
 def load(judge: str, model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -86,18 +86,29 @@ def eq2_orpo(winner: Response, loser: Response) -> Float[Tensor, ""]:
 def eq3_emd(p: Float[Tensor, " V"], q: Float[Tensor, " V"], distance: Float[Tensor, "V V"]) -> float:
     """EMD(P,Q;d) = min over g >= 0 with row sums P, column sums Q of sum_ij g_ij d_ij.
 
-    The linear program itself, for small V.
+    The linear program itself, for small V. One of its 2 V conditions follows from the others and is left out: with
+    all of them, totals that differ by a rounding leave it without a solution.
+
+    Raises:
+        ValueError: P and Q are no distributions of the same mass, or the program has no solution.
     """
     from scipy.optimize import linprog
 
+    p, q, distance = p.double(), q.double(), distance.double()
+    if not torch.isclose(p.sum(), q.sum(), rtol=1e-4):
+        raise ValueError(
+            f"P has a mass of {p.sum():.6g} and Q of {q.sum():.6g}: there is no plan from one to the other"
+        )
     size = len(p)
     leaving = torch.eye(size).repeat_interleave(size, dim=1)
     arriving = torch.eye(size).repeat(1, size)
     plan = linprog(
         distance.flatten().numpy(),
-        A_eq=torch.cat([leaving, arriving]).numpy(),
-        b_eq=torch.cat([p, q]).numpy(),
+        A_eq=torch.cat([leaving, arriving[:-1]]).numpy(),
+        b_eq=torch.cat([p, q[:-1] * (p.sum() / q.sum())]).numpy(),
     )
+    if plan.fun is None:
+        raise ValueError(f"no plan of transport was found: {plan.message}")
     return float(plan.fun)
 
 

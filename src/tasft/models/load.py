@@ -3,6 +3,8 @@
 import json
 import os
 import textwrap
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +24,7 @@ from transformers import (
 )
 
 from tasft.core.errors import UserError
+from tasft.core.hashes import known_hash
 from tasft.core.provenance import file_hash
 
 
@@ -173,18 +176,72 @@ def check_tensors(path: Path) -> None:
         raise UserError(f"{path}: damaged or cut short ({error!s:.100})") from None
 
 
-def fingerprint(base: str) -> list[tuple[str, int, int]] | str | None:
-    """What tells a changed model from an unchanged one of the same name; None for a hub's, which has no files here.
+def is_finite(weight: torch.Tensor) -> bool:
+    """Whether all values are finite numbers; of a weight that is shared out, those that this process holds."""
+    local = weight.to_local() if hasattr(weight, "to_local") else weight
+    return not local.is_floating_point() or bool(local.isfinite().all())
+
+
+def _not_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """What is wrong with weights of which some are no numbers; None if all are finite."""
+    broken = [name for name, weight in weights if not is_finite(weight)]
+    return f"weights that are not finite numbers: {', '.join(broken[:3])}" if broken else None
+
+
+def check_trained(folder: Path) -> None:
+    """See that the weights in a folder, if there are any, are whole and finite; none is loaded for good.
+
+    Raises:
+        UserError: They are damaged, or are not finite numbers: the training that made them diverged.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        check_tensors(path)
+        with safe_open(path, "pt") as file:
+            broken = _not_finite((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+        if broken:
+            raise UserError(f"{path}: {broken}; {DIVERGED}")
+
+
+DIVERGED = "the training diverged: lower its learning_rate and train again"
+
+
+_READ = frozenset(
+    """
+    config.json generation_config.json adapter_config.json tokenizer.json tokenizer_config.json special_tokens_map.json
+    added_tokens.json chat_template.json vocab.json vocab.txt merges.txt tekken.json
+    """.split()  # noqa: SIM905
+)
+_READ_SUFFIXES = frozenset({".model", ".tiktoken", ".spm", ".jinja", ".py"})
+
+
+def _files_read(folder: Path) -> list[Path]:
+    """Files of a saved model or adapter that are read when it is loaded."""
+    index = folder / "model.safetensors.index.json"
+    weights = {"model.safetensors", "adapter_model.safetensors"}
+    if index.is_file() and not (folder / "model.safetensors").is_file():
+        with suppress(ValueError, KeyError, TypeError, AttributeError):  # `locate` says what is wrong with it.
+            weights |= {index.name, *json.loads(index.read_bytes())["weight_map"].values()}
+    templates = (folder / "additional_chat_templates").glob("*.jinja")
+    return sorted(
+        path
+        for path in (*folder.iterdir(), *templates)
+        if path.name in _READ | weights or path.suffix in _READ_SUFFIXES
+        if path.name[0] != "." and path.is_file()
+    )
+
+
+def fingerprint(base: str) -> list[tuple[str, str]] | str | None:
+    """What tells a model from others by content, wherever it is; None for a hub's, which has no files here.
 
     Returns:
-        The hash of a bundled model; name, size and time of change of each file of a local one.
+        The hash of a bundled model or a GGUF file; name and hash of each file of a saved one that is read.
     """
     if base in BUNDLED:
         return BUNDLED[base].sha256
     path = Path(base)
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    found = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-    return found or None
+    if not path.is_dir():
+        return known_hash(path) if path.is_file() else None
+    return [(str(file.relative_to(path)), known_hash(file)) for file in _files_read(path)] or None
 
 
 def load_tokenizer(base: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -267,12 +324,8 @@ def load_model(
                 f"model.base: {base:.100}: by its config.json, weights are {what}: {', '.join(names[:3])}{more}; copy "
                 "or download the model again"
             )
-    broken = [name for name, each in model.named_parameters() if each.is_floating_point() and not each.isfinite().all()]
-    if broken:
-        raise UserError(
-            f"model.base: {base:.100}: weights that are not finite numbers: {', '.join(broken[:3])}; copy or download "
-            "the model again"
-        )
+    if broken := _not_finite(model.named_parameters()):
+        raise UserError(f"model.base: {base:.100}: {broken}; copy or download the model again")
     if place.gguf_file is not None:
         # The weights are dequantised; the marks that are left make save_pretrained and peft refuse them.
         model.is_quantized = False
@@ -365,7 +418,7 @@ def attach_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = Fals
     path = adapter / "adapter_model.safetensors"
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    check_tensors(path)
+    check_trained(adapter)
     try:
         return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
     except Exception as error:  # those of every kind of adapter

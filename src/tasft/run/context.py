@@ -39,8 +39,9 @@ class Context:
         """What the base model depends on."""
         spec = self.spec.model
         return {
-            "model": spec.model_dump(exclude={"lora", "trust_remote_code"}),
-            "weights": fingerprint(spec.base),
+            "model": spec.model_dump(exclude={"base", "lora", "trust_remote_code"}),
+            # A model whose content is known is the same wherever it is.
+            "weights": fingerprint(spec.base) or spec.base,
             "seed": self.spec.seed,
         }
 

@@ -14,6 +14,7 @@ from tasft.core.provenance import require, write_json
 from tasft.data.encode import Encoding, Row, encode_rows
 from tasft.data.rows import Example
 from tasft.loss import IGNORE_INDEX
+from tasft.train.finite import FiniteSteps
 from tasft.train.metrics import MetricsFile
 
 BETA = 0.1
@@ -61,7 +62,8 @@ def kto_weights(desirable: int, undesirable: int) -> tuple[float, float]:
 def kto_rows(rows: Sequence[Row], micro_batch_size: int) -> list[dict[str, Any]]:
     """Encoded rows as TRL's `KTOTrainer` holds them, in the order in which it will take them.
 
-    KTO estimates its KL on prompts with the completions of others: of the row before in the micro-batch.
+    KTO estimates its KL on prompts with the completions of others: of the row before in the micro-batch. A row that is
+    alone in the last one takes that of the row before it, in the micro-batch before.
     """
     made = []
     for row in rows:
@@ -75,8 +77,10 @@ def kto_rows(rows: Sequence[Row], micro_batch_size: int) -> list[dict[str, Any]]
         )
     for start in range(0, len(made), micro_batch_size):
         batch = made[start : start + micro_batch_size]
-        for index, row in enumerate(batch):
-            row["KL_completion_ids"] = batch[index - 1]["completion_ids"]
+        before = batch[-1] if len(batch) > 1 else made[start - 1]
+        for row in batch:
+            row["KL_completion_ids"] = before["completion_ids"]
+            before = row
     return made
 
 
@@ -133,7 +137,7 @@ def kto_trainer(
     from datasets import Dataset
     from trl import KTOConfig, KTOTrainer
 
-    class Trainer(KTOTrainer):
+    class Trainer(FiniteSteps, KTOTrainer):
         """Takes rows as they are encoded, and is silent."""
 
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +15,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
 )
 from transformers.trainer_utils import IntervalStrategy
@@ -27,7 +26,7 @@ from transformers.trainer_utils import IntervalStrategy
 from tasft.core.errors import UserError
 from tasft.core.provenance import require
 from tasft.core.settings import setting
-from tasft.data.encode import Encoding, EncodingReport, Row, encode_rows, encode_stream
+from tasft.data.encode import Encoding, EncodingReport, Row, encode_rows
 from tasft.data.settings import Duplicates, Overlong, PromptFormat, PromptSettings, Turns
 from tasft.loss import (
     IGNORE_INDEX,
@@ -44,10 +43,13 @@ from tasft.loss import (
 )
 from tasft.models.head import learn_tail, replaced_head
 from tasft.models.load import load_model, load_tokenizer
+from tasft.train.arguments import refuse_unheeded
 from tasft.train.collate import Batch, collate
+from tasft.train.finite import FiniteSteps
 from tasft.train.metrics import MetricsFile, peak_mib
 from tasft.train.sampler import FilledSampler, StratifiedSampler, UniformSampler
 from tasft.train.settings import Train
+from tasft.train.stream import RowStream
 
 # Older ones divide the loss by the micro-batches although `loss_is_scaled_for_ga` tells them not to.
 require("transformers")
@@ -114,8 +116,6 @@ class TASFTConfig(TrainingArguments):
     overlong: Overlong = setting(Train, "overlong")
     duplicates: Duplicates = setting(Train, "duplicates")
     chat_template_kwargs: dict[str, Any] | None = setting(PromptSettings, "chat_template_kwargs")
-    # Rows are token lists of our own making: transformers must not look for the model's argument names.
-    remove_unused_columns: bool = field(default=False, init=False)
 
     def encoding(self) -> Encoding:
         """How rows become tokens."""
@@ -150,7 +150,7 @@ def _head_calls(model: Any, function: Callable[[Tensor], Tensor | None]) -> Abst
     return replaced_head(model, forward)
 
 
-class TASFTTrainer(Trainer):
+class TASFTTrainer(FiniteSteps):
     """Fine-tunes on rows to imitate and moves away from rows to avoid.
 
     Rows are in TRL's unpaired preference format (`prompt`, `completion`, `label`; text or chat messages):
@@ -167,10 +167,11 @@ class TASFTTrainer(Trainer):
 
     Args:
         model: Causal language model, or the name of one.
-        args: Settings.
+        args: Settings. One process works on one device: start one for each with accelerate or torchrun.
         train_dataset: Rows: `Example`s, dictionaries, or a `datasets.Dataset`; or a stream of them without a length,
             which needs `max_steps`.
-        eval_dataset: Rows for `evaluate`.
+        eval_dataset: Rows for `evaluate`, or several sets of them by name. Rows that `evaluate` is given itself have no
+            `kl`, and a penalty that looks at the model at step 0 takes them before training alone.
         processing_class: The tokenizer; by default the model's.
         peft_config: A LoRA configuration to put a fresh adapter on the model; None trains what requires a gradient.
         **kwargs: Passed on to transformers' Trainer.
@@ -179,8 +180,8 @@ class TASFTTrainer(Trainer):
         encoding: What became of the training rows; None for a stream.
 
     Raises:
-        UserError: An unknown penalty, an adapter on the output head, `retain` without an adapter, or rows that cannot
-            be encoded (names all).
+        UserError: An argument of transformers' that is not heeded, an unknown penalty, an adapter on the output head,
+            `retain` without an adapter, rows that cannot be encoded (names all); in `train`, a step that is not finite.
 
     Source: Lu, Sinha, Varakantham 2024 (arXiv 2412.06843), Eq. 6 and 8; departs from it in `normalization`
     and `sampling`, whose values `paper` and `uniform` are theirs.
@@ -199,6 +200,7 @@ class TASFTTrainer(Trainer):
         peft_config: LoraConfig | None = None,
         **kwargs: Any,
     ) -> None:
+        refuse_unheeded(args, kwargs)
         if args.penalty not in ("none", *PENALTIES):
             raise UserError(f"penalty is {args.penalty!r}; use none or one of {', '.join(PENALTIES)}")
         if args.log_term_gradients and args.world_size > 1:
@@ -213,7 +215,12 @@ class TASFTTrainer(Trainer):
             _refuse_to_retain(model, args)
         self.penalty = PENALTIES.get(args.penalty)
         self.encoding: EncodingReport | None = None
-        rows, evaluated = (self._encode(dataset, tokenizer, args) for dataset in (train_dataset, eval_dataset))
+        rows, self.encoding = self._encode(train_dataset, tokenizer, args)
+        named = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        sets = {name: self._encode(dataset, tokenizer, args)[0] for name, dataset in named.items()}
+        evaluated = sets if isinstance(eval_dataset, dict) else sets[""]
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # transformers would copy the model to all of them, and the copies share what is counted.
         super().__init__(
             model=model,
             args=args,
@@ -231,19 +238,22 @@ class TASFTTrainer(Trainer):
         self._since = time.monotonic()
         self._kept_space: CostSpace | None = None
         self._start_head: Head | None = None
+        self._evaluated: str | None = None
         with self._whole_model():
             self._tail = learn_tail(self.accelerator.unwrap_model(self.model), tokenizer(_QUESTION).input_ids)
             if self.penalty is not None:
                 self._space()  # now: a head that is trained will be another once a checkpoint is loaded
-            for each in (rows, evaluated):
+            for each in (rows, *sets.values()):
                 self._add_reference(each)
-            self._start = self._remember_start(evaluated)
+            self._starts = {name: self._remember_start(each) for name, each in sets.items()}
         self.add_callback(MetricsFile(Path(args.output_dir) / "metrics.jsonl"))
 
-    def _encode(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, args: TASFTConfig) -> Any:
-        """Rows to train or evaluate on, without those to avoid if there is no penalty."""
-        if dataset is None:
-            return None
+    def _encode(
+        self, dataset: Any, tokenizer: PreTrainedTokenizerBase, args: TASFTConfig
+    ) -> tuple[Any, EncodingReport | None]:
+        """Rows to train or evaluate on, without those to avoid if there is no penalty, and what became of them."""
+        if dataset is None or _is_encoded(dataset):
+            return dataset, None
         encoding = args.encoding()
         if not hasattr(dataset, "__len__"):
             if self.penalty is not None and self.penalty.needs & _REFERENCE:
@@ -251,13 +261,12 @@ class TASFTTrainer(Trainer):
                     f"penalty {args.penalty} looks at every row at step 0, which a stream does not allow: take another "
                     "penalty, or a data set with a length"
                 )
-            return _Stream(dataset, tokenizer, encoding, self.penalty is not None)
+            return RowStream(dataset, tokenizer, encoding, self.penalty is not None), None
         rows, report = encode_rows(dataset, tokenizer, encoding)
-        self.encoding = self.encoding or report
         if not args.retain:
             for row in rows:
                 row.pop("retain", None)
-        return [row for row in rows if self.penalty is not None or not row["avoid"]]
+        return [row for row in rows if self.penalty is not None or not row["avoid"]], report
 
     @contextmanager
     def _whole_model(self) -> Iterator[None]:
@@ -359,19 +368,20 @@ class TASFTTrainer(Trainer):
             self._start_head = replace(head, weight=head.weight.detach().clone(), bias=bias)
         return start
 
-    def _divergence(self) -> float | None:
-        """Mean KL from the model at step 0 to this one, in nats per token; None without rows to tell it by."""
-        if not self._start:
+    def _divergence(self, names: Iterable[str] | None = None) -> float | None:
+        """Mean KL from the model at step 0 on evaluation sets, by default all, in nats per token; None without rows."""
+        start = [each for name in (self._starts if names is None else names) for each in self._starts.get(name, ())]
+        if not start:
             return None
         sums: list[TokenSum] = []
-        before = iter(hidden for _, hidden in self._start)
+        before = iter(hidden for _, hidden in start)
 
         def measure(hidden: Tensor, batch: Batch) -> None:
             head, labels = self._head(), shift(batch["labels"]).flatten()
             earlier = self._start_head or head
             sums.append(divergence(hidden.flatten(0, 1), head, labels, before=next(before), head_before=earlier))
 
-        self._look((batch for batch, _ in self._start), measure)
+        self._look((batch for batch, _ in start), measure)
         return float(sum(part.total for part in sums)) / int(sum(part.count for part in sums))
 
     # --- One step ----------------------------------------------------------------------------
@@ -380,14 +390,41 @@ class TASFTTrainer(Trainer):
         rows = self.train_dataset if train_dataset is None else train_dataset
         if not isinstance(rows, list):
             return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         if self.args.sampling == "uniform":
-            return UniformSampler(len(rows), self.args.seed)
+            return UniformSampler(len(rows), seed)
         avoid = [row["avoid"] for row in rows]
         step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         share = sum(avoid) / len(avoid)
         per_step = self.args.avoid_per_step or max(1, round(share * step_size))
         lengths = [len(row["input_ids"]) for row in rows]
-        return StratifiedSampler(avoid, lengths, step_size, per_step, self.args.seed)
+        return StratifiedSampler(avoid, lengths, step_size, per_step, seed)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """As transformers'; other rows than those of the trainer are encoded as they were."""
+        if isinstance(eval_dataset, str) or eval_dataset is None or eval_dataset is self.eval_dataset:
+            self._evaluated = eval_dataset if isinstance(eval_dataset, str) else ""
+            return super().get_eval_dataloader(eval_dataset)
+        # transformers' own would give the loader of the trainer's rows where workers persist.
+        return self.get_test_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """As transformers'; rows are encoded as those of the trainer were."""
+        self._evaluated = None
+        assert isinstance(self.processing_class, PreTrainedTokenizerBase)
+        rows, report = self._encode(test_dataset, self.processing_class, self.args)
+        if report is not None and self.penalty is not None and self.penalty.needs & _REFERENCE:
+            if self.state.global_step:
+                raise UserError(
+                    f"penalty {self.args.penalty} compares each row with the model at step 0, which is not there any "
+                    "more: give these rows to the trainer as its eval_dataset"
+                )
+            self._add_reference(rows)
+        return super().get_test_dataloader(rows)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # Rows are token lists of our own making: those are the columns that are used, not the model's arguments.
+        self._signature_columns = ["input_ids", "labels", "avoid", "weight", *sorted(_REFERENCE)]
 
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, **kwargs: Any
@@ -496,17 +533,13 @@ class TASFTTrainer(Trainer):
         parts = {name: weights[name] * terms[name].total for name in _TERMS if name in terms}
         if self.args.normalization == "paper":
             responses = {"imitate_nll": here[3], "penalty": here[2]}
-            return {name: part / responses[name].clamp(min=1) / step[-1] for name, part in parts.items()}
+            return {name: part / _present(responses[name]) / step[-1] for name, part in parts.items()}
         # Gradients are averaged over ranks; the counts are already those of all ranks.
         per_response = self.penalty is not None and self.penalty.per == "response"
         counts = {"imitate_nll": step[0], "penalty": step[2] if per_response else step[1], "retain": step[4]}
         if self.args.normalization == "shared":
             counts = dict.fromkeys(counts, step[5])
-        # An absent kind is 0 / 1. Weights can add up to less than 1.
-        return {
-            name: self.args.world_size * part / torch.where(counts[name] > 0, counts[name], 1.0)
-            for name, part in parts.items()
-        }
+        return {name: self.args.world_size * part / _present(counts[name]) for name, part in parts.items()}
 
     def _counts(self, batch: Batch) -> Float[Tensor, "6"]:
         """Imitate tokens, avoid tokens, avoid responses, imitate responses, retained tokens and all of these tokens.
@@ -577,7 +610,8 @@ class TASFTTrainer(Trainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums, self._window = self._window_sums(), kept
         means = {name: total / count for name, (total, count) in sums.items() if count and "tokens" not in name}
-        if (kl := self._divergence()) is not None:
+        watched = () if self._evaluated is None else (self._evaluated,)
+        if (kl := self._divergence(watched)) is not None:
             means["kl"] = kl
         weights = self._weights()
         means["loss"] = sum(weight * means.get(name, 0.0) for name, weight in weights.items())
@@ -603,17 +637,19 @@ class _Filled(list[Row]):
         self.order.set_epoch(epoch)
 
 
-class _Stream(IterableDataset[Row]):
-    """Rows encoded as they come."""
+def _is_encoded(dataset: Any) -> bool:
+    """Whether these are rows that a trainer has encoded already."""
+    return isinstance(dataset, RowStream) or (
+        isinstance(dataset, list)
+        and bool(dataset)
+        and isinstance(dataset[0], dict)
+        and {"input_ids", "labels", "avoid"} <= dataset[0].keys()
+    )
 
-    def __init__(
-        self, dataset: Iterable[Any], tokenizer: PreTrainedTokenizerBase, encoding: Encoding, avoid: bool
-    ) -> None:
-        self.dataset, self.tokenizer, self.encoding, self.avoid = dataset, tokenizer, encoding, avoid
 
-    def __iter__(self) -> Iterator[Row]:
-        rows = encode_stream(self.dataset, self.tokenizer, self.encoding)
-        return (row for row in rows if self.avoid or not row["avoid"])
+def _present(count: Tensor) -> Tensor:
+    """What a sum is divided by: an absent kind is 0 / 1. Weights can add up to less than 1."""
+    return torch.where(count > 0, count, 1.0)
 
 
 def _refuse_adapted_head(model: Any) -> None:

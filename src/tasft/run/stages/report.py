@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tasft.core import provenance
 from tasft.core.step import Step
+from tasft.models.load import check_trained
 from tasft.report import write_report
 from tasft.report.read import read_run
 from tasft.run import gate
@@ -21,8 +22,10 @@ def steps(context: Context, earlier: Iterable[Step]) -> Iterator[Step]:
     reads = {"recipe": context.spec.model_dump(), "steps": [step.key for step in earlier]}
 
     def work(folder: Path) -> None:
+        for name in ("adapter", "model"):
+            check_trained(context.folder / "train" / name)
         if context.spec.gate:
             provenance.write_json(folder / "gate.json", gate.judge(context.spec.gate, read_run(context.folder)))
         write_report(context.folder)
 
-    yield Step(context.folder / "report", reads, work)
+    yield Step(context.folder / "report", reads, work, costs_nothing=True)
