@@ -206,10 +206,15 @@ def in_words(estimate: Estimate | None, signed: bool = False, usual_n: int | Non
     """
     if estimate is None or (estimate.value is None and usual_n is not None):
         return NONE
-    shown = points(estimate.value) if signed else percent(estimate.value)
+    shown, within = in_parts(estimate, signed, usual_n)
+    return f"{shown} ({within})" if within else shown
+
+
+def in_parts(estimate: Estimate, signed: bool = False, usual_n: int | None = None) -> tuple[str, str]:
+    """Value, and what stands in brackets behind it in `in_words`."""
     n = "" if estimate.n == usual_n else f"n\u00a0=\u00a0{estimate.n}"
     within = "; ".join(filter(None, (interval(estimate, signed), n)))
-    return f"{shown} ({within})" if within else shown
+    return points(estimate.value) if signed else percent(estimate.value), within
 
 
 def number_in_words(estimate: Estimate | None, sign: str = "") -> str:
