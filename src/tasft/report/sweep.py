@@ -446,10 +446,10 @@ def _heat_maps(cells: Sequence[SweepRow]) -> list[Block]:
 
 def _paths(cells: Sequence[SweepRow]) -> list[Block]:
     """Over-refusal against harm, checkpoint by checkpoint."""
-    paths = {cell: path for cell in cells if (path := path_of(cell.along))}
+    paths = [(cell, path) for cell in cells if (path := path_of(cell.along))]
     if not paths:
         return []
-    ends = [Mark(str(cell.number), path[-1].across, path[-1].up, _series(cell)) for cell, path in paths.items()]
-    lines = {str(cell.number): [Mark("", m.across, m.up) for m in path] for cell, path in paths.items()}
+    ends = [Mark(str(cell.number), path[-1].across, path[-1].up, _series(cell)) for cell, path in paths]
+    lines = {str(cell.number): [Mark("", m.across, m.up) for m in path] for cell, path in paths}
     plot = charts.trade_off(ends, "Over-refusal", "Harm", lines, intervals=False)
     return [Pictures([(plot, "Checkpoint by checkpoint; at the end of its path is the number of a run.")])]

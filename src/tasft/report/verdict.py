@@ -6,7 +6,7 @@ from tasft.core.measures import HEADLINES, percent, points
 from tasft.core.stats import smallest_change
 from tasft.report import outcomes
 from tasft.report.blocks import BAD, GOOD, NEUTRAL, Cell, Table, Verdict
-from tasft.report.files import Row
+from tasft.report.files import Row, number
 from tasft.report.outcomes import BETTER, TOO_FEW, WORSE, Figures, compared, disputes, judged_in, listed
 from tasft.report.record import Record
 
@@ -41,15 +41,25 @@ def gate_status(gate: Row) -> tuple[str, str, str]:
     if not limits:
         return "No gate was set", NEUTRAL, "The recipe has no limits that the model must keep."
     broken = [limit for limit in limits if not limit.get("met")]
-    if not broken:
-        return "Gate met", GOOD, f"All {len(limits)} limits are kept." if len(limits) > 1 else "Its limit is kept."
-    return "Gate not met", BAD, f"{listed(map(_missed, broken), '; ', '; and ')}."
+    if broken:
+        missed = listed(map(_missed, broken), "; ", "; and ")
+        return "Gate not met", BAD, f"{missed[0].upper()}{missed[1:]}."
+    kept = f"All {len(limits)} limits are kept" if len(limits) > 1 else "Its limit is kept"
+    if unsure := [str(limit.get("what")) for limit in limits if _may_be_chance(limit)]:
+        return "Gate met", GOOD, f"{kept}, but the intervals of {len(unsure)} go beyond: {listed(unsure)}."
+    return "Gate met", GOOD, f"{kept}, by their whole intervals."
 
 
 def gate_limits(gate: Row) -> list[Row]:
     """The limits of `gate.json`."""
     limits = gate.get("limits")
     return [limit for limit in limits if isinstance(limit, Mapping)] if isinstance(limits, list) else []
+
+
+def _may_be_chance(limit: Row) -> bool:
+    """Whether the worse end of the interval breaks a limit that the figure keeps."""
+    end, bound = number(limit.get("low" if limit.get("least") else "high")), number(limit.get("limit"))
+    return end is None or bound is None or (end < bound if limit.get("least") else end > bound)
 
 
 def _missed(limit: Row) -> str:
@@ -99,7 +109,10 @@ def sentence(record: Record, state: str) -> str:
         f"; {judge} disagrees: by it {percent(row.value(state))} are harmful{_against(record, row, state)}"
         for judge, row in disputes(record, state)
     )
-    return f"{_claim(record, state, rows)}: {figures}; judged by {outcomes.by(rows.values())}{disputed}."
+    claim = _claim(record, state, rows)
+    if disputed:
+        claim = f"Judges disagree on harm; {claim[0].lower()}{claim[1:]}"
+    return f"{claim}: {figures}; judged by {outcomes.by(rows.values())}{disputed}."
 
 
 def _claim(record: Record, state: str, rows: Mapping[tuple[str, str], Figures]) -> str:
@@ -189,6 +202,9 @@ def _figures(record: Record, state: str, rows: Mapping[tuple[str, str], Figures]
             parts.append(f"{shown}{_against(record, row, state, named=not parts)}")
     if not parts or prompts is None:
         return ""
+    unsure = compared(record, kind, "undecided")
+    if unsure and unsure.value(state):
+        parts.append(f"{percent(unsure.value(state))} undecided, which are left out of the rates of harm")
     n = max(row.rates[state].n for (of, _), row in rows.items() if of == kind)
     sets = "" if "sets" not in prompts.name else f" of {prompts.name}"
     return f"of its replies to {n}\u00a0{kind} prompts{sets} {listed(parts)}"
