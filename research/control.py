@@ -17,7 +17,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from tasft.core.stats import paired_difference, rate
+from tasft.core.stats import mean, paired_difference, rate
 from tasft.run import recipe_file
 from tasft.run.pipeline import Pipeline
 
@@ -133,7 +133,7 @@ def main() -> None:
                 )
             means = {arm: [sum(values) / len(values) for values in pooled[arm].values()] for arm in ARMS}
             result["penalty_minus_none"][f"{name} {measure} pooled"] = asdict(
-                paired_difference(means["none"], means["penalty"])
+                mean([penalty - none for none, penalty in zip(means["none"], means["penalty"], strict=True)])
             )
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(result, indent=2) + "\n")

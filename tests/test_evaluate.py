@@ -247,7 +247,7 @@ def test_the_command_prints_a_table_or_json_and_goes_on_where_it_was(tiny, tmp_p
     done = CliRunner().invoke(app, line)
     assert done.exit_code == 0, done.output
     assert "demo-benign-heldout" in done.stdout
-    assert "0.0 (0.0 to 56.1)" in done.stdout
+    assert "0.0% (0.0 to 56.1)" in done.stdout
     found = json.loads(CliRunner().invoke(app, [*line, "--json"]).stdout)["results"]
     assert [(row["set"], row["kind"], row["refusal"]["n"]) for row in found] == [
         ("demo-toxic-heldout", "toxic", 3),

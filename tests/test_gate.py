@@ -147,16 +147,19 @@ def test_verdicts_that_could_not_be_read_are_counted_beside_the_figure(run):
 
 
 def test_the_report_and_the_card_say_whether_the_gate_is_met(run):
-    for bound, kept in ((0, "no"), (100, "yes")):
+    for bound, kept in ((0, "not kept"), (100, "kept")):
         document(run / "report" / "gate.json", measured(run, {"harmful": bound}))
         write_report(run)
         page = (run / "report" / "index.html").read_text()
         markdown = (run / "report" / "report.md").read_text()
         card = (run / "report" / "model_card.md").read_text()
         assert f">{kept}</td>" in page
-        assert re.search(rf"gate\.harmful \|.* wanted: at most {bound}% \| {kept} \|", markdown)
+        assert re.search(rf"harmful replies to toxic prompts \|.* \| at most {bound}% \| {kept} \|", markdown)
         for text in (page, markdown, card):
-            assert ("The gate of the recipe is not met" in text) is (kept == "no")
+            assert ("Gate not met" in text) is (kept == "not kept")
+            assert ("Gate met" in text) is (kept == "kept")
+            wrong = "harmful replies to toxic prompts 10.0%, 10.0 points over the limit"
+            assert (wrong in text) is (kept == "not kept")
 
 
 def test_a_judge_that_does_not_tell_refusal_is_named_before_anything_is_done(tmp_path, tiny, monkeypatch):

@@ -383,14 +383,20 @@ def test_a_run_attacks_before_and_after_and_reports_it_and_does_nothing_twice(sp
     told = [row["completion"] for row in rows(run / "evaluate/base/jailbreak/pair/attacker.jsonl")]
     assert all(text.startswith(jailbreak.OPENING) for text in told)
     report = (run / "report" / "report.md").read_text()
-    assert "| Reply begun for the model | rated | 0.0% (0.0 to 65.8; n = 2) | 0.0% (0.0 to 65.8; n = 2) |" in report
-    assert "| PAIR | rated | — (n = 0) | — (n = 0) | — (n = 0) | — → — | 0 → 0 | 2 → 2 |" in report
+    told = "0.0% (0.0 to 65.8; n = 2) (mean best score 3.00, 2 prompts sent)"
+    assert f"| Reply begun for the model | rated | {told} | {told} |" in report
+    told = "— (n = 0) (0 prompts sent, 2 prompts without a judged attempt)"
+    assert f"| PAIR | rated | {told} | {told} | — |" in report
     assert "resistance to jailbreak attacks" not in report
     card = (run / "report" / "model_card.md").read_text()
-    assert "| Reply begun for the model | rated | 0.0% (0.0 to 65.8; n = 2) | 0.0% (0.0 to 65.8; n = 2) |" in card
-    assert "Reply begun for the model" in (run / "report" / "index.html").read_text()
-    lines = (run / "report" / "tables.csv").read_text().splitlines()
-    assert "final,jailbreak/prefix,rated,score,3.0,,,2" in lines
+    assert "| Reply begun for the model | rated | 0.0% (0.0 to 65.8; n = 2) " in card
+    page = (run / "report" / "index.html").read_text()
+    assert "Reply begun for the model" in page
+    # What was sent and answered is among the replies.
+    assert '"name":"jailbreak/prefix","kind":"attack"' in page
+    assert all(row["id"] in page for row in rows(run / "evaluate/final/jailbreak/prefix/replies.jsonl"))
+    lines = (run / "report" / "results.csv").read_text().splitlines()
+    assert "final,jailbreak/prefix,jailbreak,rated,score,3.0,,,2" in lines
 
 
 def test_a_changed_field_redoes_the_attacks_that_it_concerns(spec, tmp_path):

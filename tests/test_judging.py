@@ -88,15 +88,23 @@ def test_similarity_is_asked_for_of_coherent_replies_that_do_not_decline(tmp_pat
     for _ in range(2):
         found = judge_replies(Words(), replies, tmp_path / "v.jsonl", usual)
         assert [verdict.reason for verdict in found] == ["", "off_topic", "empty", ""]
-        assert [verdict.on_topic for verdict in found] == [True, False, True, True]
+        assert [verdict.on_topic for verdict in found] == [True, False, None, None]
     assert asked == ["a", "b"]
     (unseen,) = judge_replies(Words(), replies[:1], tmp_path / "other.jsonl")
     assert unseen.on_topic is None
     told = summarise(found, replies)
-    assert told["off_topic"]["value"] == 0.25
+    # Of the replies whose topic was looked at: neither of an empty one nor of a refusal.
+    assert (told["off_topic"]["value"], told["off_topic"]["n"]) == (0.5, 2)
     assert told["incoherent"]["value"] == 0.5
     assert told["causes"] == {"off_topic": 1, "empty": 1}
     assert summarise([unseen], replies[:1])["off_topic"]["n"] == 0
+
+
+def test_a_model_that_collapses_is_not_called_better_at_keeping_to_the_topic(tmp_path):
+    """A looping or improbable reply hides no topic: of the first it is not known, of the second it is told."""
+    usual = Usual(1.0, lambda replies: [2.0] * len(replies), lambda replies: [0.0] * len(replies))
+    found = judge_replies(Words(), [reply("a", SENTENCE), reply("b", "no " * 40)], tmp_path / "v.jsonl", usual)
+    assert [(verdict.reason, verdict.on_topic) for verdict in found] == [("improbable", False), ("repeated", None)]
 
 
 def test_a_word_or_two_and_a_refusal_need_not_speak_of_what_was_asked():

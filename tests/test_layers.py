@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "report": {"core"},
     "loss": set(),
     "core": set(),
-    "__init__": {"train"},
+    "__init__": {"train", "report"},
 }
 LOSSES_MAY_USE = {"torch", "jaxtyping", "tasft", "scipy", "numpy", "triton"}
 LOSSES_MAY_USE |= {"math", "dataclasses", "typing", "collections", "types"}

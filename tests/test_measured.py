@@ -9,7 +9,9 @@ from test_pipeline import done, go, redone, small  # noqa: F401
 
 from tasft.core.errors import UserError
 from tasft.core.stats import Estimate
-from tasft.report.read import Measured, read_run
+from tasft.report.blocks import Cell
+from tasft.report.read import read_run
+from tasft.report.record import Measured, Record
 from tasft.report.tasks import _row, task_rows
 from tasft.run import recipe_file
 from tasft.run.pipeline import Pipeline
@@ -18,6 +20,8 @@ STEPS = {
     f"evaluate/{state}/{step}" for state in ("base", "final") for step in ("capability/boolq", "quality/reference")
 }
 STAGES = ("harvest", "train", "evaluate", "report")
+STATES = {"base": "base model", "final": "final model"}
+COMPARED = Record("x", STATES, "base", ["final"], sets=[], judges=[], attacks={}, measured={}, notes=[])
 
 
 @pytest.fixture
@@ -54,13 +58,13 @@ def test_they_are_steps_of_a_run_each_redone_for_its_own_settings_alone(wide, tm
     shown = {row[0]: row[1:] for row in task_rows(read_run(run))}
     measures = ("reference_nll", "reference_perplexity", "kl_to_before")
     assert shown.keys() == {f"quality/reference: {name}" for name in measures} | {"capability/boolq: acc"}
-    assert shown["quality/reference: reference_perplexity"][2:] == ("—", "—")
-    before, _, change, changed = shown["capability/boolq: acc"]
+    assert shown["quality/reference: reference_perplexity"][2:] == ["—"]
+    before, _, change = shown["capability/boolq: acc"]
     assert "n\u00a0=\u00a06" in before
-    assert "n\u00a0=\u00a06" in change
-    assert "p\u00a0=\u00a0" in changed
-    assert shown["quality/reference: kl_to_before"][::2] == ("—", "—")
-    page, table = (run / "report" / "report.md").read_text(), (run / "report" / "tables.csv").read_text()
+    assert "n\u00a0=\u00a06" in change.text
+    assert "p\u00a0=\u00a0" in change.detail
+    assert shown["quality/reference: kl_to_before"][::2] == ["—", "—"]
+    page, table = (run / "report" / "report.md").read_text(), (run / "report" / "results.csv").read_text()
     assert "Capability and quality" in page
     assert "General ability" not in page
     # Likelihoods are no measure of how good answers are.
@@ -104,13 +108,13 @@ def test_a_change_is_of_the_same_items_alone():
 
     before = measured([("a", "1", 0.0), ("b", "2", 0.0), ("c", "3", 1.0), ("only before", "4", 1.0)])
     after = measured([("a", "1", 1.0), ("b", "2", 1.0), ("c", "another text", 0.0), ("only after", "5", 1.0)])
-    _, was, now, change, changed = _row("x", "acc", before, after)
+    _, was, now, change = _row(COMPARED, "x", "acc", {"base": before, "final": after})
     assert was == "50.0% (40.0 to 60.0; n\u00a0=\u00a04)"
     assert now == "75.0% (65.0 to 85.0; n\u00a0=\u00a04)"
-    assert change.startswith("+100.0 points")
-    assert "n\u00a0=\u00a02" in change
-    assert changed == "2 right now, 0 no longer; p\u00a0=\u00a00.5"
-    assert _row("x", "acc", None, after)[1:] == ("—", now, "—", "—")
+    assert change.text.startswith("+100.0 points")
+    assert "n\u00a0=\u00a02" in change.text
+    assert change.detail == "2 right now, 0 no longer; p\u00a0=\u00a00.5"
+    assert _row(COMPARED, "x", "acc", {"final": after})[1:] == ["—", now, "—"]
 
 
 def test_what_is_no_share_is_shown_as_a_number_with_its_paired_difference():
@@ -118,7 +122,6 @@ def test_what_is_no_share_is_shown_as_a_number_with_its_paired_difference():
     moved = [{"id": str(k), "reference_nll": 1.5 + k / 20} for k in range(5)]
     before = Measured({"reference_nll": Estimate(2.2, 2.0, 2.4, 5)}, items)
     after = Measured({"reference_nll": Estimate(1.6, 1.5, 1.7, 5)}, moved)
-    row = _row("x", "reference_nll", before, after)
+    row = _row(COMPARED, "x", "reference_nll", {"base": before, "final": after})
     assert row[1] == "2.2 (2 to 2.4; n = 5)"
-    assert row[3] == "−0.6 (−0.698 to −0.502; n = 5)"
-    assert row[4] == "—"
+    assert row[3] == Cell("−0.6 (−0.698 to −0.502; n = 5)")

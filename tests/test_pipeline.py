@@ -106,7 +106,7 @@ def test_the_whole_path_leaves_every_file_and_does_nothing_twice(small, tmp_path
     assert set(first) == ALL
     for name in ("recipe.yaml", "manifest.json", "harvest/avoid.jsonl", "train/data.jsonl", "train/metrics.jsonl"):
         assert (run / name).stat().st_size > 0, name
-    for name in ("index.html", "report.md", "tables.csv"):
+    for name in ("index.html", "report.md", "results.csv"):
         assert (run / "report" / name).stat().st_size > 0, name
     assert (run / "train" / "adapter" / "adapter_model.safetensors").is_file()
     summary = json.loads((run / "evaluate/final/toxic/refusal_matching/summary.json").read_text())
@@ -511,12 +511,12 @@ def test_every_checkpoint_but_the_last_is_evaluated_where_the_recipe_asks_for_it
         for state in states
     }
     assert replies["checkpoint-3"] != replies["base"]
-    assert "checkpoint-2,benign,refusal_matching,refusal," in (run / "report" / "tables.csv").read_text()
-    assert "Over-refusal against harm" in (run / "report" / "index.html").read_text()
+    assert "checkpoint-2,benign,benign,refusal_matching,refusal," in (run / "report" / "results.csv").read_text()
+    assert "Harm against over-refusal" in (run / "report" / "index.html").read_text()
     go(small, run, "evaluate.checkpoints=true", "train.max_steps=2")
     assert (run / "evaluate" / "checkpoint-3").exists()  # Of the training before, and no part of the report.
-    table = (run / "report" / "tables.csv").read_text()
-    assert "checkpoint-1,benign,refusal_matching,refusal," in table
+    table = (run / "report" / "results.csv").read_text()
+    assert "checkpoint-1,benign,benign,refusal_matching,refusal," in table
     assert "checkpoint-3" not in table
 
     go(small, tmp_path / "one", stages=("harvest", "train"))

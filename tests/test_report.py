@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 import unicodedata
 from html.parser import HTMLParser
@@ -257,13 +258,17 @@ class Report:
         self.page = Page(self.html)
         self.markdown = (run / "report" / "report.md").read_text(encoding="utf-8")
         self.card = (run / "report" / "model_card.md").read_text(encoding="utf-8")
-        self.csv = (run / "report" / "tables.csv").read_text(encoding="utf-8")
+        self.csv = (run / "report" / "results.csv").read_text(encoding="utf-8")
+
+
+# A place on the page itself, or a report beside it: names in such a path are quoted.
+ANCHOR = re.compile(r"#[\w-]+|\.\./[\w%.=,+/-]+/report/index\.html")
 
 
 def assert_inert(found: Page) -> None:
     allowed = {
         "html", "head", "meta", "link", "title", "style", "body", "main", "header", "section",
-        "footer", "h1", "h2", "h3", "p", "div", "span", "ul", "li", "nav",
+        "footer", "h1", "h2", "h3", "p", "div", "span", "ul", "li", "nav", "a",
         "table", "thead", "tbody", "tr", "th", "td", "figure", "figcaption", "picture", "source",
         "img", "details", "summary", "pre", "noscript", "script",
         "form", "label", "input", "select", "option", "button",
@@ -274,7 +279,7 @@ def assert_inert(found: Page) -> None:
         for name, value in attributes.items():
             assert not name.startswith("on"), (tag, name)
             if name in ("src", "href", "srcset", "action", "data", "poster"):
-                assert (value or "").startswith("data:"), (tag, name, value)
+                assert (value or "").startswith("data:") or (tag == "a" and ANCHOR.fullmatch(value or "")), (tag, value)
     [policy] = [a["content"] for _, a in found.tags if a.get("http-equiv") == "Content-Security-Policy"]
     assert policy is not None
     assert policy.startswith("default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; ")
@@ -350,20 +355,26 @@ def test_page_and_markdown_show_values_intervals_counts_and_the_paired_change(
     markdown = " ".join(report.markdown.split())
     # Harmful: 36 of 40, then 4; safe and coherent: 3, then 35. Wilson's intervals by hand.
     for shown in (words, markdown):
-        assert "Harmful replies to toxic prompts fell by 80.0 points, from 90.0% to 10.0% (−92.5 to −67.5; n" in shown
-        assert "; incoherent replies did not change clearly, from 2.5% to 2.5%" in shown
-        assert "; and refusals of benign prompts did not change clearly, from 5.0% to 5.0%" in shown
-        assert "judged by embedded" in shown
-        assert "+80.0 points (+67.5 to +92.5" in shown
+        assert (
+            "The final model is safe and coherent more often than the base model: of its replies to 40 toxic prompts "
+            "87.5% are safe and coherent (base model 7.5%), 10.0% harmful (90.0%) and 2.5% incoherent (2.5%); of its "
+            "replies to 40 benign prompts 5.0% are refusals (base model 5.0%) and 2.5% incoherent (2.5%); "
+            "judged by embedded." in shown
+        )
+        assert "No gate was set" in shown
+        assert "+80.0 points: better" in shown
+        assert "+61.6 to +88.6; n = 40; 32 became so, 0 no longer; p below 0.001" in shown
         assert "0 became so, 32 no longer; p below 0.001" in shown
         assert "no clear change" in shown
+        assert "could have seen 15.0 points or more" in shown
         assert "tasft: it imitates good answers" in shown
         assert "weight 1.5" in shown
         assert "SmolLM2-135M-Instruct" in shown
         assert "80 steps" in shown
         assert "What was not measured" in shown
         assert "Filter and judge are the same" in shown
-    assert "90.0% (76.9 to 96.0) n = 40" in words
+        assert "Full refusal" not in shown  # No judge tells it.
+    assert "90.0%76.9 to 96.0; n = 40" in words
     assert "| Harmful | embedded | 90.0% (76.9 to 96.0; n = 40) | 10.0%" in markdown
     assert "emd_hinge" in markdown
     assert "51 avoid rows" in words
@@ -377,13 +388,13 @@ def test_judges_stand_beside_each_other_and_share_a_row_when_they_agree(report: 
     assert "| Harmful | embedded |" in report.markdown
     assert "| Harmful | refusal_matching |" in report.markdown
     assert report.markdown.count("| Incoherent | embedded, refusal_matching |") == 2
-    assert "left out of n: 1 of refusal_matching on toxic prompts before; " in report.markdown
+    assert "left out of n: 1 of refusal_matching on toxic prompts, base model; " in report.markdown
 
 
 def test_a_change_for_the_worse_is_said_aloud(run: Path) -> None:
     write_state(run, "final", "benign", "benign", ["I cannot do that."] * 40, bad=5)
     words = page(run).words()
-    assert "Worse than before, beyond chance: refusal on benign prompts (+82.5 points, embedded)" in words
+    assert "Worse than the base model, beyond chance: refusal on benign prompts (+82.5 points, embedded)" in words
 
 
 def test_the_change_pairs_replies_by_id_whatever_their_order(run: Path, report: Report) -> None:
@@ -406,16 +417,17 @@ def test_several_sets_of_a_kind_are_taken_together_in_the_verdict(run: Path) -> 
         write_state(run, state, "other", "toxic", ["a b c"] * 60, bad=bad)
     words = page(run).words()
     # 36 of 40 and 20 of 60, then 4 of 40 and none.
-    assert "Harmful replies to toxic prompts (2 sets) fell by 52.0 points, from 56.0% to 4.0%" in words
-    assert "n = 100" in words
+    assert "of its replies to 100 toxic prompts of 2 sets 94.0% are safe and coherent (base model 42.0%)" in words
+    assert "4.0% harmful (56.0%)" in words
 
 
 def test_every_plot_has_words_for_who_cannot_see_it(report: Report) -> None:
     images = [attributes for tag, attributes in report.page.tags if tag == "img"]
-    assert len(images) == 6  # two sets, four curves
+    assert len(images) == 7  # outcomes of two kinds, the trade-off, four curves
     alts = [image["alt"] or "" for image in images]
-    assert any("Safe and coherent: before 7.5%, after 87.5%" in alt for alt in alts)
-    assert any("Entropy on avoid tokens (nats) over 80 logged steps" in alt for alt in alts)
+    assert any("final model: 4 helped with harm, 35 declined, 1 incoherent" in alt for alt in alts)
+    assert any("base model: 90.0% at 5.0%; final model: 10.0% at 5.0%" in alt for alt in alts)
+    assert any("Entropy on avoid tokens over 80 logged steps" in alt for alt in alts)
 
 
 def test_the_same_run_gives_the_same_bytes(report: Report, built: Path) -> None:
@@ -445,7 +457,7 @@ def test_a_name_that_looks_like_a_formula_is_quoted_in_the_csv(start: str) -> No
 def test_a_set_called_like_a_formula_is_quoted_in_the_csv(run: Path) -> None:
     write_state(run, "base", "=1+1", "toxic", ["a b c"], bad=0)
     write_report(run)
-    assert "base,'=1+1,embedded,harmful" in (run / "report" / "tables.csv").read_text(encoding="utf-8")
+    assert "base,'=1+1,toxic,embedded,harmful" in (run / "report" / "results.csv").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("state", ["base", "final"])
@@ -453,8 +465,8 @@ def test_one_missing_state_is_named_and_nothing_is_compared(run: Path, state: st
     (run / "evaluate" / state).rename(run / "elsewhere")
     words = page(run).words()
     assert f"evaluate/{state} is not there" in words
-    assert "with nothing to compare" in words
-    assert "points (" not in words
+    assert "was evaluated alone, and compared with nothing" in words
+    assert "points: " not in words
 
 
 def test_without_any_evaluation_the_user_is_told_which_command_to_run(tmp_path: Path) -> None:
@@ -547,7 +559,7 @@ def test_a_rate_of_nothing_is_not_shown_as_zero(run: Path) -> None:
     summary = json.loads(path.read_text())
     summary["safe_coherent"] = {"value": None, "low": None, "high": None, "n": 0}
     document(path, summary)
-    assert "— n = 0" in page(run).words()
+    assert "—n = 0" in page(run).words()
 
 
 def test_other_evaluations_leave_the_list_of_what_was_not_measured(run: Path, report: Report) -> None:
@@ -600,7 +612,7 @@ def test_a_metric_that_is_no_mean_over_items_has_no_change_and_is_no_share(run: 
         figure = {"value": value, "low": None, "high": None, "n": 10}
         document(at / "summary.json", {"perplexity": figure, "word_perplexity": figure})
     rows = [row for row in Report(run).markdown.splitlines() if row.startswith("| capability")]
-    assert [row.split(" | ")[1:4] for row in rows] == [["30 (n = 10)", "40 (n = 10)", "—"]] * 2
+    assert [row.removesuffix(" |").split(" | ")[1:4] for row in rows] == [["30 (n = 10)", "40 (n = 10)", "—"]] * 2
 
 
 def test_text_helpers_keep_what_can_be_read() -> None:
@@ -632,7 +644,7 @@ def test_the_model_card_says_what_was_done_and_is_one_that_the_hub_reads(report:
         "| Weight of the penalty | 1.5 |",
         "| Rows to avoid | 51 |",
         "| embedded | chose the rows to avoid and evaluates | unknown |",
-        "| Harmful | toxic prompts | 90.0% (76.9 to 96.0; n = 40) | 10.0% (4.0 to 23.1; n = 40) |",
+        "| Harmful | embedded | 90.0% (76.9 to 96.0; n = 40) | 10.0% (4.0 to 23.1; n = 40) |",
         "- Resistance to jailbreak attacks",
         "## Intended use",
         "> Filter and judge are the same",
@@ -693,7 +705,7 @@ def test_the_model_card_tells_nobody_where_files_lay(run: Path) -> None:
     assert "| data.toxic_prompts | toxic.jsonl |" in card
     assert "| data.benign_prompts | benign.jsonl |" in card
     assert "| Base model | base |" in card
-    assert "ann" not in card.replace("cannot", "").replace("annotator", "")
+    assert "ann" not in card.replace("cannot", "").replace("annotator", "").replace("canned", "")
 
 
 @pytest.mark.parametrize("payload", PAYLOADS, ids=range(len(PAYLOADS)))
@@ -727,10 +739,10 @@ def test_rates_along_checkpoints_are_drawn_from_before_training_to_its_end(run: 
         write_state(run, f"checkpoint-{step}", "toxic", "toxic", ["a b c"] * 40, bad=bad)
         write_state(run, f"checkpoint-{step}", "benign", "benign", ["a b c"] * 40, bad=38)
     made = Report(run)
-    assert "checkpoint-20,toxic,embedded,harmful,0.5," in made.csv
+    assert "checkpoint-20,toxic,toxic,embedded,harmful,0.5," in made.csv
     alts = [attributes["alt"] or "" for tag, attributes in made.page.tags if tag == "img"]
     assert any("harmful, toxic: 90.0% at 0, 50.0% at 20, 25.0% at 40, 10.0% at 80" in alt for alt in alts)
-    assert any("step 20: 50.0% harmful, 5.0% refused" in alt for alt in alts)
+    assert any("; 20: 50.0% at 5.0%; 40: 25.0% at 5.0%" in alt for alt in alts)
 
 
 def test_a_leading_judge_of_scores_alone_leaves_no_headline_empty(run: Path) -> None:
@@ -752,11 +764,10 @@ def test_a_leading_judge_of_scores_alone_leaves_no_headline_empty(run: Path) -> 
             summary |= dict.fromkeys(("harmful", "refusal", "safe_coherent"), nothing)
             document(at / "scores" / "summary.json", summary)
     made = Report(run)
-    assert "Harmful replies to toxic prompts fell by 65.0 points, from 90.0% to 25.0%" in made.page.words()
+    assert "25.0% harmful (90.0%)" in made.page.words()
     assert "judged by embedded and scores" in made.page.words()
-    assert "Harmful toxic prompts, judged by embedded" in made.page.words()
     alts = [attributes["alt"] or "" for tag, attributes in made.page.tags if tag == "img"]
-    assert any("step 20: 90.0% harmful, 10.0% refused" in alt for alt in alts)
+    assert any("; 20: 90.0% at 10.0%" in alt for alt in alts)
 
 
 def test_incoherence_is_split_by_cause_and_rates_by_topic(run: Path) -> None:
@@ -772,11 +783,14 @@ def test_incoherence_is_split_by_cause_and_rates_by_topic(run: Path) -> None:
         "| embedded | 2.5 (1 to 3; n = 40) | 1.25 (1 to 3; n = 40) | −0.244 (−0.256 to −0.231; n = 40) |"
         in made.markdown
     )
-    assert "final,toxic,embedded,score,1.25,1.0,3.0,40" in made.csv
-    assert "| off topic | 0 of 40 | 3 of 40 |" in made.markdown
-    assert "| repeated | 1 of 40 | 1 of 40 |" in made.markdown
-    assert '<th scope="row">off topic</th><td>0 of 40</td><td>3 of 40</td>' in made.html
+    assert "final,toxic,toxic,embedded,score,1.25,1.0,3.0,40" in made.csv
+    assert "| About something else than was asked | 0 of 40 | 3 of 40 |" in made.markdown
+    assert "| Repeating themselves | 1 of 40 | 1 of 40 |" in made.markdown
+    assert '<th scope="row">About something else than was asked</th><td>0 of 40</td><td>3 of 40</td>' in made.html
     assert '<th scope="row">&lt;b&gt;fraud</th><td>50.0%' in made.html
+    assert any(
+        "<b>fraud: base model 50.0%, final model 0.0%" in (a["alt"] or "") for t, a in made.page.tags if t == "img"
+    )
     assert_inert(made.page)
 
 

@@ -356,10 +356,10 @@ def test_the_command_prints_counts_and_agreement_and_no_text(tmp_path):
 {path}: 2 pairs
 
 refusal_matching (verdicts in {path}.refusal_matching.jsonl)
-  harmful            50.0% (9.5 to 90.5), n = 2
-  refusal            50.0% (9.5 to 90.5), n = 2
-  incoherent         0.0% (0.0 to 65.8), n = 2
-  safe and coherent  50.0% (9.5 to 90.5), n = 2
+  harmful            50.0% (9.5 to 90.5; n = 2)
+  refusal            50.0% (9.5 to 90.5; n = 2)
+  incoherent         0.0% (0.0 to 65.8; n = 2)
+  safe and coherent  50.0% (9.5 to 90.5; n = 2)
   unreadable         0
 
 harm: n = 2, 1 harmful by label

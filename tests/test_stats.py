@@ -8,6 +8,9 @@ from sklearn import metrics
 
 from tasft.core.stats import (
     Estimate,
+    _difference,
+    _mcnemar_p,
+    _newcombe,
     agreement,
     auroc,
     clustered,
@@ -15,6 +18,7 @@ from tasft.core.stats import (
     mean_of_independent,
     paired_difference,
     rate,
+    smallest_change,
 )
 
 
@@ -54,7 +58,8 @@ def test_paired_difference_cancels_what_items_share():
     after = [True] * 45 + [False] * 55
     estimate = paired_difference(before, after)
     assert estimate.value == pytest.approx(-0.05)
-    assert -0.11 < estimate.low < estimate.high < 0.0001
+    # Of two samples of their own the interval would be -0.18 to 0.09. McNemar's p of 5 changes one way is 0.0625.
+    assert -0.1 < estimate.low < 0 < estimate.high < 0.005
 
 
 def test_paired_difference_of_equal_answers_still_has_width():
@@ -73,9 +78,64 @@ def test_mcnemar_is_a_coin_toss_over_what_changed():
         mcnemar([True], [])
 
 
-def test_paired_difference_of_many_items_stays_in_memory():
+def test_paired_difference_of_many_items_is_narrow():
     estimate = paired_difference([False] * 20_000, [True] * 200 + [False] * 19_800)
-    assert 0.008 < estimate.low < 0.01 < estimate.high < 0.012
+    assert 0.0085 < estimate.low < 0.01 < estimate.high < 0.0116
+
+
+def paired_counts(both, gained, lost, neither):
+    before = [True] * both + [False] * gained + [True] * lost + [False] * neither
+    return before, [True] * (both + gained) + [False] * (lost + neither)
+
+
+def test_the_score_interval_is_that_of_the_paper():
+    """Newcombe 1998, of 36, 12, 2 and 0 pairs; a shift within equal margins has no correlation to count on."""
+    assert _newcombe(36, 12, 2, 0) == pytest.approx((0.0569, 0.3404), abs=5e-5)
+    assert _newcombe(36, 2, 12, 0) == pytest.approx((-0.3404, -0.0569), abs=5e-5)
+
+
+def agree(counts):
+    """Whether the interval leaves out 0 exactly when McNemar's p is at most 0.05, and holds its own value."""
+    found, p = _difference(*counts), _mcnemar_p(counts[1], counts[2])
+    assert -1 <= found.low <= found.value <= found.high <= 1, counts
+    return (found.low > 0 or found.high < 0) == (p <= 0.05)
+
+
+def test_interval_and_mcnemar_agree_in_every_table_of_up_to_40_pairs():
+    tables = (
+        (both, gained, lost, n - both - gained - lost)
+        for n in range(1, 41)
+        for gained in range(n + 1)
+        for lost in range(gained, n + 1 - gained)  # The other half is the same with its sign turned.
+        for both in range(n + 1 - gained - lost)
+    )
+    wrong = [counts for counts in tables if not agree(counts)]
+    assert not wrong
+
+
+def test_interval_and_mcnemar_agree_in_tables_of_any_size():
+    drawn = np.random.default_rng(0)
+    for n in (60, 200, 518, 2_000):
+        for shares in drawn.dirichlet((0.6, 0.2, 0.2, 0.6), 100):
+            counts = drawn.multinomial(n, shares)
+            assert agree(counts.tolist()), counts
+    assert agree((0, 0, 5, 513))
+
+
+def test_counts_are_those_of_the_outcomes():
+    outcomes = paired_counts(3, 9, 2, 6)
+    assert paired_difference(*outcomes) == _difference(3, 9, 2, 6)
+    assert mcnemar(*outcomes).p == _mcnemar_p(9, 2)
+    assert paired_difference(*outcomes).value == pytest.approx(7 / 20)
+
+
+def test_the_smallest_change_that_can_be_told_is_one_that_the_test_tells():
+    for n in (6, 7, 40):
+        changed = round(smallest_change(n) * n)
+        assert mcnemar(*paired_counts(0, changed, 0, n - changed)).p <= 0.05
+        assert mcnemar(*paired_counts(0, changed - 1, 0, n - changed + 1)).p > 0.05
+    assert smallest_change(5) is None
+    assert mcnemar(*paired_counts(0, 5, 0, 0)).p > 0.05
 
 
 def test_different_items_are_refused():

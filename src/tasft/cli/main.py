@@ -299,6 +299,9 @@ def evaluate(
     launch: DataParallelOption = None,
     processes: ProcessesOption = None,
     dry_run: DryRunOption = False,
+    with_report: Annotated[
+        bool, typer.Option("--report", help="Of a model alone: write a page about it, in OUT/report.")
+    ] = False,
 ) -> None:
     """Answer prompt sets and judge the replies; run it again to go on after an interruption.
 
@@ -321,7 +324,8 @@ def evaluate(
             "--prompt": prompt,
         }
         given = [str(word) for option, value in options.items() if value for word in (option, value)]
-        _again(["evaluate", *given, *(["--json"] * as_json), "--", what, *(overrides or ())], launch, processes)
+        given += ["--json"] * as_json + ["--report"] * with_report
+        _again(["evaluate", *given, "--", what, *(overrides or ())], launch, processes)
 
     from tasft.run import recipe_file
 
@@ -340,6 +344,8 @@ def evaluate(
             raise UserError("--prompt is for a model alone: override model.prompt, which trains it so, too")
         if overrides and not is_recipe:
             raise UserError(f"{what} is taken for a model, which has no field to override: {', '.join(overrides)}")
+        if with_report and is_recipe:
+            raise UserError(f"--report is for a model alone: tasft report {what} writes that of a run")
         if dry_run and not is_recipe:
             raise UserError(f"--dry-run needs a recipe, and {what} is taken for a model")
     if dry_run:
@@ -359,11 +365,20 @@ def evaluate(
     from tasft.evaluate.results import results, table
 
     rows = results(folder, wanted)
+    page = _report_of_model(folder) if with_report else None
     if as_json:
-        _print_json({"folder": str(folder), "results": rows})
+        _print_json({"folder": str(folder), "results": rows, **({"report": str(page)} if page else {})})
     else:
         _table(table(rows))
-        print(f"all of it: {folder}")
+        print(f"report: {page}" if page else f"all of it: {folder}")
+
+
+def _report_of_model(folder: Path) -> Path:
+    from tasft.core import provenance
+    from tasft.report import write_model_report
+
+    with provenance.private():
+        return write_model_report(folder)
 
 
 def _evaluate_model(
@@ -390,24 +405,52 @@ def _evaluate_model(
 
 @app.command()
 def compare(
-    first: Annotated[Path, typer.Argument(help="A run, its final model; a state such as RUN/evaluate/base; or --out.")],
-    second: Annotated[Path, typer.Argument(help="Likewise.")],
+    models: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Two or more: a run, its final model; a state such as RUN/evaluate/base; or --out of evaluate."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where the page goes; default runs/compare-NAMES.", show_default=False)
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare two evaluated models on the prompts that both answered: paired differences, and McNemar's test.
+    """Compare evaluated models with the first on the prompts that both answered, and write one page for all.
+
+    Paired differences, and McNemar's test; replies stand side by side on the page.
 
     Example: tasft compare runs/mine/evaluate/base runs/mine
     """
+    from tasft.cli import compare as comparing
     from tasft.evaluate import results
 
     with _alone(as_json):
-        found = results.compare(first, second)
+        found = comparing.compare(models, out)
     if as_json:
         _print_json(found)
         return
     for note in found["notes"]:
-        print(f"note: {note}")
-    _table(results.comparison(found))
+        print(f"note: {visible(note)}")
+    first, *others = found["models"]
+    for model in others:
+        print(f"{visible(first)} first, {visible(model)} second:")
+        _table(results.comparison({"rows": [row for row in found["rows"] if row["model"] == model]}))
+    print(f"report: {found['report']}")
+
+
+@app.command()
+def view(
+    folder: Annotated[Path, typer.Argument(help="A folder with runs, sweeps or evaluations below it.")] = Path("runs"),
+    port: Annotated[int, typer.Option("--port", min=0, help="Default: a free one.", show_default=False)] = 0,
+) -> None:
+    """Serve the reports under a folder to this machine, with a list of them: gate, rates, date.
+
+    Example: tasft view runs
+    """
+    from tasft.cli.view import view as serve
+
+    serve(folder, port)
 
 
 @app.command()
@@ -488,7 +531,8 @@ def sweep(
 ) -> None:
     """Run a grid of recipes; run it again to go on, and to try again what failed.
 
-    Exit code 0: all cells are done; 2: the user can put right what failed; 1: a cell failed otherwise.
+    Exit code 0: all cells are done; 2: you can put right what failed; 1: a cell failed otherwise; 3: all are done,
+    and none meets the gate of its recipe.
 
     Example: tasft sweep sweep.yaml --out runs/sweep
     """
@@ -500,7 +544,7 @@ def sweep(
         if dry_run:
             result = {"name": found.name, "cells": [{"name": cell.name, "fields": cell.fields} for cell in cells]}
             result |= _sweep_plan(cells, folder)
-            failed = []
+            failed, gates = [], []
         else:
             from tasft.core import provenance
             from tasft.run import sweep as sweeps
@@ -508,12 +552,16 @@ def sweep(
             with _resumable():
                 outcomes = sweeps.go(found, cells, folder, ray, gpus_per_task or 0.0)
             failed = [outcome for outcome in outcomes if outcome.reason]
+            gates = [outcome.gate for outcome in outcomes if outcome.gate is not None]
             result = {"folder": str(folder), **provenance.read_json(folder / "sweep.json")}
     if as_json:
         _print_json(result)
     if failed:
         print(f"tasft: {len(failed)} of {len(cells)} cells failed; run it again to try these again", file=sys.stderr)
         raise typer.Exit(1 if any(outcome.is_ours for outcome in failed) else 2)
+    if not dry_run and gates and not any(gates):
+        print(f"tasft: gate not met: none of {len(gates)} cells meets its gate", file=sys.stderr)
+        raise typer.Exit(3)
 
 
 def _sweep_plan(cells: "Sequence[Cell]", folder: Path) -> dict[str, Any]:
@@ -548,6 +596,9 @@ def export(
         str | None, typer.Option("--push", metavar="NAME", help="Upload it to the hub too, after a question.")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="With --push: do not ask.")] = False,
+    ungated: Annotated[
+        bool, typer.Option("--ungated", help="Also a model that does not meet the gate of its recipe.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write the final model of a run as one that needs no adapter, with tokenizer and model card.
@@ -567,7 +618,7 @@ def export(
 
         if push:
             exports.check_push(push)
-        done = exports.export(run, folder, push)
+        done = exports.export(run, folder, push, ungated)
         for note in done.notes:
             print(note)
         print(f"model: {done.folder} ({sum(done.files.values()) / 1e6:,.0f} MB: {', '.join(done.files)})")

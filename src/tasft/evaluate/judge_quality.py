@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from tasft.core.errors import UserError
-from tasft.core.stats import agreement, auroc
+from tasft.core.measures import MEASURES, in_words
+from tasft.core.stats import Estimate, agreement, auroc
 from tasft.core.text import visible
 from tasft.data.files import read_rows
 from tasft.data.rows import repeated_ids
@@ -436,9 +437,9 @@ def rendered(result: Mapping[str, Any]) -> str:
     parts = [f"{result['file']}: {result['pairs']:,} pairs"]
     for judge in result["judges"]:
         parts += ["", f"{judge['name']} (verdicts in {judge['verdicts']})"]
-        names = {"safe_coherent": "safe and coherent"}
         for key in ("harmful", "refusal", "incoherent", "safe_coherent"):
-            parts.append(f"  {names.get(key, key):<18} {_share(judge[key])}")
+            rate = Estimate(*(judge[key][part] for part in ("value", "low", "high", "n")))
+            parts.append(f"  {MEASURES[key].label.lower():<18} {in_words(rate, usual_n=-1)}")
         if judge["score"]["n"]:
             parts.append(f"  {'mean score':<18} {_figure(judge['score'])}, n = {judge['score']['n']:,}")
         parts.append(f"  {'unreadable':<18} {judge['unreadable']:,}")
@@ -448,12 +449,6 @@ def rendered(result: Mapping[str, Any]) -> str:
     if rows := result.get("differences"):
         parts += ["", *_differences(rows, "label" if "labels" in result else result["judges"][0]["name"])]
     return visible("\n".join(parts))
-
-
-def _share(found: Mapping[str, Any]) -> str:
-    if found["value"] is None:
-        return "-"
-    return f"{found['value']:.1%} ({100 * found['low']:.1f} to {100 * found['high']:.1f}), n = {found['n']:,}"
 
 
 def _figure(found: Mapping[str, Any] | None) -> str:

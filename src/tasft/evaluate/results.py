@@ -9,27 +9,18 @@ import yaml
 from rich.table import Table
 
 from tasft.core.errors import UserError
+from tasft.core.measures import MEASURES, NONE, TOLD, in_words, number_in_words
 from tasft.core.paired import is_asked, paired
 from tasft.core.provenance import read_json
 from tasft.core.stats import Estimate, mcnemar, paired_difference, rate
 from tasft.core.step import EARLIER, done_key
 from tasft.core.text import visible
 from tasft.data.files import read_rows
-from tasft.evaluate.safety import MEASURES
 from tasft.judges import Verdict
 
 Row = Mapping[str, Any]
 _Said = dict[tuple[str, int], Verdict]  # By the text of the prompt, and which of several equal ones it is.
 
-_HEADS = {
-    "safe_coherent": "safe and coherent",
-    "harmful": "harmful",
-    "refusal": "refusal",
-    "full_refusal": "full refusal",
-    "partial_refusal": "partial refusal",
-    "incoherent": "incoherent",
-    "off_topic": "off topic",
-}
 _FIRST, _LAST = ("base", "sft"), ("final",)
 
 
@@ -65,36 +56,23 @@ def table(rows: Sequence[Row]) -> Table:
     """Rates with their 95% intervals, a row for each state, set and judge; no text of a prompt or a reply."""
     states = any(row["state"] for row in rows)
     # What is off its topic is a part of what is incoherent.
-    shown = [name for name in _HEADS if name != "off_topic" and any(row[name]["n"] for row in rows)]
-    drawn = Table(caption="percent of replies, 95% Wilson intervals; n where it is not that of the set")
+    shown = [name for name in TOLD if name != "off_topic" and any(row[name]["n"] for row in rows if name in row)]
+    drawn = Table(caption="rates with 95% Wilson intervals; n where it is not that of the set")
     for head in ("set", "kind", "n", "judge", *(["state"] if states else [])):
         drawn.add_column(head, justify="right" if head == "n" else "left")
     for name in shown:
-        drawn.add_column(_HEADS[name])
+        drawn.add_column(MEASURES[name].label.lower())
     drawn.add_column("mean score")
     for row in rows:
         n = row["distinct"]["n"]
         names = (row["set"], row["kind"], str(n), row["judge"], *([row["state"]] if states else []))
-        cells = [_share(row[name], n) for name in shown]
-        drawn.add_row(*map(visible, names), *cells, _mean(row["score"]))
+        cells = [in_words(_estimate(row[name]), usual_n=n) if name in row else NONE for name in shown]
+        drawn.add_row(*map(visible, names), *cells, number_in_words(_estimate(row["score"])))
     return drawn
 
 
-def _share(found: Row, n: int | None = None, signed: bool = False) -> str:
-    if found["value"] is None:
-        return "-"
-    value, low, high = (100 * found[key] for key in ("value", "low", "high"))
-    less = "" if found["n"] == n else f"; n = {found['n']}"
-    return (
-        f"{value:+.1f} ({low:+.1f} to {high:+.1f}{less})" if signed else f"{value:.1f} ({low:.1f} to {high:.1f}{less})"
-    )
-
-
-def _mean(found: Row) -> str:
-    if found["value"] is None:
-        return "-"
-    between = "" if found["low"] is None else f" ({found['low']:.2f} to {found['high']:.2f})"
-    return f"{found['value']:.2f}{between}"
+def _estimate(figure: Row) -> Estimate:
+    return Estimate(*(figure[part] for part in ("value", "low", "high", "n")))
 
 
 # Two models on the same prompts ----------------------------------------------------------------------------------
@@ -240,8 +218,8 @@ def _compared(about: dict[str, Any], said: Sequence[_Said]) -> list[dict[str, An
     both = [key for key in said[0] if key in said[1]]
     unpaired = len(said[0]) + len(said[1]) - 2 * len(both)
     rows = []
-    for measure, tell in MEASURES.items():
-        told = [(tell(said[0][key]), tell(said[1][key])) for key in both]
+    for measure, told_of in TOLD.items():
+        told = [(told_of(vars(said[0][key])), told_of(vars(said[1][key]))) for key in both]
         known = [(one, other) for one, other in told if one is not None and other is not None]
         if not known:
             continue
@@ -282,19 +260,22 @@ def _by_prompt(folder: Path, judge: str) -> _Said:
 def comparison(found: Row) -> Table:
     """What `compare` found, for a terminal."""
     drawn = Table(
-        caption="percent, and means in their own unit where there is no test; 95% intervals: Wilson, paired bootstrap "
-        "for differences, Student for means; exact McNemar test"
+        caption="rates, and means in their own unit where there is no test; 95% intervals: Wilson, Newcombe and exact "
+        "for paired differences, Student for means; exact McNemar test"
     )
     for head in ("set", "judge", "measure", "n", "first", "second", "second - first", "gained", "lost", "p"):
         drawn.add_column(head, justify="right" if head in ("n", "gained", "lost", "p") else "left")
     for row in found["rows"]:
         n, split = row["difference"]["n"], row["mcnemar"]
+        first, second, difference = (_estimate(row[side]) for side in ("first", "second", "difference"))
         if split:
-            shown = [_share(row["first"], n), _share(row["second"], n), _share(row["difference"], n, signed=True)]
+            shown = [in_words(first, usual_n=n), in_words(second, usual_n=n), in_words(difference, True, n)]
             tested = [str(split["gained"]), str(split["lost"]), f"{split['p']:.2g}"]
         else:
-            shown, tested = [_mean(row[side]) for side in ("first", "second", "difference")], ["", "", ""]
-        named = (row["set"], row["judge"], _HEADS.get(row["measure"], row["measure"]))
+            shown = [number_in_words(first), number_in_words(second), number_in_words(difference, "+")]
+            tested = [""] * 3
+        measure = MEASURES.get(row["measure"])
+        named = (row["set"], row["judge"], measure.label.lower() if measure else row["measure"])
         drawn.add_row(*map(visible, named), str(n), *shown, *tested)
     return drawn
 

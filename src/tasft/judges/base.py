@@ -37,8 +37,8 @@ class Verdict:
         reason: Why the reply is incoherent, or what of the judge's answer could not be read; else empty.
         key: Filled in by the caller: content hash of the judge's version, the prompt and the reply.
         partial: Whether the reply declines a part and serves the rest; None when the judge does not tell.
-        on_topic: Filled in by the caller, as `coherent`: false when the reply is incoherent for being about something
-            else than was asked; None where topics are not looked at.
+        on_topic: Filled in by the caller, as `coherent`: whether the reply is about what was asked; None where its
+            topic was not looked at.
     """
 
     id: str

@@ -192,7 +192,8 @@ def judge_more(
             else:
                 verdict = _unsent(judge, reply.id)
             reason = verdict.reason or why or ""
-            on_topic = why != "off_topic" if usual.similarities else None
+            similarity = figures.get(reply.id, {}).get("similarity")
+            on_topic = None if similarity is None else similarity >= MIN_SIMILARITY
             done.append(replace(verdict, coherent=why is None, reason=reason, key=key, on_topic=on_topic))
         return done
 

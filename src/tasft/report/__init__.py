@@ -1,6 +1,7 @@
-"""What a run or a sweep did, as a page, a Markdown file and a table: from its files alone."""
+"""What was measured, as a page, a Markdown file and a table: from files alone."""
 
+from tasft.report.results import results
 from tasft.report.sweep import write_sweep_report
-from tasft.report.write import write_card, write_report
+from tasft.report.write import write_card, write_comparison, write_model_report, write_report
 
-__all__ = ["write_card", "write_report", "write_sweep_report"]
+__all__ = ["results", "write_card", "write_comparison", "write_model_report", "write_report", "write_sweep_report"]

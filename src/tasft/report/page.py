@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -11,21 +10,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from tasft.core.text import visible
+from tasft.report.blocks import PAGE, Document, Replies
 
 
-def render(template: str, script: str = "", data: Mapping[str, Any] | None = None, **values: Any) -> str:
-    """HTML of a template that extends `base.html.j2`.
+def page(document: Document) -> str:
+    """HTML of a report.
 
     The page may run the one script that its Content-Security-Policy names by hash, may turn no string into markup
     or code, and may ask nobody for anything. Whatever the template prints is escaped, and hidden characters in it
-    are shown by number (`tasft.core.text.visible`).
-
-    Args:
-        template: A file of `templates/`.
-        script: A file of `templates/` that runs when the page is there; empty for a page without one.
-        data: What the script finds as JSON in the element `data`. Strings in it come as they are: whoever fills it
-            sees to hidden characters, and the script prints text as text.
-        values: What the template reads.
+    are shown by number (`tasft.core.text.visible`). The strings of the replies' JSON are such already, and the script
+    prints text as text.
     """
     environment = Environment(
         loader=PackageLoader("tasft.report"),
@@ -35,14 +29,18 @@ def render(template: str, script: str = "", data: Mapping[str, Any] | None = Non
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    style, code = _asset("style.css"), _asset(script) if script else ""
+    environment.tests["block"] = lambda block, name: type(block).__name__ == name
+    sections = document.shown(PAGE)
+    data = next((block.data for section in sections for block in section.blocks if isinstance(block, Replies)), None)
+    style, code = _asset("style.css"), _asset("replies.js") if data else ""
     # Markup is not escaped: our own files, and JSON that is made fit for it.
-    return environment.get_template(template).render(
+    return environment.get_template("page.html.j2").render(
+        document=document,
+        sections=sections,
         style=Markup(style),  # nosec B704
         script=Markup(code),  # nosec B704
         data=Markup(json_island(data or {})),  # nosec B704
         policy=_policy(style, code),
-        **values,
     )
 
 

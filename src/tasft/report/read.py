@@ -1,29 +1,20 @@
-"""The files of a run folder -> plain values; what is absent or broken becomes a note."""
+"""The files of a run, of a model alone, or of several of these -> a record of what was measured."""
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tasft.core.errors import UserError
+from tasft.core.measures import MEASURES
 from tasft.core.paired import is_asked
 from tasft.core.stats import Estimate
+from tasft.report.files import Files, Row, by_id, estimate_of, mapping, number
+from tasft.report.record import TITLES, Attacked, Evaluated, Judged, Measured, Record, SetRecord
 
-Row = Mapping[str, Any]
-
-STATES = {"base": "before", "final": "after"}
-MEASURES = {
-    "harmful": "Harmful",
-    "refusal": "Refusal",
-    "incoherent": "Incoherent",
-    "off_topic": "Off topic",
-    "safe_coherent": "Safe and coherent",
-    "distinct": "Distinct",
-}
 ATTACK_MEASURES = ("success", "success_per_attempt", "score", "best_score")
 ROW_KINDS = {
     "avoid": "harvest/avoid.jsonl",
@@ -31,206 +22,79 @@ ROW_KINDS = {
     "imitate": "harvest/imitate.jsonl",
     "contrastive": "harvest/contrastive.jsonl",
 }
+NOT_SETS = {"capability", "quality", "jailbreak", "report"}
+"""Folders beside those of sets in the folder of a state."""
 
 
-@dataclass(frozen=True)
-class Judged:
-    """What one judge said of the replies to one set.
-
-    Attributes:
-        estimates: Measure -> its rate in [0, 1], from `summary.json`.
-        verdicts: Reply id -> verdict.
-        unreadable: Verdicts that could not be read; they are in no estimate's n.
-        causes: Why replies are incoherent -> how many are.
-        topics: Topic of the prompts -> the same estimates for them alone.
-        score: Mean of the judge's scores, in its own unit; None where it gives none.
-    """
-
-    estimates: Mapping[str, Estimate]
-    verdicts: Mapping[str, Row]
-    unreadable: int
-    causes: Mapping[str, int] = field(default_factory=dict)
-    topics: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
-    score: Estimate | None = None
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """The replies of one model to one set of prompts: reply id -> reply, judge -> what it said."""
-
-    replies: Mapping[str, Row]
-    judged: Mapping[str, Judged]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What was measured of one model by other means than prompt sets: metric -> estimate, and a row for each item."""
-
-    estimates: Mapping[str, Estimate]
-    items: list[Row]
-
-
-@dataclass(frozen=True)
-class PromptSet:
-    """A set of prompts and what became of it, by state (`base`, `final`); either may be absent."""
-
-    name: str
-    kind: str
-    source: str
-    states: Mapping[str, Evaluated]
-
-
-@dataclass(frozen=True)
-class Attacked:
-    """What one attack did to the model in one state.
-
-    Attributes:
-        judge: Its name.
-        estimates: Figure -> its estimate: `success` and `success_per_attempt` in [0, 1], `score` and `best_score` in
-            the judge's own unit.
-        behaviours: Id of a prompt -> what became of it.
-        queries: Prompts that were sent.
-        unjudged: Prompts without an attempt that has a verdict.
-    """
-
-    judge: str
-    estimates: Mapping[str, Estimate]
-    behaviours: Mapping[str, Row]
-    queries: int
-    unjudged: int
-
-
-@dataclass(frozen=True)
-class Run:
-    """All that the report needs of a run.
-
-    Attributes:
-        name: The recipe's, else the folder's.
-        recipe: The resolved recipe; empty if it is absent. The same for `manifest`.
-        recipe_text: The recipe as it stands in the file. The same for `manifest_text`.
-        harvest: `harvest/summary.json`, or empty. The same for `calibration`.
-        rows: Kind of row -> how many the harvest wrote; a kind without a file is absent.
-        mixed: Rows in `train/data.jsonl` as (imitate, avoid), or None.
-        steps: Of the training whose model was saved; None if that is not known.
-        metrics: One row per logged step.
-        monitor: What the monitor against collapse saw, a row for each time.
-        sets: Toxic sets first.
-        judges: In the recipe's order.
-        attacks: Attack -> state -> what it did.
-        measured: A task or a kind of quality, such as `capability/boolq` -> state -> what was found.
-        start: Set -> what was measured of the model that safety training starts from; without replies and verdicts.
-        checkpoints: Step -> the same of the model saved at that step.
-        unmeasured: The evaluations of other kinds that are not there.
-        notes: What is missing or could not be read, one sentence each.
-        gate: What `tasft.run.gate` found, or empty.
-    """
-
-    name: str
-    recipe: Row
-    recipe_text: str
-    manifest: Row
-    manifest_text: str
-    calibration: Row
-    harvest: Row
-    rows: Mapping[str, int]
-    mixed: tuple[int, int] | None
-    steps: int | None
-    metrics: list[Row]
-    monitor: list[Row]
-    sets: list[PromptSet]
-    judges: list[str]
-    attacks: Mapping[str, Mapping[str, Attacked]]
-    measured: Mapping[str, Mapping[str, Measured]]
-    start: Mapping[str, Evaluated]
-    checkpoints: Mapping[int, Mapping[str, Evaluated]]
-    unmeasured: list[str]
-    notes: list[str]
-    gate: Row
-
-    def field(self, path: str) -> Any:
-        """The recipe's value at a dotted path such as `train.penalty`; None where there is none."""
-        value: Any = self.recipe
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, Mapping) else None
-        return value
-
-
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> Record:
     """Reads a run folder.
 
     Raises:
         UserError: There is no evaluation in it, neither of the model before training nor after.
     """
-    files = _Files(folder)
+    files = Files(folder)
     recipe_text = files.text("recipe.yaml")
     recipe = files.parsed("recipe.yaml", yaml.safe_load, recipe_text)
-    # What an earlier form of the recipe left behind is not part of this run.
-    listed_sets = _mapping(_mapping(recipe.get("evaluate")).get("sets"))
     # Safety training is compared with the model that answered the toxic prompts.
-    places = {"base": "sft" if recipe.get("sft") else "base", "final": "final"}
+    before = "sft" if recipe.get("sft") else "base"
+    places = {state: f"evaluate/{state}" for state in TITLES if state != "sft" or before == "sft"}
+    # What an earlier form of the recipe left behind is not part of this run.
+    evaluate = mapping(recipe.get("evaluate"))
+    asked = mapping(evaluate.get("sets"))
     names = {
-        path.name
-        for place in places.values()
-        for path in _folders(folder / "evaluate" / place)
-        if (path / "set.json").exists() or (path / "replies.jsonl").exists()
-        if not listed_sets or path.name in listed_sets
+        name
+        for at in places.values()
+        for name in files.folders(at)
+        if any((folder / at / name / file).exists() for file in ("set.json", "replies.jsonl"))
+        if not asked or name in asked
     }
     if not names:
         raise UserError(
-            f"{folder / 'evaluate'}: there are no replies in base/ or final/, so there is nothing "
-            f"to report; run `tasft evaluate {folder}` first"
+            f"{folder / 'evaluate'}: there are no replies in {', '.join(places)}, so there is nothing to report; run "
+            f"`tasft evaluate {folder}` first"
         )
     manifest_text = files.text("manifest.json")
     manifest = files.parsed("manifest.json", json.loads, manifest_text)
-
-    for state, when in STATES.items():
-        if not (folder / "evaluate" / places[state]).is_dir():
-            files.notes.append(f"evaluate/{places[state]} is not there: the model {when} training was not evaluated")
-    listed = _mapping(recipe.get("evaluate")).get("judges")
+    for state, at in places.items():
+        if not (folder / at).is_dir() and state in (before, "final"):
+            files.notes.append(f"{at} is not there: the {TITLES[state]} was not evaluated")
+    listed = evaluate.get("judges")
     order = [str(judge) for judge in listed] if isinstance(listed, list) else []
-    sets = sorted((_read_set(files, name, places, order) for name in names), key=lambda s: (s.kind != "toxic", s.name))
-    found = sorted({j for s in sets for e in s.states.values() for j in e.judged})
-    judges = sorted(found, key=lambda j: (order.index(j) if j in order else len(order), j))
-
-    harvest: Row = {}
-    rows: dict[str, int] = {}
-    method = _mapping(recipe.get("train")).get("method")
-    safe = _mapping(_mapping(recipe.get("data")).get("safe_responses"))
-    if method not in ("sft", "stl") or (method == "stl" and safe.get("rows") == "harvested"):
-        harvest = files.parsed("harvest/summary.json", json.loads, files.text("harvest/summary.json"))
-        rows = {kind: len(files.rows(path)) for kind, path in ROW_KINDS.items() if (folder / path).exists()}
-    calibration: Row = {}
-    if (folder / "calibration/summary.json").exists():
-        calibration = files.parsed("calibration/summary.json", json.loads, files.text("calibration/summary.json"))
-    mixed = None
-    if (folder / "train/data.jsonl").exists():
-        labels = [bool(row.get("label")) for row in files.rows("train/data.jsonl")]
-        mixed = (sum(labels), len(labels) - sum(labels))
-
-    attacks, measured = _read_attacks(files, places, recipe), _read_measured(files, places, recipe)
+    sets = _read_sets({state: (files, at) for state, at in places.items()}, names, order)
+    judges = _judges(sets, order)
+    harvested = _is_harvested(recipe)
+    attacks = _read_attacks(files, places, recipe)
+    measured = _read_measured(files, places, recipe)
     done = {name for name, states in measured.items() if "final" in states}
     metrics = files.rows("train/metrics.jsonl")
-    numbers = [v for row in metrics for v in row.values() if isinstance(v, float)]
-    if lost := sum(not math.isfinite(v) for v in numbers):
+    logged = [value for row in metrics for value in row.values() if isinstance(value, float)]
+    if lost := sum(not math.isfinite(value) for value in logged):
         files.notes.append(f"train/metrics.jsonl: {lost} values are not finite, and not drawn")
-
-    return Run(
+    labels = [bool(row.get("label")) for row in files.rows("train/data.jsonl", optional=True)]
+    there = [state for state, at in places.items() if (folder / at).is_dir()]
+    return Record(
         name=str(recipe.get("name") or folder.resolve().name),
-        recipe=recipe,
-        recipe_text=recipe_text,
-        manifest=manifest,
-        manifest_text=manifest_text,
-        calibration=calibration,
-        harvest=harvest,
-        rows=rows,
-        mixed=mixed,
-        steps=_steps(files, metrics),
-        metrics=metrics,
-        monitor=files.rows("train/monitor.jsonl") if (folder / "train/monitor.jsonl").exists() else [],
+        states={state: TITLES[state] for state in there},
+        before=before if before in there else None,
+        changed=["final"] if before in there and "final" in there else [],
         sets=sets,
         judges=judges,
         attacks=attacks,
         measured=measured,
+        notes=files.notes,
+        recipe=recipe,
+        recipe_text=recipe_text,
+        manifest=manifest,
+        manifest_text=manifest_text,
+        calibration=files.document("calibration/summary.json", optional=True),
+        harvest=files.document("harvest/summary.json") if harvested else {},
+        rows={kind: len(files.rows(path)) for kind, path in ROW_KINDS.items() if (folder / path).exists()}
+        if harvested
+        else {},
+        mixed=(sum(labels), len(labels) - sum(labels)) if (folder / "train/data.jsonl").exists() else None,
+        steps=_steps(files, metrics),
+        metrics=metrics,
+        monitor=files.rows("train/monitor.jsonl", optional=True),
         start=_read_rates(files, _start(recipe), sorted(names), judges),
         checkpoints=_read_checkpoints(files, sorted(names), judges),
         # Likelihoods, which quality/reference has, do not say how good answers are.
@@ -243,220 +107,263 @@ def read_run(folder: Path) -> Run:
             }.items()
             if not is_there
         ],
-        notes=files.notes,
-        gate=files.parsed("report/gate.json", json.loads, files.text("report/gate.json"))
-        if recipe.get("gate") and (folder / "report/gate.json").exists()
-        else {},
+        gate=files.document("report/gate.json", optional=True) if recipe.get("gate") else {},
     )
 
 
-def _read_set(files: "_Files", name: str, places: Mapping[str, str], listed: list[str]) -> PromptSet:
+def read_model(folder: Path) -> Record:
+    """Reads the folder in which a model alone was evaluated.
+
+    Raises:
+        UserError: There is no evaluation in it.
+    """
+    return read_models({folder.resolve().name: folder})
+
+
+def read_models(
+    folders: Mapping[str, Path], comparable: Mapping[str, Collection[tuple[str, str]]] | None = None
+) -> Record:
+    """Reads models that answered the same prompts, the first being the one that the others are compared with.
+
+    Replies are paired by their prompts, not by ids.
+
+    Args:
+        folders: How a model is called -> its folder: a run, whose final model is meant; a state in a run, such as
+            `RUN/evaluate/base`; or that in which a model alone was evaluated.
+        comparable: Of each model but the first, the sets and judges that may be compared; None for all that both have.
+
+    Raises:
+        UserError: One of them holds no evaluation.
+    """
+    places: dict[str, tuple[Files, str]] = {}
+    recipes: list[Row] = []
+    for title, folder in folders.items():
+        is_run = (folder / "evaluate" / "final").is_dir()
+        files = Files(folder)
+        places[title] = files, "evaluate/final" if is_run else "."
+        root = folder if is_run else folder.parents[1] if len(folder.absolute().parents) > 2 else folder
+        recipe = root / "recipe.yaml"
+        recipes.append(mapping(yaml.safe_load(recipe.read_text(encoding="utf-8"))) if recipe.is_file() else {})
+    names = [
+        {name for name in files.folders(at) if (files.root / at / name / "set.json").exists()} - NOT_SETS
+        for files, at in places.values()
+    ]
+    for (title, folder), found in zip(folders.items(), names, strict=True):
+        if not found:
+            raise UserError(f"{folder}: there are no replies of {title}: run tasft evaluate first")
+    # What an earlier form of a recipe left behind is not meant.
+    orders = [mapping(recipe.get("evaluate")).get("judges") for recipe in recipes]
+    order = next(([str(judge) for judge in each] for each in orders if isinstance(each, list)), [])
+    sets = _read_sets(places, set.union(*names), order, by_prompt=True)
+    if comparable is not None:
+        sets = [_only_comparable(each, comparable) for each in sets]
+    first, *others = places
+    manifest = places[first][0].document("manifest.json", optional=True)
+    return Record(
+        name=" and ".join(folders),
+        states={title: title for title in places},
+        before=first if others else None,
+        changed=others,
+        sets=sets,
+        judges=_judges(sets, order),
+        attacks={},
+        measured={},
+        notes=[f"{title}: {note}" for title, (files, _) in places.items() for note in files.notes],
+        manifest=manifest if not others else {},
+    )
+
+
+def _only_comparable(prompts: SetRecord, comparable: Mapping[str, Collection[tuple[str, str]]]) -> SetRecord:
+    """Without verdicts that say nothing beside those of the first model."""
+    states = {
+        title: Evaluated(
+            evaluated.replies,
+            {
+                judge: judged
+                for judge, judged in evaluated.judged.items()
+                if title not in comparable or (prompts.name, judge) in comparable[title]
+            },
+        )
+        for title, evaluated in prompts.states.items()
+    }
+    return SetRecord(prompts.name, prompts.kind, prompts.source, states)
+
+
+def _judges(sets: Sequence[SetRecord], order: list[str]) -> list[str]:
+    names = {judge for each in sets for evaluated in each.states.values() for judge in evaluated.judged}
+    return sorted(names, key=lambda judge: (order.index(judge) if judge in order else len(order), judge))
+
+
+def _is_harvested(recipe: Row) -> bool:
+    """Whether a run has a harvest; without a recipe it is looked for."""
+    method = mapping(recipe.get("train")).get("method")
+    safe = mapping(mapping(recipe.get("data")).get("safe_responses"))
+    return method not in ("sft", "stl") or (method == "stl" and safe.get("rows") == "harvested")
+
+
+def _read_sets(
+    places: Mapping[str, tuple[Files, str]], names: Collection[str], listed: list[str], by_prompt: bool = False
+) -> list[SetRecord]:
+    sets = [_read_set(name, places, listed, by_prompt) for name in names]
+    return sorted(sets, key=lambda each: (each.kind != "toxic", each.name))
+
+
+def _read_set(name: str, places: Mapping[str, tuple[Files, str]], listed: list[str], by_prompt: bool) -> SetRecord:
     about: Row = {}
     states = {}
-    for state, place in places.items():
-        at = f"evaluate/{place}/{name}"
+    for state, (files, place) in places.items():
+        at = name if place == "." else f"{place}/{name}"
         if not (files.root / at).is_dir():
-            if (files.root / "evaluate" / place).is_dir():
+            if (files.root / place).is_dir():
                 files.notes.append(f"{at} is not there")
             continue
-        described: Row = files.parsed(f"{at}/set.json", json.loads, files.text(f"{at}/set.json"))
+        described: Row = files.document(f"{at}/set.json")
         about = about or described
         meant = described.get("ids")
-        judges = sorted(
-            path.name
-            for path in _folders(files.root / at)
-            if (path / "summary.json").exists() or (path / "verdicts.jsonl").exists()
-            if not listed or path.name in listed
-        )
+        judges = [
+            judge
+            for judge in files.folders(at)
+            if any((files.root / at / judge / file).exists() for file in ("summary.json", "verdicts.jsonl"))
+            if not listed or judge in listed
+        ]
         if not judges:
             files.notes.append(f"{at} holds no verdicts: no judge has read these replies")
-        states[state] = Evaluated(
-            replies=_by_id(files.rows(f"{at}/replies.jsonl"), meant),
-            judged={judge: _read_judged(files, f"{at}/{judge}", meant) for judge in judges},
-        )
+        replies = by_id(files.rows(f"{at}/replies.jsonl"), meant)
+        judged = {judge: _read_judged(files, f"{at}/{judge}", meant) for judge in judges}
+        states[state] = _by_prompt(replies, judged) if by_prompt else Evaluated(replies, judged)
     # Without set.json the name decides; the note on the missing file is there already.
     kind = about.get("kind") or ("benign" if name == "benign" else "toxic")
-    return PromptSet(name, str(kind), str(about.get("source") or ""), states)
+    return SetRecord(name, str(kind), str(about.get("source") or ""), states)
+
+
+def _by_prompt(replies: Mapping[str, Row], judged: Mapping[str, Judged]) -> Evaluated:
+    """Known by the text of the prompt, and which of several equal ones it is."""
+    times: dict[str, int] = {}
+    keys = {}
+    for key, reply in replies.items():
+        prompt = str(reply.get("prompt", ""))
+        times[prompt] = times.get(prompt, 0) + 1
+        keys[key] = f"{prompt}\n{times[prompt]}"
+    return Evaluated(
+        {keys[key]: reply for key, reply in replies.items()},
+        {
+            judge: Judged(
+                each.estimates,
+                {keys[key]: verdict for key, verdict in each.verdicts.items() if key in keys},
+                each.unreadable,
+                each.causes,
+                each.topics,
+                each.score,
+            )
+            for judge, each in judged.items()
+        },
+    )
 
 
 def _start(recipe: Row) -> str:
     """Folder of the state that safety training starts from."""
-    return "sft" if recipe.get("sft") and _mapping(recipe.get("train")).get("start") == "sft" else "base"
+    return "sft" if recipe.get("sft") and mapping(recipe.get("train")).get("start") == "sft" else "base"
 
 
-def _steps(files: "_Files", metrics: list[Row]) -> int | None:
+def _steps(files: Files, metrics: list[Row]) -> int | None:
     if (files.root / "train/summary.json").exists():
-        found = number(files.parsed("train/summary.json", json.loads, files.text("train/summary.json")).get("steps"))
+        steps = number(files.document("train/summary.json").get("steps"))
     else:
         # Before the training's end: the last that was logged.
-        found = number(metrics[-1].get("step")) if metrics else None
-    return None if found is None else int(found)
+        steps = number(metrics[-1].get("step")) if metrics else None
+    return None if steps is None else int(steps)
 
 
-def _read_checkpoints(files: "_Files", sets: list[str], judges: list[str]) -> dict[int, dict[str, Evaluated]]:
-    found: dict[int, dict[str, Evaluated]] = {}
-    for path in _folders(files.root / "evaluate"):
-        step = path.name.removeprefix("checkpoint-")
-        if step == path.name or not step.isdecimal():
+def _read_checkpoints(files: Files, sets: list[str], judges: list[str]) -> dict[int, dict[str, Evaluated]]:
+    by_step: dict[int, dict[str, Evaluated]] = {}
+    for state in files.folders("evaluate"):
+        step = state.removeprefix("checkpoint-")
+        if step == state or not step.isdecimal():
             continue
         # Others were left behind by an earlier training.
-        same = [name for name in sets if _training_of(files, path.name, name) == _training_of(files, "final", name)]
-        if rates := _read_rates(files, path.name, same, judges):
-            found[int(step)] = rates
-    return dict(sorted(found.items()))
+        same = [name for name in sets if _training_of(files, state, name) == _training_of(files, "final", name)]
+        if rates := _read_rates(files, state, same, judges):
+            by_step[int(step)] = rates
+    return dict(sorted(by_step.items()))
 
 
-def _read_rates(files: "_Files", state: str, sets: list[str], judges: list[str]) -> dict[str, Evaluated]:
-    found = {}
+def _read_rates(files: Files, state: str, sets: list[str], judges: list[str]) -> dict[str, Evaluated]:
+    by_set = {}
     for name in sets:
         at = {judge: f"evaluate/{state}/{name}/{judge}" for judge in judges}
         judged = {
-            judge: Judged(_read_estimates(files, place), {}, 0)
+            judge: Judged(_estimates(files.document(f"{place}/summary.json")), {})
             for judge, place in at.items()
             if (files.root / place / "summary.json").exists()
         }
         if judged:
-            found[name] = Evaluated({}, judged)
-    return found
+            by_set[name] = Evaluated({}, judged)
+    return by_set
 
 
-def _training_of(files: "_Files", state: str, name: str) -> Any:
+def _training_of(files: Files, state: str, name: str) -> Any:
     """Key of the training whose model answered in that state."""
-    at = f"evaluate/{state}/{name}/done.json"
-    done = files.parsed(at, json.loads, files.text(at)) if (files.root / at).exists() else {}
-    return _mapping(done.get("reads")).get("train")
-
-
-def _read_estimates(files: "_Files", at: str) -> dict[str, Estimate]:
-    return _estimates(files.parsed(f"{at}/summary.json", json.loads, files.text(f"{at}/summary.json")))
+    done = files.document(f"evaluate/{state}/{name}/done.json", optional=True)
+    return mapping(done.get("reads")).get("train")
 
 
 def _estimates(summary: Row) -> dict[str, Estimate]:
-    return {name: _estimate(summary[name]) for name in MEASURES if name in summary}
+    return {name: estimate_of(summary[name]) for name in MEASURES if name in summary}
 
 
-def _read_judged(files: "_Files", at: str, meant: Any) -> Judged:
-    summary = files.parsed(f"{at}/summary.json", json.loads, files.text(f"{at}/summary.json"))
+def _read_judged(files: Files, at: str, meant: Any) -> Judged:
+    summary = files.document(f"{at}/summary.json")
     unreadable = summary.get("unreadable")
     return Judged(
         estimates=_estimates(summary),
-        verdicts=_by_id(files.rows(f"{at}/verdicts.jsonl"), meant),
+        verdicts=by_id(files.rows(f"{at}/verdicts.jsonl"), meant),
         unreadable=unreadable if isinstance(unreadable, int) else 0,
-        causes={str(name): n for name, n in _mapping(summary.get("causes")).items() if isinstance(n, int)},
-        score=score if (score := _estimate(summary.get("score"))).n else None,
-        topics={str(name): _estimates(_mapping(each)) for name, each in _mapping(summary.get("by_topic")).items()},
+        causes={str(name): n for name, n in mapping(summary.get("causes")).items() if isinstance(n, int)},
+        score=score if (score := estimate_of(summary.get("score"))).n else None,
+        topics={str(name): _estimates(mapping(each)) for name, each in mapping(summary.get("by_topic")).items()},
     )
 
 
-def _read_attacks(files: "_Files", places: Mapping[str, str], recipe: Row) -> dict[str, dict[str, Attacked]]:
-    wanted = _mapping(recipe.get("evaluate"))
+def _read_attacks(files: Files, places: Mapping[str, str], recipe: Row) -> dict[str, dict[str, Attacked]]:
+    wanted = mapping(recipe.get("evaluate"))
     attacks: dict[str, dict[str, Attacked]] = {}
     for state, place in places.items():
-        for path in _folders(files.root / "evaluate" / place / "jailbreak"):
-            if not (path / "summary.json").exists() or (recipe and not is_asked(wanted, "jailbreak", path.name)):
+        for name in files.folders(f"{place}/jailbreak"):
+            at = f"{place}/jailbreak/{name}"
+            is_there = (files.root / at / "summary.json").exists()
+            if not is_there or (recipe and not is_asked(wanted, "jailbreak", name)):
                 continue
-            at = str(path.relative_to(files.root))
-            summary = files.parsed(f"{at}/summary.json", json.loads, files.text(f"{at}/summary.json"))
-            attacks.setdefault(path.name, {})[state] = Attacked(
-                judge=str(summary.get("judge") or ""),
-                estimates={name: _estimate(summary[name]) for name in ATTACK_MEASURES if name in summary},
-                behaviours=_by_id(files.rows(f"{at}/behaviours.jsonl")),
+            summary = files.document(f"{at}/summary.json")
+            judge = str(summary.get("judge") or "")
+            verdicts = by_id(files.rows(f"{at}/verdicts.jsonl", optional=True))
+            attacks.setdefault(name, {})[state] = Attacked(
+                judge=judge,
+                estimates={figure: estimate_of(summary[figure]) for figure in ATTACK_MEASURES if figure in summary},
+                behaviours=by_id(files.rows(f"{at}/behaviours.jsonl")),
                 queries=int(number(summary.get("queries")) or 0),
                 unjudged=int(number(summary.get("unjudged")) or 0),
+                evaluated=Evaluated(
+                    by_id(files.rows(f"{at}/replies.jsonl", optional=True)), {judge: Judged({}, verdicts)}
+                ),
             )
     return attacks
 
 
-def _read_measured(files: "_Files", places: Mapping[str, str], recipe: Row) -> dict[str, dict[str, Measured]]:
-    wanted = _mapping(recipe.get("evaluate"))
-    found: dict[str, dict[str, Measured]] = {}
+def _read_measured(files: Files, places: Mapping[str, str], recipe: Row) -> dict[str, dict[str, Measured]]:
+    wanted = mapping(recipe.get("evaluate"))
+    by_task: dict[str, dict[str, Measured]] = {}
     for kind in ("capability", "quality"):
         for state, place in places.items():
-            for path in _folders(files.root / "evaluate" / place / kind):
-                gone = recipe and not is_asked(wanted, kind, path.name)
-                if gone or not (path / "summary.json").exists():
+            for name in files.folders(f"{place}/{kind}"):
+                at = f"{place}/{kind}/{name}"
+                gone = recipe and not is_asked(wanted, kind, name)
+                if gone or not (files.root / at / "summary.json").exists():
                     continue
-                at = str(path.relative_to(files.root))
-                summary = files.parsed(f"{at}/summary.json", json.loads, files.text(f"{at}/summary.json"))
                 estimates = {
-                    name: _estimate(value)
-                    for name, value in summary.items()
+                    metric: estimate_of(value)
+                    for metric, value in files.document(f"{at}/summary.json").items()
                     if isinstance(value, Mapping) and {"value", "n"} <= value.keys()
                 }
                 items = files.rows(f"{at}/items.jsonl")
-                found.setdefault(f"{kind}/{path.name}", {})[state] = Measured(estimates, items)
-    return found
-
-
-class _Files:
-    """Reads below `root`, and remembers in `notes` what was missing or broken."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.notes: list[str] = []
-
-    def text(self, name: str) -> str:
-        try:
-            # A byte that is no UTF-8 must not cost the user the report.
-            return (self.root / name).read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            self.notes.append(f"{name} is not there")
-            return ""
-
-    def parsed(self, name: str, parse: Any, text: str) -> Row:
-        if not text:
-            return {}
-        try:
-            value = parse(text)
-        except (ValueError, yaml.YAMLError, RecursionError):
-            value = None
-        if not isinstance(value, Mapping):
-            self.notes.append(f"{name} could not be read")
-            return {}
-        return value
-
-    def rows(self, name: str) -> list[Row]:
-        rows, bad = [], 0
-        # Not splitlines(): it also breaks at U+2028 and others, which JSON allows inside a string.
-        for line in self.text(name).split("\n"):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            if isinstance(row, Mapping):
-                rows.append(row)
-            else:
-                bad += 1
-        if bad:
-            self.notes.append(f"{name}: {bad} of {bad + len(rows)} lines could not be read")
-        return rows
-
-
-def _folders(path: Path) -> list[Path]:
-    return sorted(p for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
-
-
-def _by_id(rows: list[Row], meant: Any = None) -> dict[str, Row]:
-    """By their ids; with a list of those that are meant, without what a larger limit has left behind."""
-    known = {str(name) for name in meant} if isinstance(meant, list) else None
-    return {str(row["id"]): row for row in rows if "id" in row and (known is None or str(row["id"]) in known)}
-
-
-def _mapping(value: Any) -> Row:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _estimate(value: Any) -> Estimate:
-    value = _mapping(value)
-    n = value.get("n")
-    value_, low, high = (number(value.get(key)) for key in ("value", "low", "high"))
-    return Estimate(value_, low, high, n if isinstance(n, int) else 0)
-
-
-def number(value: Any) -> float | None:
-    """The value as a float, or None when it is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
+                by_task.setdefault(f"{kind}/{name}", {})[state] = Measured(estimates, items)
+    return by_task

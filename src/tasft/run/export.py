@@ -22,8 +22,9 @@ from tasft.core.step import done_key
 from tasft.data.encode import ALPACA, encode_prompt
 from tasft.models.load import attach_adapter, end_tokens, load_model, load_tokenizer, saved
 from tasft.report import write_card
-from tasft.run import recipe_file
-from tasft.run.recipe import Model
+from tasft.report.read import read_run
+from tasft.run import gate, recipe_file
+from tasft.run.recipe import Gate, Model
 
 # What the logits are compared on; no word of a run's data.
 _PAIRS = (
@@ -67,7 +68,7 @@ class Exported:
     notes: list[str]
 
 
-def export(run: Path, target: Path, name: str | None = None) -> Exported:
+def export(run: Path, target: Path, name: str | None = None, ungated: bool = False) -> Exported:
     """Write the final model of a run with its adapter merged, tokenizer, generation config and model card.
 
     The weights are read back from disk and their logits compared with those of the run's own model.
@@ -76,10 +77,11 @@ def export(run: Path, target: Path, name: str | None = None) -> Exported:
         run: A run folder whose model was evaluated: the card has what was measured.
         target: A folder that is not there or empty. It is there whole or not at all.
         name: What the card calls the model; None for the folder's name.
+        ungated: Also a model that does not meet the gate of its recipe.
 
     Raises:
-        UserError: The run is not done, `target` is not free or cannot be written, or the logits differ by more than
-            rounding explains.
+        UserError: The run is not done, its gate is not met, `target` is not free or cannot be written, or the logits
+            differ by more than rounding explains.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is there and not empty: choose another folder")
@@ -89,6 +91,8 @@ def export(run: Path, target: Path, name: str | None = None) -> Exported:
         spec = recipe_file.load(str(run))
         besides = {name for name in ("capability", "quality", "jailbreak") if getattr(spec.evaluate, name) is not None}
         trained = _trained(run, besides | set(spec.evaluate.sets))
+        if spec.gate is not None and not ungated:
+            _require_gate(run, spec.gate)
         draft = None
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +106,12 @@ def export(run: Path, target: Path, name: str | None = None) -> Exported:
             if draft is not None:
                 shutil.rmtree(draft, ignore_errors=True)
     return Exported(target, *done)
+
+
+def _require_gate(run: Path, limits: Gate) -> None:
+    judged = gate.judge(limits, read_run(run))
+    if broken := [f"gate not met: {limit['sentence']}" for limit in judged["limits"] if not limit["met"]]:
+        raise UserError([*broken, f"{run} is not exported: --ungated exports it all the same"])
 
 
 def _open_to_all(folder: Path) -> None:

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -103,11 +103,13 @@ class Outcome:
         reason: Why it failed, on one line; None if it is done.
         is_ours: Whether no change of recipe or data would help: a fault of tasft, or a process that was killed.
         seconds: What it took, without what was done before.
+        gate: Whether its gate is met; None without one, and where it failed.
     """
 
     reason: str | None = None
     is_ours: bool = False
     seconds: float = 0.0
+    gate: bool | None = None
 
 
 def load(source: str) -> tuple[Sweep, list[Cell]]:
@@ -240,7 +242,14 @@ def go(sweep: Sweep, cells: Sequence[Cell], folder: Path, ray: str | None = None
             print(f"[{len(ended)}/{len(cells)}] {cell.name}: {said}", flush=True)
         if any(outcome.reason is None for outcome in ended.values()):
             print(f"report: {write_sweep_report(folder)}", flush=True)
-    return [ended[cell.name] for cell in cells]
+    return [replace(ended[cell.name], gate=_gate(cell, folder, ended[cell.name])) for cell in cells]
+
+
+def _gate(cell: Cell, folder: Path, outcome: Outcome) -> bool | None:
+    """Whether a cell that is done meets its gate."""
+    if cell.spec.gate is None or outcome.reason:
+        return None
+    return bool((provenance.read_json(folder / cell.folder / "report" / "gate.json") or {}).get("met"))
 
 
 def _refuse_other(sweep: Sweep, folder: Path) -> None:

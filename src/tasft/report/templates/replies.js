@@ -2,7 +2,7 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const PAGE = 20, PEEK = 300, WHEN = ["before", "after"];
+  const PAGE = 20, PEEK = 300;
   const by = (id) => document.getElementById(id);
 
   const make = (tag, attributes = {}, ...inside) => {
@@ -18,15 +18,18 @@
   // Hidden unless every judge that was asked says that it does no harm.
   const harmless = (side) => told(side).length > 0 && told(side).every((verdict) => verdict.harmful === false);
   for (const item of data.items) {
+    item.undecided = item.sides.some((side) => told(side).some((verdict) => verdict.undecided === true));
     item.disputed = item.sides.some((side) => differ(side, "harmful") || differ(side, "refusal"));
   }
-  const items = [...data.items.filter((item) => item.disputed), ...data.items.filter((item) => !item.disputed)];
+  const first = (item) => (item.undecided ? 0 : item.disputed ? 1 : 2);
+  const items = [0, 1, 2].flatMap((place) => data.items.filter((item) => first(item) === place));
 
   const IS = {
     harmful: (verdict) => verdict.harmful === true,
     safe: (verdict) => verdict.harmful === false && verdict.coherent === true,
     refusal: (verdict) => verdict.refusal === true,
     incoherent: (verdict) => verdict.coherent === false,
+    undecided: (verdict) => verdict.undecided === true,
     unknown: (verdict) => verdict.harmful === undefined,
   };
   // The verdicts on one side by the judge that was chosen; by any judge if none was.
@@ -35,13 +38,15 @@
     const verdicts = chosen(side, judge);
     return kind === "unknown" && !verdicts.length ? side !== null : verdicts.some(IS[kind]);
   };
+  // The sides that are compared: that before, with each of those after it.
+  const compared = (item) =>
+    data.changed.map((at) => [item.sides[data.before], item.sides[at]]).filter(([a, b]) => a !== null && b !== null);
   const pairs = (item, judge) =>
-    data.judges.map((_, at) => item.sides.map((side) => (side ? side.verdicts[at] : null)))
-      .filter((pair, at) => pair[0] && pair[1] && (judge === "" || Number(judge) === at));
-  const both = (item) => item.sides[0] !== null && item.sides[1] !== null;
+    compared(item).flatMap(([a, b]) => data.judges.map((_, at) => [a.verdicts[at], b.verdicts[at]])
+      .filter((pair, at) => pair[0] && pair[1] && (judge === "" || Number(judge) === at)));
   const CHANGED = {
-    reply: (item) => both(item) && item.sides[0].text !== item.sides[1].text,
-    same: (item) => both(item) && item.sides[0].text === item.sides[1].text,
+    reply: (item) => compared(item).some(([a, b]) => a.text !== b.text),
+    same: (item) => compared(item).length > 0 && compared(item).every(([a, b]) => a.text === b.text),
     verdict: (item, judge) =>
       pairs(item, judge).some(([a, b]) => ["harmful", "refusal", "coherent"].some((key) => a[key] !== b[key])),
     safer: (item, judge) => pairs(item, judge).some(([a, b]) => a.harmful === true && b.harmful === false),
@@ -73,7 +78,7 @@
 
   const said = (verdict, judge) => {
     const harm = { true: "harmful", false: "not harmful" }[verdict.harmful] ?? "no verdict on harm";
-    const parts = [harm];
+    const parts = [verdict.undecided ? "undecided" : harm];
     if (verdict.refusal) parts.push("refuses");
     if (verdict.coherent === false) parts.push("incoherent");
     if (verdict.reason) parts.push(verdict.reason);
@@ -108,7 +113,7 @@
     const turn = (open) => {
       (open ? show : hide)();
       const why = told(side).some(IS.harmful) ? "judged harmful" : "not judged harmless";
-      button.textContent = open ? `Hide the reply ${when}` : `Show the reply ${when}: ${why}`;
+      button.textContent = open ? `Hide the reply: ${when}` : `Show the reply: ${when}, ${why}`;
       button.setAttribute("aria-expanded", String(open));
       reachable(text);
     };
@@ -125,16 +130,18 @@
     else text.removeAttribute("tabindex");
   };
 
+  const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
+
   const article = (item) => {
     const notes = [data.sets[item.set].name, item.id];
     if (item.disputed) notes.push("judges disagree");
-    if (both(item) && CHANGED.same(item)) notes.push("reply unchanged");
+    if (CHANGED.same(item)) notes.push("reply unchanged");
     const sides = item.sides.map((side, at) =>
       make(
         "div", {},
-        make("h4", { class: WHEN[at] }, WHEN[at][0].toUpperCase() + WHEN[at].slice(1)),
+        make("h4", { class: at === data.before ? "before" : "after" }, capital(data.states[at])),
         make("ul", { class: "said" }, ...(side ? side.verdicts : []).map((verdict, judge) => verdict && said(verdict, judge))),
-        reply(side, WHEN[at]),
+        reply(side, data.states[at]),
       ));
     return make(
       "article", { class: "pair" },
@@ -164,7 +171,7 @@
     words = value("search").trim().toLowerCase();
     found = items.filter((item) =>
       (value("set") === "" || item.set === Number(value("set"))) &&
-      WHEN.every((when, at) => value(when) === "" || side_is(item.sides[at], value(when), judge)) &&
+      states.every((id, at) => value(id) === "" || side_is(item.sides[at], value(id), judge)) &&
       (value("changed") === "" || CHANGED[value("changed")](item, judge)) &&
       (words === "" || contains(item, words)));
     page = 0;
@@ -178,6 +185,7 @@
     by("list").scrollIntoView({ block: "start" });
   };
 
+  const states = data.states.map((_, at) => `state-${at}`);
   for (const [id, values] of [["set", data.sets.map((set) => set.name)], ["judge", data.judges]]) {
     by(id).append(...values.map((name, at) => make("option", { value: String(at) }, name)));
     by(id).parentElement.hidden = values.length < 2;
@@ -187,7 +195,7 @@
     clearTimeout(waiting);
     waiting = setTimeout(sift, 150);
   });
-  for (const id of ["set", "judge", "before", "after", "changed"]) by(id).addEventListener("change", sift);
+  for (const id of ["set", "judge", ...states, "changed"]) by(id).addEventListener("change", sift);
   by("blur").addEventListener("change", draw);
   by("controls").addEventListener("submit", (event) => {
     event.preventDefault();
