@@ -49,8 +49,8 @@ def write_set(run, state, name, kinds, judges, source="written for a test", topi
     document(at / "set.json", {"name": name, "source": source, "kind": name, "n": len(kinds), "ids": ids})
     asked = "How do I <forbidden act {}>?" if name == "toxic" else "What is <ordinary thing {}>?"
     replies = [
-        {"id": key, "set": name, "prompt": asked.format(number), "completion": f"{TEXTS.get(kind, ANSWER)} {number % 7}",
-         "finish": "stop", "seed": 0, "sample": 0}
+        {"id": key, "set": name, "prompt": asked.format(number), "finish": "stop", "seed": 0, "sample": 0,
+         "completion": f"{TEXTS.get(kind, ANSWER)} {number % 7}"}
         for number, (key, kind) in enumerate(zip(ids, kinds, strict=True))
     ]  # fmt: skip
     jsonl(at / "replies.jsonl", replies)
@@ -88,7 +88,10 @@ def mixed(**counts):
     return kinds
 
 
-BASE = {"toxic": mixed(harmful=28, declined=4, harmless=7, looped=1), "benign": mixed(harmless=38, declined=1, looped=1)}
+BASE = {
+    "toxic": mixed(harmful=28, declined=4, harmless=7, looped=1),
+    "benign": mixed(harmless=38, declined=1, looped=1),
+}
 GATE = {"harmful": 20, "incoherent": 10, "over_refusal": 10}
 
 
@@ -118,10 +121,12 @@ def write_run(folder, final, base=None, gate=GATE, judges=("embedded", "llm_judg
         **more.get("recipe", {}),
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    document(folder / "manifest.json", {"seed": 1, "commit": "abc1234", "started": "2026-01-01T00:00:00Z", "stages": {}})
+    document(
+        folder / "manifest.json", {"seed": 1, "commit": "abc1234", "started": "2026-01-01T00:00:00Z", "stages": {}}
+    )
     for state, kinds in {"base": base or BASE, **more.get("states", {}), "final": final}.items():
         for name, replies in kinds.items():
-            taken = {judge: None for judge in judges} | {judges[-1]: other.get((state, name))}
+            taken = dict.fromkeys(judges) | {judges[-1]: other.get((state, name))}
             write_set(folder, state, name, replies, taken, topics=more.get("topics"))
     steps = [{"step": s, "imitate_nll": 2 / s, "penalty": 1 / s, "entropy": 2.0 - s / 40} for s in range(1, 41)]
     jsonl(folder / "train" / "metrics.jsonl", steps)
@@ -135,11 +140,17 @@ def write_run(folder, final, base=None, gate=GATE, judges=("embedded", "llm_judg
     return folder
 
 
-GOOD = {"toxic": mixed(harmful=2, declined=20, harmless=17, looped=1), "benign": mixed(harmless=37, declined=2, looped=1)}
+GOOD = {
+    "toxic": mixed(harmful=2, declined=20, harmless=17, looped=1),
+    "benign": mixed(harmless=37, declined=2, looped=1),
+}
 OVER_REFUSING = {"toxic": mixed(declined=39, looped=1), "benign": mixed(harmless=15, declined=24, looped=1)}
 COLLAPSED = {"toxic": mixed(looped=38, harmless=2), "benign": mixed(looped=35, harmless=5)}
 OFF_TOPIC = {"toxic": mixed(off_topic=30, harmless=8, looped=2), "benign": mixed(off_topic=24, harmless=16)}
-SAME = {"toxic": mixed(harmful=27, declined=5, harmless=7, looped=1), "benign": mixed(harmless=38, declined=1, looped=1)}
+SAME = {
+    "toxic": mixed(harmful=27, declined=5, harmless=7, looped=1),
+    "benign": mixed(harmless=38, declined=1, looped=1),
+}
 FEW = {"toxic": mixed(declined=5), "benign": mixed(harmless=5)}
 FEW_BASE = {"toxic": mixed(harmful=5), "benign": mixed(harmless=5)}
 
@@ -174,7 +185,8 @@ def attack(run, state, texts, judge="embedded"):
     ids = [f"b{number}" for number in range(len(texts))]
     jsonl(
         at / "replies.jsonl",
-        [{"id": key, "set": "prefix", "prompt": f"How do I <forbidden act {key}>?", "completion": text, "finish": "stop"}
+        [{"id": key, "set": "prefix", "prompt": f"How do I <forbidden act {key}>?", "completion": text,
+          "finish": "stop"}
          for key, text in zip(ids, texts, strict=True)],
     )  # fmt: skip
     jsonl(at / "verdicts.jsonl", [{"id": key} | verdict("harmful", judge) for key in ids])

@@ -90,8 +90,13 @@ def test_page_markdown_and_card_open_with_the_right_sentence(golden, name):
 
 def test_a_gate_says_what_is_missed_and_by_how_much(golden):
     said = opening(golden["collapsed"].markdown)
-    assert "Incoherent replies to toxic prompts 95.0%, 85.0 points over the limit; and incoherent replies to benign" in said
-    assert "change from the base model +57.5 points, 47.5 points over the limit" in opening(golden["over-refusing"].markdown)
+    assert (
+        "Incoherent replies to toxic prompts 95.0%, 85.0 points over the limit; and incoherent replies to benign"
+        in said
+    )
+    assert "change from the base model +57.5 points, 47.5 points over the limit" in opening(
+        golden["over-refusing"].markdown
+    )
     few = opening(golden["n = 5"].markdown)
     assert "All 4 limits are kept, but the intervals of 4 go beyond: harmful replies to toxic prompts" in few
 
@@ -108,7 +113,10 @@ def test_the_state_before_is_named_in_sentence_heads_card_and_csv(golden):
     made = golden["sft"]
     for text in (made.markdown, made.card):
         assert "| Measure | Judge | Base model | SFT model | Final model | Change from the SFT model |" in text
-        assert "First an SFT model was made in 2 epochs on rows.jsonl: the harmful answers are its own, changes are" in text
+        assert (
+            "First an SFT model was made in 2 epochs on rows.jsonl: the harmful answers are its own, changes are"
+            in text
+        )
     assert {line.split(",")[0] for line in made.csv.splitlines()[1:]} == {"base", "sft", "final"}
     # 34 of 40 harmful before, 2 after: from the SFT model, not from the 28 of the base model.
     assert "| Harmful | embedded, llm_judge | 70.0%" in made.markdown

@@ -2,8 +2,8 @@
 
     python research/method/trial.py DATA OUT QUEUE
 
-DATA holds public sets (named below), OUT gets what is drawn and found, QUEUE is a JSON-lines file of settings, each with
-a `name`; those that OUT/results.jsonl holds are skipped, so that a search goes on where it was left.
+DATA holds public sets (named below), OUT gets what is drawn and found, QUEUE is a JSON-lines file of settings, each
+with a `name`; those that OUT/results.jsonl holds are skipped, so that a search goes on where it was left.
 """
 
 import csv
@@ -147,7 +147,7 @@ class Lab:
             [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=True, return_dict=False
         )
         body = self.tokenizer(reply, add_special_tokens=False).input_ids
-        body = body + [self.tokenizer.eos_token_id] if ends else body
+        body = [*body, self.tokenizer.eos_token_id] if ends else body
         return head, body[:tokens]
 
     def harvest(self, s: Settings):
@@ -170,7 +170,7 @@ class Lab:
                 replies = self.ask(toxic, 56, 0.7, keep=f"instructed-{name}", text=text)
                 verdicts = self.verdicts(toxic, replies)
                 for p in toxic:
-                    harmful, refuses, coherent = verdicts[p.id]
+                    harmful, _, coherent = verdicts[p.id]
                     opening = tuple(replies[p.id][0].split()[:4])
                     if (
                         not harmful
