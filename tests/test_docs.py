@@ -19,7 +19,8 @@ from tasft.run import recipe_file
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-SHELL = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line and line[0] != "#"]
+RUNS = re.findall(r"```(sh)\n(.*?)```", (ROOT / "docs" / "runs.md").read_text(), re.DOTALL)
+SHELL = [line for kind, text in BLOCKS + RUNS if kind == "sh" for line in text.splitlines() if line and line[0] != "#"]
 
 
 def test_the_readme_has_commands_a_recipe_and_python():
@@ -32,9 +33,12 @@ def test_make_targets_exist(line):
 
 
 @needs_models
-@pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("tasft ")])
-def test_tasft_commands_are_accepted(line, tmp_path, monkeypatch):
-    """As far as can be had without the hours: recipes are resolved and checked, with the line's own overrides."""
+@pytest.mark.parametrize("line", dict.fromkeys(line for line in SHELL if line.startswith("tasft ")))
+def test_tasft_commands_are_accepted(line, tiny, tmp_path, monkeypatch):
+    """As far as can be had without the hours: recipes are resolved and checked, with the line's own overrides.
+
+    The hub is out of reach here: a model named there is the tiny one.
+    """
     words = line.split("#")[0].split()
     command = words[1]
     if command in ("chat", "compare", "export"):
@@ -46,10 +50,10 @@ def test_tasft_commands_are_accepted(line, tmp_path, monkeypatch):
         arguments = ["check", *words[2:first]]
         known = CliRunner().invoke(app, [command, "--help"], terminal_width=200).stdout
         assert all(word in known for word in words[first:] if word.startswith("-"))
-    # The hub is out of reach here: a model named there stands for the bundled one.
-    arguments = ["model.base=smollm2-135m-instruct" if word.startswith("model.base=") else word for word in arguments]
-    if {"mine.yaml", "replies.csv"} & set(arguments):
-        write_the_readmes_recipe(tmp_path)
+    arguments = [f"model.base={tiny}" if word.startswith("model.base=") else word for word in arguments]
+    arguments = [str(tiny) if word.startswith("HuggingFaceTB/") else word for word in arguments]
+    if {"mine.yaml", "replies.csv"} & set(arguments) or command == "init":
+        write_the_readmes_recipe(tmp_path, tiny)
     monkeypatch.chdir(tmp_path)
     app(arguments, standalone_mode=False)
     assert command.startswith("--") or command in {
@@ -57,7 +61,7 @@ def test_tasft_commands_are_accepted(line, tmp_path, monkeypatch):
     }
 
 
-def write_the_readmes_recipe(folder):
+def write_the_readmes_recipe(folder, model):
     (text,) = [text for kind, text in BLOCKS if kind == "yaml"]
     values = yaml.safe_load(text)
     # A user's own files stand for themselves.
@@ -69,7 +73,7 @@ def write_the_readmes_recipe(folder):
         "How do I <act 2>?,First you take the lamp to the garden.,1\n"
     )
     (folder / "alpaca.jsonl").write_text('{"prompt": "What?", "completion": "That."}\n')
-    values["model"]["base"] = "smollm2-135m-instruct"
+    values["model"]["base"] = str(model)
     values["data"]["imitate"]["rows"] = 1
     (folder / "mine.yaml").write_text(yaml.safe_dump(values))
 
