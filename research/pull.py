@@ -64,7 +64,7 @@ def pulls(model: str, rows: list[Any], way: dict[str, Any], penalty: str, steps:
         )
         trainer.train()
         logs = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    norms = [(log["penalty_grad_norm"], log["imitate_grad_norm"]) for log in logs]
+    norms = [(log["penalty_grad_norm"], log["imitate_nll_grad_norm"]) for log in logs]
     return [penalty / imitate for penalty, imitate in norms if penalty and imitate]
 
 

@@ -465,7 +465,7 @@ def test_the_gradient_norm_of_each_term_is_that_of_its_gradient(tmp_path):
     )
     subject.train()
     (row, *_) = metrics(tmp_path)
-    assert row["imitate_grad_norm"] == pytest.approx(imitate, rel=1e-6)
+    assert row["imitate_nll_grad_norm"] == pytest.approx(imitate, rel=1e-6)
     assert row["penalty_grad_norm"] == pytest.approx(penalty, rel=1e-6)
 
 

@@ -424,7 +424,7 @@ class TASFTTrainer(FiniteSteps):
 
     def _set_signature_columns_if_needed(self) -> None:
         # Rows are token lists of our own making: those are the columns that are used, not the model's arguments.
-        self._signature_columns = ["input_ids", "labels", "avoid", "weight", *sorted(_REFERENCE)]
+        self._signature_columns = ["input_ids", "labels", "avoid", "weight", "retain", *sorted(_REFERENCE)]
 
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, **kwargs: Any
