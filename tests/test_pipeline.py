@@ -22,6 +22,7 @@ from tasft.judges.coherence import incoherence as whole
 from tasft.models import local
 from tasft.report.read import read_run
 from tasft.run import recipe_file
+from tasft.run.checks import check_inputs
 from tasft.run.inputs import Inputs
 from tasft.run.pipeline import Pipeline
 from tasft.run.stages import STAGES
@@ -475,7 +476,7 @@ def test_prompts_of_a_named_set_are_not_trained_on_and_a_strange_file_of_it_is_n
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "HarmfulQ.json").write_text(json.dumps(prompts))
     inputs = Inputs(recipe_file.load(str(small), ["evaluate.sets=[harmfulq]", f"data.data_dir={tmp_path / 'data'}"]))
-    inputs.check()
+    check_inputs(inputs)
     asked = {prompt.prompt for prompt in inputs.toxic}
     assert asked == set(toxic[2:])
     assert any("HarmfulQ.json has 3 prompts, not 200" in warning for warning in inputs.warnings())
