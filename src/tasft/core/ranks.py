@@ -1,7 +1,7 @@
 """One command in several processes, each a rank of one training.
 
 What a process must know of the others stands in its environment, under the names that torch and accelerate read:
-a process that `accelerate launch` or `torchrun` started is told apart by nothing. Only where there are several are torch
+a process that `accelerate launch` or `torchrun` started is told apart by nothing. Only there are torch
 and accelerate imported.
 """
 
