@@ -124,10 +124,10 @@ def test_the_whole_path_leaves_every_file_and_does_nothing_twice(small, tmp_path
     assert recipe_file.load(str(run)).name == "small"
 
     # A changed field redoes what it concerns, and nothing else.
-    go(small, run, "train.penalty=nlcl")
+    go(small, run, "train.penalty=emd")
     second = done(run)
     assert redone(first, second) == FINAL
-    go(small, run, "train.penalty=nlcl", "evaluate.max_new_tokens=6")
+    go(small, run, "train.penalty=emd", "evaluate.max_new_tokens=6")
     third = done(run)
     assert redone(second, third) == {step for step in ALL if "evaluate" in step} | {"report"}
     assert redone(third, done(run)) == set()
@@ -334,7 +334,7 @@ def test_a_stage_is_not_built_on_work_that_was_done_with_other_settings(small, t
     before = (run / "recipe.yaml").read_text(), done(run)
     for stage in ("evaluate", "report"):
         with pytest.raises(UserError, match="run tasft train with this recipe first"):
-            go(small, run, "train.penalty=nlcl", stages=(stage,))
+            go(small, run, "train.penalty=emd", stages=(stage,))
     assert before == ((run / "recipe.yaml").read_text(), done(run))
 
 
