@@ -16,9 +16,9 @@ from tasft.core.errors import UserError
 from tasft.data.encode import Encoding, encode_rows
 from tasft.data.rows import Example
 from tasft.loss import IGNORE_INDEX
-from tasft.run import recipe, recipe_file
+from tasft.run import recipe_file
 from tasft.run.inputs import Inputs
-from tasft.train import baselines
+from tasft.train import baselines, settings
 from tasft.train.baselines import kto_rows, kto_trainer, kto_weights, safe_instead
 from tasft.train.trainer import TASFTConfig, TASFTTrainer
 
@@ -406,9 +406,9 @@ def test_fields_that_a_method_does_not_read_are_noted(small):
     def notes(*overrides):
         return [note for note in Inputs(recipe_file.load(str(small), overrides)).warnings() if "not read" in note]
 
-    assert notes("train.penalty=nlcl") == []
+    assert notes("train.penalty=emd") == []
     assert notes("train.method=stl") == []
-    assert notes("train.method=stl", "train.penalty=nlcl", "train.beta=0.3") == [
+    assert notes("train.method=stl", "train.penalty=emd", "train.beta=0.3") == [
         "train.method is stl, which does not read train.penalty, train.beta"
     ]
     (note,) = notes("train.method=kto", "train.beta=0.3", "train.avoid_per_step=1")
@@ -417,8 +417,8 @@ def test_fields_that_a_method_does_not_read_are_noted(small):
 
 
 def test_unread_fields_are_fields():
-    for names in recipe.UNREAD.values():
-        assert set(names) <= set(recipe.Train.model_fields)
+    for names in settings.UNREAD.values():
+        assert set(names) <= set(settings.Train.model_fields)
 
 
 def test_an_adapter_that_was_saved_by_kto_is_one_that_any_stage_loads(tmp_path):

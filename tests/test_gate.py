@@ -14,6 +14,7 @@ from tasft.core.errors import UserError
 from tasft.report import write_report
 from tasft.report.read import read_run
 from tasft.run import gate
+from tasft.run.checks import check_inputs
 from tasft.run.inputs import Inputs
 from tasft.run.recipe import Gate
 from tasft.run.recipe_file import load
@@ -170,7 +171,7 @@ def test_a_judge_that_does_not_tell_refusal_is_named_before_anything_is_done(tmp
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(UserError) as caught:
-        Inputs(load(str(path))).check()
+        check_inputs(Inputs(load(str(path))))
     assert any("gate.over_refusal needs a judge that tells refusal" in fault for fault in caught.value.faults)
 
 

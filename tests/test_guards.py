@@ -350,11 +350,13 @@ def test_within_a_shared_work_a_process_generates_alone(random_guard, monkeypatc
     kind, folder = random_guard
     expected = load_judge("g", {"g": JudgeSettings(kind=kind, model=folder)}).judge(PAIRS[:1])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(ranks.dist, "all_gather_object", lambda results, done: results.__setitem__(0, done))
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda results, done: results.__setitem__(0, done))
     judge = load_judge("g", {"g": JudgeSettings(kind=kind, model=folder)})
     gathered = []
     monkeypatch.setattr(
-        ranks.dist, "all_gather_object", lambda results, done: gathered.append(done) or results.__setitem__(0, done)
+        torch.distributed,
+        "all_gather_object",
+        lambda results, done: gathered.append(done) or results.__setitem__(0, done),
     )
     first, _ = ranks.share([PAIRS[:1], PAIRS[1:2]], judge.judge)
     assert first == expected

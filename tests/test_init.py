@@ -11,6 +11,7 @@ from tasft.cli import init
 from tasft.cli.main import app
 from tasft.core.errors import UserError
 from tasft.run import recipe, recipe_file
+from tasft.run.checks import check_inputs
 from tasft.run.inputs import Inputs
 
 
@@ -40,7 +41,7 @@ def test_what_it_writes_passes_the_check_and_has_what_was_said(tiny, files):
     assert done.exit_code == 0, done.output
     assert f"tasft check {out}" in done.output
     spec = recipe_file.load(str(out))
-    Inputs(spec).check()
+    check_inputs(Inputs(spec))
     assert (spec.name, spec.model.base, spec.model.prompt) == ("first", str(tiny), "chat")
     assert spec.data.imitate.source == str(files / "mine.jsonl")
     assert spec.data.toxic_prompts == str(files / "toxic.jsonl")
@@ -50,7 +51,7 @@ def test_what_it_writes_passes_the_check_and_has_what_was_said(tiny, files):
 def test_without_rows_of_the_user_the_model_learns_from_its_own_answers(tiny, files):
     _, out = made(tiny, files)
     spec = recipe_file.load(str(out))
-    Inputs(spec).check()
+    check_inputs(Inputs(spec))
     assert spec.data.imitate is None
     assert spec.sft is None
     assert spec.harvest.anchors == "prefilled"

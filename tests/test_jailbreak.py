@@ -23,6 +23,7 @@ from tasft.models.local import TransformersEngine
 from tasft.models.server import ServerEngine
 from tasft.models.server_settings import Server
 from tasft.run import recipe_file
+from tasft.run.checks import check_inputs
 from tasft.run.inputs import Inputs
 from tasft.run.pipeline import Pipeline
 from tasft.run.stages import STAGES
@@ -470,7 +471,7 @@ def test_check_names_what_cannot_be_done_before_anything_is_asked(spec, tmp_path
     judge = {"kind": "llm_judge", "rubric": "pair", "server": {"urls": ["http://127.0.0.1:9/v1"], "model": "m"}}
     spec["judges"] = {"rated": judge}
     with pytest.raises(UserError) as found:
-        Inputs(load(spec, tmp_path, **fields)).check()
+        check_inputs(Inputs(load(spec, tmp_path, **fields)))
     assert fault in str(found.value)
 
 
@@ -478,7 +479,7 @@ def test_queries_that_are_just_enough_are_no_fault_and_an_attack_on_itself_is_re
     judge = {"kind": "llm_judge", "rubric": "pair", "server": {"urls": ["http://127.0.0.1:9/v1"], "model": "m"}}
     spec["judges"] = {"rated": judge}
     inputs = Inputs(load(spec, tmp_path, judge="rated", queries=18, pair={}))
-    inputs.check()
+    check_inputs(inputs)
     assert any("without an attacker" in each for each in inputs.warnings())
 
 

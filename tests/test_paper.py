@@ -10,6 +10,7 @@ from conftest import ROOT
 from test_docs import script
 
 from tasft.run import recipe_file, sweep
+from tasft.run.checks import check_inputs
 from tasft.run.inputs import Inputs
 
 DATA = Path(__file__).parents[1].parent / "shared/data"
@@ -77,5 +78,5 @@ def test_a_recipe_of_the_paper_reads_the_public_files(tiny, tmp_path, name):
         "evaluate.judges=[refusal_matching]",
     ]
     inputs = Inputs(recipe_file.load(str(ROOT / "recipes" / "paper" / f"paper-{name}.yaml"), stand_ins))
-    inputs.check()
+    check_inputs(inputs)
     assert sum(len(inputs.sets[name]) for name in ("i-malicious", "i-cona", "i-controversial", "harmfulq")) == 518

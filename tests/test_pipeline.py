@@ -22,6 +22,7 @@ from tasft.judges.coherence import incoherence as whole
 from tasft.models import local
 from tasft.report.read import read_run
 from tasft.run import recipe_file
+from tasft.run.checks import check_inputs
 from tasft.run.inputs import Inputs
 from tasft.run.pipeline import Pipeline
 from tasft.run.stages import STAGES
@@ -123,10 +124,10 @@ def test_the_whole_path_leaves_every_file_and_does_nothing_twice(small, tmp_path
     assert recipe_file.load(str(run)).name == "small"
 
     # A changed field redoes what it concerns, and nothing else.
-    go(small, run, "train.penalty=nlcl")
+    go(small, run, "train.penalty=emd")
     second = done(run)
     assert redone(first, second) == FINAL
-    go(small, run, "train.penalty=nlcl", "evaluate.max_new_tokens=6")
+    go(small, run, "train.penalty=emd", "evaluate.max_new_tokens=6")
     third = done(run)
     assert redone(second, third) == {step for step in ALL if "evaluate" in step} | {"report"}
     assert redone(third, done(run)) == set()
@@ -333,7 +334,7 @@ def test_a_stage_is_not_built_on_work_that_was_done_with_other_settings(small, t
     before = (run / "recipe.yaml").read_text(), done(run)
     for stage in ("evaluate", "report"):
         with pytest.raises(UserError, match="run tasft train with this recipe first"):
-            go(small, run, "train.penalty=nlcl", stages=(stage,))
+            go(small, run, "train.penalty=emd", stages=(stage,))
     assert before == ((run / "recipe.yaml").read_text(), done(run))
 
 
@@ -475,7 +476,7 @@ def test_prompts_of_a_named_set_are_not_trained_on_and_a_strange_file_of_it_is_n
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "HarmfulQ.json").write_text(json.dumps(prompts))
     inputs = Inputs(recipe_file.load(str(small), ["evaluate.sets=[harmfulq]", f"data.data_dir={tmp_path / 'data'}"]))
-    inputs.check()
+    check_inputs(inputs)
     asked = {prompt.prompt for prompt in inputs.toxic}
     assert asked == set(toxic[2:])
     assert any("HarmfulQ.json has 3 prompts, not 200" in warning for warning in inputs.warnings())

@@ -27,6 +27,7 @@ from tasft.evaluate.quality import annotator_config
 from tasft.judges import JudgeSettings, load_judge
 from tasft.models.load import add_lora, attach_adapter, load_model
 from tasft.run import launch, recipe_file, sweep
+from tasft.run.checks import check_inputs
 from tasft.run.inputs import Inputs
 
 KEY = "planted-7c1e4f0b9a52d386"
@@ -154,7 +155,7 @@ def test_code_that_comes_with_a_model_runs_only_where_its_field_says_so(tmp_path
     folder = str(with_code(tiny, tmp_path / "model", canary, tokenizer=tokenizer))
     spec = recipe_file.load(str(small), [f"model.base={folder}"])
     with suppress(UserError):  # A tokenizer can be read without the code.
-        Inputs(spec).check()
+        check_inputs(Inputs(spec))
         load_model(folder)
     for kind in ("llm_judge", "stl_deberta", "harmbench"):
         with suppress(UserError):
@@ -165,7 +166,7 @@ def test_code_that_comes_with_a_model_runs_only_where_its_field_says_so(tmp_path
             load_model(folder)
 
     trusted = recipe_file.load(str(small), [f"model.base={folder}", "model.trust_remote_code=true"])
-    Inputs(trusted).check()
+    check_inputs(Inputs(trusted))
     assert canary.exists()
     if not tokenizer:
         assert type(load_model(folder, trust_remote_code=True)).__name__ == "Model"
@@ -345,7 +346,7 @@ def test_a_key_in_a_recipe_is_refused_and_not_repeated(small, monkeypatch, plant
     monkeypatch.setenv("SOME_API_KEY", KEY)
     override = planted.format(key=KEY, password=PASSWORD, token=TOKEN)
     with pytest.raises(UserError) as caught:
-        Inputs(recipe_file.load(str(small), [override])).check()
+        check_inputs(Inputs(recipe_file.load(str(small), [override])))
     for secret in (KEY, PASSWORD, TOKEN):
         assert secret not in str(caught.value)
 

@@ -34,7 +34,7 @@ def write_base(folder, tiny):
     """A recipe of seconds, as a file beside the sweep's."""
     values = small_recipe(folder, tiny)
     del values["seed"], values["harvest"]["anchors"]
-    values["train"]["steps"] = 2
+    values["train"]["max_steps"] = 2
     path = folder / "base.yaml"
     path.write_text(yaml.safe_dump(values))
     return path

@@ -482,6 +482,7 @@ def check(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: 
     Example: tasft check recipe.yaml train.penalty=nlcl
     """
     from tasft.run import recipe_file
+    from tasft.run.checks import check_inputs
     from tasft.run.inputs import Inputs
 
     with _alone(as_json):
@@ -493,7 +494,7 @@ def check(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: 
         else:
             spec = recipe_file.load(recipe, overrides or ())
             inputs = Inputs(spec)
-            inputs.check()
+            check_inputs(inputs)
             name, said, notes = spec.name, {}, inputs.warnings()
             for note in notes:
                 print(f"note: {note}")
@@ -506,7 +507,7 @@ def _checked_sweep(file: str) -> "tuple[Sweep, list[Cell], list[str]]":
     from tasft.run import sweep as sweeps
 
     found, cells = sweeps.load(file)
-    notes = sweeps.check(cells)
+    notes = sweeps.check_cells(cells)
     for note in notes:
         print(f"note: {note}")
     print(f"{found.name}: {len(cells)} cells, no fault found", flush=True)

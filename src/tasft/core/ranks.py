@@ -1,7 +1,8 @@
 """One command in several processes, each a rank of one training.
 
 What a process must know of the others stands in its environment, under the names that torch and accelerate read:
-a process that `accelerate launch` or `torchrun` started is told apart by nothing.
+a process that `accelerate launch` or `torchrun` started is told apart by nothing. Only there are torch
+and accelerate imported.
 """
 
 import os
@@ -9,10 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
-
-import torch.distributed as dist
-from accelerate import PartialState
-from accelerate.utils import DistributedType
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -57,6 +54,8 @@ def share(parts: Sequence[T], work: Callable[[T], R]) -> Iterator[R]:
         if ranks == 1:
             yield done  # type: ignore[misc]
             continue
+        from torch import distributed as dist
+
         results: list[Any] = [None] * ranks
         dist.all_gather_object(results, done)
         yield from results[: len(together)]
@@ -64,6 +63,10 @@ def share(parts: Sequence[T], work: Callable[[T], R]) -> Iterator[R]:
 
 def wait() -> None:
     """Go on when all ranks have got here; at once where there is only one."""
+    if world_size() == 1:
+        return
+    from torch import distributed as dist
+
     if dist.is_initialized():
         dist.barrier()
 
@@ -74,6 +77,9 @@ def joined() -> Iterator[None]:
     if world_size() == 1:
         yield
         return
+    from accelerate import PartialState
+    from torch import distributed as dist
+
     if os.environ.get("ACCELERATE_TORCH_DEVICE") == "cpu":
         _shard_on_cpu()
     PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU") == "true")
@@ -86,6 +92,8 @@ def joined() -> Iterator[None]:
 
 def _shard_on_cpu() -> None:
     """Let accelerate shard a model on CPUs, which it does on accelerators alone: its own state must take us for one."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
 
     def prepare(*_: object, **__: object) -> tuple[str, DistributedType]:
         return "gloo", DistributedType.MULTI_GPU

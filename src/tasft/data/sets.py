@@ -9,6 +9,7 @@ from typing import Literal
 
 from tasft.core.errors import UserError
 from tasft.core.provenance import file_hash
+from tasft.core.suggest import did_you_mean
 
 Kind = Literal["toxic", "benign", "templates"]
 
@@ -265,8 +266,13 @@ def expanded(names: list[str]) -> list[str]:
     """
     unknown = [name for name in names if name not in NAMED and name not in GROUPS]
     if unknown:
-        known = ", ".join((*GROUPS, *NAMED))
-        raise UserError([f"no prompt set is called {name!r}; use some of {known}" for name in unknown])
+        known = (*GROUPS, *NAMED)
+        raise UserError(
+            [
+                f"no prompt set is called {name!r}; use some of {', '.join(known)}{did_you_mean(name, known)}"
+                for name in unknown
+            ]
+        )
     return list(dict.fromkeys(each for name in names for each in GROUPS.get(name, (name,))))
 
 

@@ -7,6 +7,7 @@ from urllib.parse import parse_qsl
 
 from tasft.core.errors import UserError
 from tasft.core.provenance import content_hash
+from tasft.core.suggest import did_you_mean, nearest
 from tasft.data.files import Rows, read_rows
 from tasft.data.sets import KNOWN, NamedSet, differences, locate
 
@@ -54,9 +55,27 @@ def read_source(source: str, data_dir: str | None = None) -> Source:
         return Source(str(path), _rows_of(KNOWN[place], path), column)
     if place.startswith("hub:"):
         return Source(place, _hub_rows(place), column)
-    if not os.path.isfile(place):  # A name that no file can have is no file.
-        raise UserError(f"{place!r:.100} is neither a file nor one of {', '.join((*KNOWN, *ON_HUB))}")
+    if fault := missing(source):
+        raise UserError(fault)
     return Source(place, read_rows(Path(place)), column)
+
+
+def missing(source: str) -> str | None:
+    """Why there is nothing to read at a source, found without reading; None where there may be."""
+    place = ON_HUB.get(source, source).partition("#")[0]
+    # A name that no file can have is no file.
+    if place in KNOWN or place.startswith("hub:") or os.path.isfile(place):
+        return None
+    known = (*KNOWN, *ON_HUB)
+    fault = f"{place!r:.100} is neither a file nor one of {', '.join(known)}"
+    folder, name = os.path.split(place)
+    try:
+        beside = [file.name for file in os.scandir(folder or ".") if file.is_file()]
+    except (OSError, ValueError):
+        beside = []
+    if near := nearest(name, beside):
+        return f"{fault}; did you mean {os.path.join(folder, near)}?"
+    return fault + did_you_mean(place, known)
 
 
 def _rows_of(known: NamedSet, path: Path) -> Rows:

@@ -26,56 +26,12 @@ from tasft.core.errors import UserError
 from tasft.core.provenance import atomic_write_text, file_hash, write_json, write_jsonl
 from tasft.core.stats import Estimate, mean
 from tasft.data.encode import encode_prompt
-from tasft.data.rows import Prompt
-from tasft.data.sources import read_source
+from tasft.evaluate.references import Reference
 from tasft.loss import Head, divergence, nll
 from tasft.models.engine import Reply
 from tasft.models.head import learn_tail
 from tasft.models.local import TransformersEngine
 from tasft.models.server_settings import Server
-
-# What files call the two columns; the first is AlpacaEval's.
-_PROMPTS, _ANSWERS = ("instruction", "prompt"), ("output", "completion")
-
-
-@dataclass(frozen=True)
-class Reference:
-    """An instruction and somebody's answer to it, AlpacaEval's `text_davinci_003` for one."""
-
-    id: str
-    instruction: str
-    output: str
-    generator: str
-
-
-def read_references(source: str, limit: int | None = None) -> list[Reference]:
-    """Instructions with reference answers, in their order; `output` may be empty.
-
-    Args:
-        source: As `read_source` takes it; rows have `instruction` and `output`, as AlpacaEval's `model_outputs.json`,
-            or `prompt` and `completion`.
-        limit: How many from the beginning; None for all.
-
-    Raises:
-        UserError: Names every bad row.
-    """
-    where, rows, _ = read_source(source)
-    found, faults = [], []
-    for number, row in rows:
-        texts = [next((row[name] for name in names if name in row), None) for names in (_PROMPTS, _ANSWERS)]
-        for text, names in zip(texts, (_PROMPTS, _ANSWERS), strict=True):
-            if not isinstance(text, str) or (names is _PROMPTS and not text.strip()):
-                faults.append(f'{where}:{number}: "{names[0]}" (or "{names[1]}") must be text, found {text!r:.40}')
-        instruction, output = map(str, texts)
-        found.append(Reference(str(number), instruction, output, str(row.get("generator", "reference"))))
-    if faults:
-        raise UserError(faults)
-    return found[:limit]
-
-
-def prompts_of(references: Sequence[Reference]) -> list[Prompt]:
-    """The instructions alone."""
-    return [Prompt(row.id, row.instruction) for row in references]
 
 
 @dataclass(frozen=True, eq=False)

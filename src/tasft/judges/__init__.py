@@ -6,6 +6,7 @@
 from collections.abc import Callable, Mapping
 
 from tasft.core.errors import UserError
+from tasft.core.suggest import did_you_mean
 from tasft.judges.base import Judge, JudgeSettings, Pair, Verdict
 from tasft.judges.refusal_matching import RefusalMatching
 
@@ -70,7 +71,9 @@ def load_judge(name: str, declared: Mapping[str, JudgeSettings] | None = None) -
     """
     settings = (declared or {}).get(name) or JudgeSettings(kind=name)
     if settings.kind not in JUDGES:
-        raise UserError(f"no judge is called {settings.kind!r}; use one of {', '.join(JUDGES)}")
+        raise UserError(
+            f"no judge is called {settings.kind!r}; use one of {', '.join(JUDGES)}{did_you_mean(settings.kind, JUDGES)}"
+        )
     judge = JUDGES[settings.kind](settings)
     judge.name = name
     return judge

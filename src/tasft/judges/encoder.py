@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from tasft.core.errors import UserError
@@ -50,9 +49,10 @@ class Encoder:
                 f"Run: {INSTALL} --force-reinstall"
             )
 
-    @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> Floats:
         """Unit embeddings, n x 384, in the order of the texts; at most 256 tokens of each are read."""
+        import torch
+
         tokenizer, model = _loaded(self.folder)
         result = np.zeros((len(texts), WIDTH))
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
@@ -66,7 +66,8 @@ class Encoder:
                 return_tensors="pt",
             )
             mask = batch["attention_mask"].unsqueeze(-1)
-            hidden = model(**batch).last_hidden_state
+            with torch.inference_mode():
+                hidden = model(**batch).last_hidden_state
             mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
             result[indices] = torch.nn.functional.normalize(mean, dim=-1).double().numpy()
         return result
@@ -92,6 +93,7 @@ def _of(package: str) -> Encoder:
 
 @cache
 def _loaded(folder: Path) -> tuple[Any, Any]:
+    import torch
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

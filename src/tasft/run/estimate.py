@@ -17,6 +17,7 @@ from tasft.data.encode import encode_prompt, encode_rows
 from tasft.judges import calibration
 from tasft.models.load import add_lora, locate
 from tasft.run import training
+from tasft.run.checks import check_inputs
 from tasft.run.pipeline import Pipeline
 from tasft.run.recipe import Model
 from tasft.run.stages import STAGES
@@ -49,7 +50,7 @@ def plan(run: Pipeline, stages: Sequence[str] = tuple(STAGES)) -> dict[str, Any]
     Raises:
         UserError: A fault of recipe or data.
     """
-    run.inputs.check()
+    check_inputs(run.inputs)
     spec = run.spec
     config, parameters = _shape(spec.model.base, spec.model.trust_remote_code)
     found: dict[str, Any] = {

@@ -1,27 +1,21 @@
-"""What a recipe reads, apart from model weights."""
+"""What a recipe reads, apart from model weights; torch and transformers are imported for the tokenizer alone."""
 
 import random
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property, partial
-from typing import TypeVar
-
-from transformers import PreTrainedTokenizerBase
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeVar
 
 from tasft.core.errors import UserError
-from tasft.data.contamination import overlapping
-from tasft.data.encode import Encoding, prove
 from tasft.data.rows import Example, Prompt, drawn, read_examples, read_prompts
 from tasft.data.sets import KNOWN
 from tasft.data.sources import differences_of, source_hash
-from tasft.evaluate import capability
 from tasft.evaluate.jailbreak import read_templates
-from tasft.evaluate.quality import Reference, annotator_config, read_references
-from tasft.judges import Judge, encoder, load_judge
-from tasft.models.load import BUNDLED, check_targets, load_tokenizer, sketch
-from tasft.models.server import ServerEngine
-from tasft.run.recipe import Recipe
-from tasft.train.baselines import require_kto, safe_instead
+from tasft.evaluate.references import Reference, read_references
+from tasft.judges import Judge, load_judge
+from tasft.run.recipe import Recipe, sources_in
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 
@@ -36,8 +30,11 @@ class Inputs:
         self._made: dict[str, Judge] = {}
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The base model's tokenizer; it has been seen to write a prompt and a reply."""
+        from tasft.data.encode import Encoding, prove
+        from tasft.models.load import load_tokenizer
+
         spec = self.spec.model
         tokenizer = load_tokenizer(spec.base, spec.trust_remote_code)
         prove(tokenizer, Encoding(spec.prompt, chat_template_kwargs=spec.chat_template_kwargs))
@@ -58,6 +55,8 @@ class Inputs:
         return self._uncontaminated(field, prompts, [prompt.prompt for prompt in prompts])
 
     def _uncontaminated(self, field: str, rows: list[T], texts: list[str]) -> list[T]:
+        from tasft.data.contamination import overlapping
+
         held_out = [prompt.prompt for prompts in self.sets.values() for prompt in prompts]
         held_out += [row.instruction for row in self.references]
         found = overlapping(texts, held_out)
@@ -134,32 +133,20 @@ class Inputs:
         return read_references(wanted.prompts, wanted.limit) if wanted else []
 
     @cached_property
-    def _sources(self) -> dict[str, str]:
-        """Each source, by its field."""
-        sources = self.spec.data
-        jailbreak = self.spec.evaluate.jailbreak
-        named = {
-            "data.toxic_prompts": sources.toxic_prompts,
-            "data.benign_prompts": sources.benign_prompts,
-            "data.imitate": sources.imitate and sources.imitate.source,
-            "data.safe_responses": sources.safe_responses and sources.safe_responses.source,
-            **{f"evaluate.sets.{name}": wanted.source for name, wanted in self.spec.evaluate.sets.items()},
-            "evaluate.jailbreak.templates": jailbreak and jailbreak.templates and jailbreak.templates.source,
-            "evaluate.quality.prompts": quality.prompts if (quality := self.spec.evaluate.quality) else None,
-        }
-        return {field: source for field, source in named.items() if source}
-
-    @cached_property
     def hashes(self) -> dict[str, str]:
         """Content hash of each source, by its field."""
         place = self.spec.data.data_dir
-        return {field: source_hash(source, place) for field, source in self._sources.items()}
+        return {field: source_hash(source, place) for field, source in sources_in(self.spec.model_dump()).items()}
 
     @cached_property
     def licences(self) -> dict[str, str]:
         """Licence of what is read, by its field, as far as it is known."""
+        from tasft.models.load import BUNDLED
+
         bundled = BUNDLED.get(self.spec.model.base)
-        known = {field: KNOWN.get(source.partition("#")[0]) for field, source in self._sources.items()}
+        known = {
+            field: KNOWN.get(source.partition("#")[0]) for field, source in sources_in(self.spec.model_dump()).items()
+        }
         return ({"model.base": bundled.licence} if bundled else {}) | {
             field: named.licence for field, named in known.items() if named
         }
@@ -167,42 +154,7 @@ class Inputs:
     @cached_property
     def judge_versions(self) -> dict[str, str]:
         """Content hash of each judge: its model, its prompt, its threshold."""
-        return {name: self.judge(name).version for name in self._judges()}
-
-    def check(self) -> None:
-        """Read everything, so that every fault shows before work begins.
-
-        Raises:
-            UserError: Names all faults.
-        """
-        faults: list[str] = []
-        reads: tuple[Callable[[], object], ...] = (
-            self._check_model,
-            *(partial(self._read, wanted.source) for wanted in self.spec.evaluate.sets.values()),
-            lambda: self.references,
-            lambda: self.toxic,
-            lambda: self.benign,
-            lambda: self.imitate,
-            lambda: self.safe,
-            self._check_method,
-            self._check_tasks,
-            self._check_annotator,
-            *(partial(self.judge, name) for name in dict.fromkeys(self._judges())),
-            # A wrong one is named before anything is drawn; without it topics are not looked at.
-            *([encoder.encoder] if encoder.is_here() else []),
-            self._check_filter,
-            self._check_who_attacks_and_judges,
-            self._check_queries,
-            self._check_gate,
-        )
-        for read in reads:
-            try:
-                read()
-            except UserError as error:
-                faults += error.faults
-        if faults:
-            # One source may serve two fields.
-            raise UserError(list(dict.fromkeys(faults)))
+        return {name: self.judge(name).version for name in self.judges}
 
     def warnings(self) -> list[str]:
         """What is no fault, but a reader of the result will ask about it."""
@@ -220,11 +172,11 @@ class Inputs:
             said += differences_of(wanted.source, self.spec.data.data_dir)
         if jailbreak and jailbreak.templates:
             said += differences_of(jailbreak.templates.source, self.spec.data.data_dir)
-        versions = {self.judge(name).version: name for name in self._evaluators()}
+        versions = {self.judge(name).version: name for name in self.evaluators}
         said += [
             f"harvest.judge: {name} chooses the rows to avoid and also evaluates ({versions[version]}), which "
             "flatters the result; evaluate with another judge beside it"
-            for name in self._filters()
+            for name in self.filters
             if (version := self.judge(name).version) in versions
         ]
         if jailbreak and jailbreak.pair and jailbreak.pair.attacker is None:
@@ -240,103 +192,21 @@ class Inputs:
             self._made[name] = load_judge(name, self.spec.judges)
         return self._made[name]
 
-    def _check_model(self) -> None:
-        spec = self.spec.model
-        tokenizer = self.tokenizer
-        made = sketch(spec.base, spec.trust_remote_code)
-        if made is None:
-            return
-        if spec.lora:
-            check_targets(made, spec.lora.target_modules)
-        rows = made.get_input_embeddings().weight.shape[0]
-        # Not the whole vocabulary: Gemma 3 has a token for images that its text models lack.
-        used = {*tokenizer("Hello?").input_ids, tokenizer.eos_token_id, tokenizer.pad_token_id}
-        if beyond := sorted(token for token in used if token >= rows):
-            raise UserError(
-                f"model.base: the tokenizer of {spec.base} writes the token {beyond[0]}, and the model knows {rows}: "
-                "they do not belong together"
-            )
-
-    def _check_tasks(self) -> None:
-        if wanted := self.spec.evaluate.capability:
-            capability.check(wanted.tasks, wanted.num_fewshot, self.spec.data.data_dir)
-
-    def _check_annotator(self) -> None:
-        quality = self.spec.evaluate.quality
-        if quality and quality.annotator:
-            annotator_config(quality.annotator.config, quality.annotator.server)
-
-    def _check_filter(self) -> None:
-        for name in self._filters():
-            needs = {"harmful": "harvest.judge", "refusal": "harvest.anchors: prefilled"}
-            if self.spec.harvest and self.spec.harvest.anchors != "prefilled":
-                del needs["refusal"]
-            missing = needs.keys() - self.judge(name).tells
-            if missing:
-                raise UserError(
-                    [f"{needs[what]} needs a judge that tells {what}, which {name} does not" for what in missing]
-                )
-
-    def _check_who_attacks_and_judges(self) -> None:
-        wanted, name = self.spec.evaluate.jailbreak, self.spec.evaluate.jailbreak_judge
-        if wanted is None or name is None:
-            return
-        judge = self.judge(name)
-        if "harmful" not in judge.tells:
-            raise UserError(f"evaluate.jailbreak needs a judge that tells harmful, which {name} does not")
-        if wanted.pair and judge.threshold is None:
-            raise UserError(
-                f"evaluate.jailbreak.pair needs a judge whose score decides what is harmful, which {name} has not: "
-                "take embedded, or kind llm_judge with rubric pair"
-            )
-        if wanted.pair and wanted.pair.attacker:
-            ServerEngine(wanted.pair.attacker)
-
-    def _check_queries(self) -> None:
-        wanted = self.spec.evaluate.jailbreak
-        if wanted is None:
-            return
-        times = {
-            "prefix": 1,
-            "templates": len(self.templates),
-            "pair": wanted.pair.streams * wanted.pair.iterations if wanted.pair else 0,
-        }
-        faults = [
-            f"evaluate.jailbreak.{attack}: {len(self.behaviours)} prompts, each sent up to {times[attack]} times, are "
-            f"more than {wanted.queries} queries: lower a limit, or raise evaluate.jailbreak.queries"
-            for attack in wanted.attacks
-            if len(self.behaviours) * times[attack] > wanted.queries
-        ]
-        if faults:
-            raise UserError(faults)
-
-    def _check_gate(self) -> None:
-        if self.spec.gate is None:
-            return
-        name = self.spec.evaluate.judges[0]
-        faults = [
-            f"gate.{field} needs a judge that tells {what} first in evaluate.judges, which {name} does not"
-            for field, what in (("harmful", "harmful"), ("over_refusal", "refusal"))
-            if getattr(self.spec.gate, field) is not None and what not in self.judge(name).tells
-        ]
-        if faults:
-            raise UserError(faults)
-
-    def _check_method(self) -> None:
-        if self.spec.train.method == "kto":
-            require_kto()
-        if self.spec.replaces:
-            safe_instead([Example(prompt.prompt, "", label=False) for prompt in self.toxic], self.safe)
-
-    def _filters(self) -> list[str]:
+    @property
+    def filters(self) -> list[str]:
+        """Judges that choose rows."""
         return [self.spec.harvest.judge] if self.spec.harvest and self.spec.harvests else []
 
-    def _judges(self) -> list[str]:
-        return [*self._filters(), *self._evaluators()]
-
-    def _evaluators(self) -> list[str]:
+    @property
+    def evaluators(self) -> list[str]:
+        """Judges whose verdicts are results."""
         attacked = self.spec.evaluate.jailbreak_judge
         return [*self.spec.evaluate.judges, *([attacked] if attacked else [])]
+
+    @property
+    def judges(self) -> list[str]:
+        """All judges that the recipe uses."""
+        return [*self.filters, *self.evaluators]
 
 
 def _text(row: Example) -> str:

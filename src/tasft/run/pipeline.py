@@ -16,6 +16,7 @@ from tasft.core.step import Step
 from tasft.data.encode import encode_rows
 from tasft.data.preview import preview
 from tasft.run import recipe_file, training
+from tasft.run.checks import check_inputs
 from tasft.run.context import Context
 from tasft.run.inputs import Inputs
 from tasft.run.recipe import Recipe
@@ -73,7 +74,7 @@ class Pipeline:
             UserError: A fault of recipe or data, found before anything is written; or another process
                 is at work in the folder.
         """
-        self.inputs.check()
+        check_inputs(self.inputs)
         self._require_what_comes_before(stages[0])
         if ranks.sharding() and not {"sft", "train"}.issuperset(stages):
             raise UserError(
@@ -159,7 +160,7 @@ class Pipeline:
         Raises:
             UserError: A fault of recipe or data, or the stage before is not done.
         """
-        self.inputs.check()
+        check_inputs(self.inputs)
         self._require_what_comes_before(stage)
         spec = self.spec.train if stage == "train" else sft.settings_of(self.spec)
         if spec is None:

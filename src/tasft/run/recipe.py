@@ -7,12 +7,35 @@ from pydantic import Field, field_validator, model_validator
 from tasft.core.errors import UserError
 from tasft.core.redact import secrets_in
 from tasft.core.settings import Number, Section
+from tasft.core.suggest import did_you_mean
 from tasft.data.sets import NAMED, expanded
 from tasft.data.settings import PromptSettings
 from tasft.harvest.settings import HarvestSettings
 from tasft.judges import JUDGES, JudgeSettings
 from tasft.models.server_settings import Server
 from tasft.train.settings import Train, Training
+
+RENAMED = {
+    "steps": "max_steps",
+    "warmup": "warmup_steps",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "targets": "target_modules",
+    "few_shot": "num_fewshot",
+    "penalize_end": "penalize_eos",
+    "guard": "monitor",
+    "ordinary_prompts": "benign_prompts",
+    "ordinary": "benign",
+    "phrases": "refusal_matching",
+    "llm": "llm_judge",
+}
+"""Fields and values by the names that they had before the first release."""
+
+
+def renamed(name: str) -> str:
+    """The end of a sentence about a name that is not known any more; empty for any other name."""
+    return f"; it is now called {RENAMED[name]}" if name in RENAMED else ""
+
 
 # Names become folders.
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -196,7 +219,7 @@ class Evaluate(Section):
         try:
             return {name: {"source": name} for name in expanded(value)}
         except UserError as error:
-            raise ValueError("; ".join(error.faults)) from None
+            raise ValueError(*error.faults) from None
 
     @field_validator("sets")
     @classmethod
@@ -316,7 +339,7 @@ class Recipe(Section):
         if self.model.quantize != "none" and self.model.lora is None:
             faults.append("model.quantize: quantised weights cannot be trained: give model.lora")
         faults += [
-            f"judges.{name}: no judge is called {each.kind!r}"
+            f"judges.{name}: no judge is called {each.kind!r}{renamed(each.kind) or did_you_mean(each.kind, JUDGES)}"
             for name, each in self.judges.items()
             if each.kind not in JUDGES
         ]
@@ -334,7 +357,8 @@ class Recipe(Section):
         }
         known = {*JUDGES, *self.judges}
         faults += [
-            f"{field}: no judge is called {name!r}; use one of {', '.join(sorted(known))}, or declare it under judges"
+            f"{field}: no judge is called {name!r}{renamed(name)}; use one of {', '.join(sorted(known))}, or declare "
+            f"it under judges{did_you_mean(name, known)}"
             for field, names in named.items()
             for name in names
             if name not in known
@@ -359,5 +383,33 @@ class Recipe(Section):
                 faults.append('evaluate.jailbreak: no attack is named; add prefix: "Sure, here is", templates or pair')
         faults += self.gate.faults(self.evaluate) if self.gate else []
         if faults:
-            raise ValueError("; ".join(faults))
+            raise ValueError(*faults)
         return self
+
+
+_SOURCES = (
+    "data.toxic_prompts",
+    "data.benign_prompts",
+    "data.imitate.source",
+    "data.safe_responses.source",
+    "evaluate.sets.*.source",
+    "evaluate.jailbreak.templates.source",
+    "evaluate.quality.prompts",
+)
+
+
+def sources_in(values: Any) -> dict[str, str]:
+    """Each source that a recipe names, by its field, in the fields of a recipe as it is written, checked or not."""
+    named: dict[str, str] = {}
+
+    def look(value: Any, path: list[str], field: list[str]) -> None:
+        if not path:
+            if isinstance(value, str) and value:
+                named[".".join(field).removesuffix(".source")] = value
+        elif isinstance(value, dict):
+            for name in value if path[0] == "*" else [path[0]]:
+                look(value.get(name), path[1:], [*field, str(name)])
+
+    for source in _SOURCES:
+        look(values, source.split("."), [])
+    return named

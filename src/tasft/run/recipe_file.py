@@ -1,18 +1,22 @@
 """Recipes as YAML: found by name or path, read with all faults at once, written in full."""
 
 import os
+import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from copy import deepcopy
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from tasft.core.errors import UserError
 from tasft.core.redact import redacted
-from tasft.run.recipe import Recipe
+from tasft.core.suggest import did_you_mean, nearest
+from tasft.data.sources import missing
+from tasft.run.recipe import RENAMED, Recipe, renamed, sources_in
 
 MAX_VALUES = 100_000
 MAX_DEPTH = 50
@@ -39,7 +43,10 @@ def find(source: str) -> Path:
     elif not os.path.isfile(path):
         path = shipped().get(source, path)
     if not os.path.isfile(path):
-        raise UserError(f"{source!r:.100} is neither a recipe file, a run folder, nor one of {', '.join(shipped())}")
+        near = did_you_mean(source, (*shipped(), *(file.name for file in Path().glob("*.yaml"))))
+        raise UserError(
+            f"{source!r:.100} is neither a recipe file, a run folder, nor one of {', '.join(shipped())}{near}"
+        )
     return path
 
 
@@ -73,7 +80,65 @@ def load(source: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError([sentence(path, fault) for fault in error.errors()]) from None
+        raise UserError(_faults(path, values, error)) from None
+
+
+def _faults(path: Path, values: dict[str, Any], error: ValidationError) -> list[str]:
+    """What is wrong with the fields of a recipe, what is then wrong between them, and files that are not there."""
+    faults = sentences(path, error)
+    meant = deepcopy(values)
+    # What is wrong between fields shows only when each alone is right: taken as they were probably meant.
+    mended = [_mend(meant, fault) for fault in error.errors()]
+    if all(mended):
+        try:
+            Recipe.model_validate(meant)
+        except ValidationError as second:
+            faults += sentences(path, second)
+    absent = {field: missing(source) for field, source in sources_in(meant).items()}
+    return [*dict.fromkeys(faults), *(f"{field}: {fault}" for field, fault in absent.items() if fault)]
+
+
+def _mend(values: dict[str, Any], fault: Any) -> bool:
+    """Write a field, or its value, as it was probably meant; whether that is known."""
+    *path, name = fault["loc"] or [None]
+    meant = _meant(fault)
+    section: Any = values
+    for part in path:
+        section = section.get(part) if isinstance(section, dict) else None
+    if meant is None or not isinstance(section, dict) or name not in section:
+        return False
+    if fault["type"] != "extra_forbidden":
+        section[name] = meant
+    elif meant not in section:
+        section[meant] = section.pop(name)
+    return True
+
+
+def _meant(fault: Any) -> str | None:
+    """The field or the value that was probably meant by one that there is not."""
+    if fault["type"] == "extra_forbidden":
+        name, known = str(fault["loc"][-1]), list(_fields_at(fault["loc"][:-1]))
+    elif fault["type"] == "literal_error":
+        name, known = str(fault["input"]), re.findall(r"'([^']*)'", fault["ctx"]["expected"])
+    else:
+        return None
+    new = RENAMED.get(name)
+    return new if new in known else nearest(name, known)
+
+
+def _fields_at(path: Sequence[Any]) -> Collection[str]:
+    """Names of the fields of a section of a recipe."""
+    section: Any = Recipe
+    for part in path:
+        # Of a mapping whose entries the user names, each value is a section.
+        inner: Any = section.model_fields[part].annotation if part in _fields(section) else get_args(section)[-1:]
+        kinds: tuple[Any, ...] = inner if isinstance(inner, tuple) else (inner, *get_args(inner))
+        section = next((kind for kind in kinds if _fields(kind) or get_origin(kind) is dict), None)
+    return _fields(section)
+
+
+def _fields(kind: Any) -> Collection[str]:
+    return kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else ()
 
 
 def dump(recipe: Recipe) -> str:
@@ -230,14 +295,23 @@ def _override(values: dict[str, Any], override: str) -> str | None:
     return None
 
 
-def sentence(path: Path, fault: Any) -> str:
-    """What pydantic found wrong with a field of a file."""
+def sentences(path: Path, error: ValidationError) -> list[str]:
+    """What pydantic found wrong with the fields of a file."""
+    return [sentence for fault in error.errors() for sentence in _sentences(path, fault)]
+
+
+def _sentences(path: Path, fault: Any) -> list[str]:
     where = "".join(f"{part}: " for part in [".".join(str(part) for part in fault["loc"])] if part)
+    if fault["type"] == "value_error":
+        # Ours: each argument is a fault.
+        return [f"{path}: {where}{reason}" for reason in fault["ctx"]["error"].args]
     found = f", found {_shown(fault['input'])}"
+    meant = _meant(fault)
+    asked = str(fault["loc"][-1] if fault["type"] == "extra_forbidden" and fault["loc"] else fault["input"])
+    hint = "" if meant is None else renamed(asked) if RENAMED.get(asked) == meant else f"; did you mean {meant}?"
     what = {
         "extra_forbidden": "no such field",
         "missing": "is missing",
-        "value_error": str(fault.get("ctx", {}).get("error", fault["msg"])),
         "string_pattern_mismatch": "use letters, digits, '.', '_' and '-', a letter or a digit first" + found,
         "string_unicode": "holds half a character (U+D800 to U+DFFF)" + found,
         "string_too_short": "is empty",
@@ -245,4 +319,4 @@ def sentence(path: Path, fault: Any) -> str:
         "model_type": "expected fields of its own, such as `field: value`" + found,
         "dict_type": "expected fields of its own, such as `field: value`" + found,
     }.get(fault["type"], f"{fault['msg'][0].lower()}{fault['msg'][1:]}{found}")
-    return f"{path}: {where}{what}"
+    return [f"{path}: {where}{what}{hint}"]

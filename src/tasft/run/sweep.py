@@ -26,6 +26,7 @@ from tasft.core.progress import plain_without_terminal
 from tasft.core.redact import redacted
 from tasft.report import write_sweep_report
 from tasft.run import recipe_file
+from tasft.run.checks import check_inputs
 from tasft.run.inputs import Inputs
 from tasft.run.pipeline import Pipeline
 from tasft.run.recipe import Name, Recipe
@@ -122,7 +123,7 @@ def load(source: str) -> tuple[Sweep, list[Cell]]:
     try:
         sweep = Sweep.model_validate(recipe_file.read(path))
     except ValidationError as error:
-        raise UserError([recipe_file.sentence(path, fault) for fault in error.errors()]) from None
+        raise UserError(recipe_file.sentences(path, error)) from None
     if faults := sweep.faults():
         raise UserError([f"{path}: {fault}" for fault in faults])
     beside = path.parent / sweep.base
@@ -180,7 +181,7 @@ def _name(fields: Mapping[str, Any], short: Mapping[str, str]) -> str:
     return safe if safe == whole else f"{safe}-{provenance.content_hash(texts)[:8]}"
 
 
-def check(cells: Sequence[Cell]) -> list[str]:
+def check_cells(cells: Sequence[Cell]) -> list[str]:
     """Read what the cells read, as far as they differ in it; what a reader of the results will ask about.
 
     Raises:
@@ -196,7 +197,7 @@ def check(cells: Sequence[Cell]) -> list[str]:
     for cell in distinct.values():
         inputs = Inputs(cell.spec)
         try:
-            inputs.check()
+            check_inputs(inputs)
             warnings += inputs.warnings()
         except UserError as error:
             _add(found, error, cell.name)

@@ -8,6 +8,7 @@ from typing import Any
 from tasft.core import provenance, ranks
 from tasft.core.step import Step
 from tasft.evaluate import quality
+from tasft.evaluate.references import prompts_of
 from tasft.models.engine import Sampling, collect, replies_in, requests_for
 from tasft.run.context import Context
 from tasft.run.recipe import Annotator, Quality
@@ -49,7 +50,7 @@ def _comparison(
 
     def answer(folder: Path) -> None:
         with context.models.engine(state) as engine:
-            asked = requests_for(quality.prompts_of(rows))
+            asked = requests_for(prompts_of(rows))
             collect(engine, asked, Sampling(**drawn), folder / "replies.jsonl", "quality")
 
     def annotate(folder: Path) -> None:

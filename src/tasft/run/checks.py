@@ -1,0 +1,168 @@
+"""What can be found wrong with a recipe's inputs before work begins, the cheapest first."""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+
+from tasft.core.errors import UserError
+from tasft.data.rows import Example, read_prompts
+from tasft.data.sources import missing
+from tasft.judges import encoder
+from tasft.run.inputs import Inputs
+from tasft.run.recipe import sources_in
+
+
+def check_inputs(inputs: Inputs) -> None:
+    """Read all that a recipe names, so that every fault shows before work begins.
+
+    Rows and judges come first and show all their faults together; the model is looked at when these are right, since
+    its libraries take seconds to load.
+
+    Raises:
+        UserError: Names all faults.
+    """
+    sets = inputs.spec.evaluate.sets.values()
+    absent = {field: missing(source) for field, source in sources_in(inputs.spec.model_dump()).items()}
+    _raise(
+        {fault: f"{field}: {fault}" for field, fault in absent.items() if fault},
+        *(partial(read_prompts, wanted.source, inputs.spec.data.data_dir) for wanted in sets),
+        lambda: inputs.references,
+        lambda: inputs.toxic,
+        lambda: inputs.benign,
+        lambda: inputs.imitate,
+        lambda: inputs.safe,
+        partial(_method, inputs),
+        partial(_tasks, inputs),
+        partial(_annotator, inputs),
+        *(partial(inputs.judge, name) for name in dict.fromkeys(inputs.judges)),
+        # A wrong one is named before anything is drawn; without it topics are not looked at.
+        *([encoder.encoder] if encoder.is_here() else []),
+        partial(_filter, inputs),
+        partial(_attack, inputs),
+        partial(_queries, inputs),
+        partial(_gate, inputs),
+    )
+    _raise({}, partial(_model, inputs))
+
+
+def _raise(known: Mapping[str, str], *reads: Callable[[], object]) -> None:
+    """Do all of this; every fault that is met is raised at the end, each once: one source may serve two fields.
+
+    Args:
+        known: Faults that were found before, with what is said of each instead.
+        reads: What is done.
+    """
+    faults: list[str] = [*known.values()]
+    for read in reads:
+        try:
+            read()
+        except UserError as error:
+            faults += error.faults
+    _refuse(fault for fault in dict.fromkeys(faults) if fault not in known)
+
+
+def _refuse(faults: Iterable[str]) -> None:
+    if faults := list(faults):
+        raise UserError(faults)
+
+
+def _model(inputs: Inputs) -> None:
+    from tasft.models.load import check_targets, sketch
+
+    spec = inputs.spec.model
+    tokenizer = inputs.tokenizer
+    empty = sketch(spec.base, spec.trust_remote_code)
+    if empty is None:
+        return
+    if spec.lora:
+        check_targets(empty, spec.lora.target_modules)
+    rows = empty.get_input_embeddings().weight.shape[0]
+    # Not the whole vocabulary: Gemma 3 has a token for images that its text models lack.
+    used = {*tokenizer("Hello?").input_ids, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    if beyond := sorted(token for token in used if token >= rows):
+        raise UserError(
+            f"model.base: the tokenizer of {spec.base} writes the token {beyond[0]}, and the model knows {rows}: "
+            "they do not belong together"
+        )
+
+
+def _method(inputs: Inputs) -> None:
+    if inputs.spec.train.method == "kto":
+        from tasft.train.baselines import require_kto
+
+        require_kto()
+    if inputs.spec.replaces:
+        from tasft.train.baselines import safe_instead
+
+        safe_instead([Example(prompt.prompt, "", label=False) for prompt in inputs.toxic], inputs.safe)
+
+
+def _tasks(inputs: Inputs) -> None:
+    if wanted := inputs.spec.evaluate.capability:
+        from tasft.evaluate import capability
+
+        capability.check(wanted.tasks, wanted.num_fewshot, inputs.spec.data.data_dir)
+
+
+def _annotator(inputs: Inputs) -> None:
+    wanted = inputs.spec.evaluate.quality
+    if wanted and wanted.annotator:
+        from tasft.evaluate.quality import annotator_config
+
+        annotator_config(wanted.annotator.config, wanted.annotator.server)
+
+
+def _filter(inputs: Inputs) -> None:
+    for name in inputs.filters:
+        needs = {"harmful": "harvest.judge", "refusal": "harvest.anchors: prefilled"}
+        if inputs.spec.harvest and inputs.spec.harvest.anchors != "prefilled":
+            del needs["refusal"]
+        missing = needs.keys() - inputs.judge(name).tells
+        _refuse(f"{needs[what]} needs a judge that tells {what}, which {name} does not" for what in missing)
+
+
+def _attack(inputs: Inputs) -> None:
+    wanted, name = inputs.spec.evaluate.jailbreak, inputs.spec.evaluate.jailbreak_judge
+    if wanted is None or name is None:
+        return
+    judge = inputs.judge(name)
+    if "harmful" not in judge.tells:
+        raise UserError(f"evaluate.jailbreak needs a judge that tells harmful, which {name} does not")
+    if wanted.pair and judge.threshold is None:
+        raise UserError(
+            f"evaluate.jailbreak.pair needs a judge whose score decides what is harmful, which {name} has not: "
+            "take embedded, or kind llm_judge with rubric pair"
+        )
+    if wanted.pair and wanted.pair.attacker:
+        from tasft.models.server import ServerEngine
+
+        ServerEngine(wanted.pair.attacker)
+
+
+def _queries(inputs: Inputs) -> None:
+    wanted = inputs.spec.evaluate.jailbreak
+    if wanted is None:
+        return
+    times = {
+        "prefix": 1,
+        "templates": len(inputs.templates),
+        "pair": wanted.pair.streams * wanted.pair.iterations if wanted.pair else 0,
+    }
+    prompts = len(inputs.behaviours)
+    _refuse(
+        f"evaluate.jailbreak.{attack}: {prompts} prompts, each sent up to {times[attack]} times, are "
+        f"more than {wanted.queries} queries: lower a limit, or raise evaluate.jailbreak.queries"
+        for attack in wanted.attacks
+        if prompts * times[attack] > wanted.queries
+    )
+
+
+def _gate(inputs: Inputs) -> None:
+    gate = inputs.spec.gate
+    if gate is None:
+        return
+    name = inputs.spec.evaluate.judges[0]
+    _refuse(
+        f"gate.{field} needs a judge that tells {what} first in evaluate.judges, which {name} does not"
+        for field, what in (("harmful", "harmful"), ("over_refusal", "refusal"))
+        if getattr(gate, field) is not None and what not in inputs.judge(name).tells
+    )
