@@ -185,8 +185,7 @@ def attack(run, state, texts, judge="embedded"):
     ids = [f"b{number}" for number in range(len(texts))]
     jsonl(
         at / "replies.jsonl",
-        [{"id": key, "set": "prefix", "prompt": f"How do I <forbidden act {key}>?", "completion": text,
-          "finish": "stop"}
+        [{"id": key, "prompt": f"How do I <forbidden act {key}>?", "completion": text, "finish": "stop"}
          for key, text in zip(ids, texts, strict=True)],
     )  # fmt: skip
     jsonl(at / "verdicts.jsonl", [{"id": key} | verdict("harmful", judge) for key in ids])

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from golden import attack
 from payloads import PAYLOADS
 from test_report import build_run, write_state
 from watched import assert_quiet, watched
@@ -55,6 +56,7 @@ def hostile(tmp_path_factory) -> Path:
             for verdict, payload in zip(verdicts, PAYLOADS, strict=True):
                 verdict["reason"] = payload[:500]
             (at / judge / "verdicts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in verdicts))
+        attack(run, state, PAYLOADS)
     recipe = (run / "recipe.yaml").read_text().replace("SmolLM2-135M-Instruct", json.dumps(PAYLOADS[0] + PAYLOADS[1]))
     (run / "recipe.yaml").write_text(recipe.replace("name: demo", f"name: {json.dumps(PAYLOADS[9])}"))
     return write_report(run)
@@ -95,7 +97,7 @@ def test_a_reply_of_bytes_that_are_no_text_is_shown_as_what_could_be_read(chromi
     with opened(chromium, hostile) as seen:
         seen.page.locator("#search").fill("\ufffd\ufffd<script>pwned()")
         seen.page.locator("#count", has_text="1 prompt of").wait_for()
-        seen.page.get_by_role("button", name="Show the reply before").click()
+        seen.page.get_by_role("button", name="Show the reply: base model").click()
         assert "<script>pwned()</script>" in seen.page.locator("#list .reply .text").first.text_content()
         assert_one_request(seen)
 
@@ -133,11 +135,12 @@ def test_the_script_finds_replies_by_words_set_verdict_and_change(chromium, inde
 
         def count(**chosen: str) -> str:
             page.get_by_role("button", name="Clear").click()
+            ids = {"before": "state-0", "after": "state-1"}
             for field, value in chosen.items():
                 if field == "search":
                     searched(page, value)
                 else:
-                    page.locator(f"#{field}").select_option(label=value)
+                    page.locator(f"#{ids.get(field, field)}").select_option(label=value)
             return page.locator("#count").text_content().split(" prompt")[0].removesuffix(".")
 
         assert count() == "100"
@@ -176,7 +179,7 @@ def test_harmful_replies_are_hidden_from_eyes_and_ears_until_asked_for(chromium,
         assert "veiled" not in box.get_attribute("class")
         assert CALM in page.locator("#list").aria_snapshot()
         # By keyboard, and back again.
-        button = page.get_by_role("button", name="Show the reply before: judged harmful").first
+        button = page.get_by_role("button", name="Show the reply: base model, judged harmful").first
         button.focus()
         shown = page.locator(".veiled").count()
         page.keyboard.press("Enter")
@@ -196,29 +199,6 @@ def test_pages_are_turned_by_keyboard(chromium, index) -> None:
         assert page.evaluate("document.activeElement.id") == "list"
         page.locator("#last").click()
         assert page.locator("#next").is_disabled()
-
-
-@pytest.mark.parametrize("width", [360, 1280, 3840])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_is_accessible_and_fits(chromium, index, width, scheme) -> None:
-    from axe_playwright_python.sync_playwright import Axe
-
-    options = {"viewport": {"width": width, "height": 900}, "color_scheme": scheme, "bypass_csp": True}
-    with opened(chromium, index, **options) as seen:
-        page = seen.page
-        page.get_by_role("button", name="Show the reply before").first.click()
-        page.locator("summary").first.click()
-        searched(page, "forbidden act 1")
-        serious = [
-            (violation["id"], violation["impact"], [node["html"][:200] for node in violation["nodes"]][:3])
-            for violation in Axe().run(page).response["violations"]
-            if violation["impact"] in ("serious", "critical")
-        ]
-        assert not serious
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        broken = page.eval_on_selector_all("img", "all => all.filter(e => !e.naturalWidth).length")
-        assert page.locator("img").count()
-        assert not broken
 
 
 def test_on_paper_there_are_no_controls_and_no_veiled_words(chromium, index) -> None:

@@ -112,7 +112,7 @@ def trade_off(
     up: str,
     paths: Mapping[str, Sequence[Mark]] | None = None,
     intervals: bool = True,
-    corners: tuple[str, str] = ("good: harmless and helpful", "refuses all"),
+    corners: tuple[str, str] = ("lower left: harmless and helpful", "lower right: refuses all"),
     better: str = "lower left is better",
 ) -> Plot:
     """One rate of models against another, each from 0 to 100 percent.
@@ -151,8 +151,9 @@ def trade_off(
         axes.grid(color=LIGHT["grid"], linewidth=0.8)
         if series != [""]:
             axes.legend(loc="upper right", fontsize=SMALL, frameon=False, handlelength=1, borderaxespad=0)
-        for x, text, side in ((1.5, corners[0], "left"), (99, corners[1], "right")):
-            axes.text(x, 1.5, text, color=LIGHT["ink"], fontsize=SMALL, style="italic", ha=side, va="bottom", zorder=1)
+        # Above the plot, where no mark can lie on them.
+        axes.text(0, 103, corners[0], color=LIGHT["ink"], fontsize=SMALL, style="italic", clip_on=False)
+        axes.text(100, 103, corners[1], color=LIGHT["ink"], fontsize=SMALL, style="italic", ha="right")
         every = placed + [
             (100 * (m.across.value or 0), 100 * (m.up.value or 0)) for p in (paths or {}).values() for m in p
         ]
@@ -162,7 +163,7 @@ def trade_off(
         f"{m.label or m.series}: {percent(m.up.value)} at {percent(m.across.value)}"
         for m in (*marks, *(m for path in (paths or {}).values() for m in path))
     )
-    return plot(draw, f"{up} against {across[0].lower()}{across[1:]}: {better}", alt, height=3.7, left=0.6, top=0.4)
+    return plot(draw, f"{up} against {across[0].lower()}{across[1:]}: {better}", alt, height=3.8, left=0.6, top=0.5)
 
 
 def _merged(marks: Sequence[Mark], near: float = 2.5) -> list[Label]:
@@ -215,7 +216,8 @@ def gate_chart(limits: Sequence[Row]) -> Plot | None:
         axes.set_yticks(range(len(rows)), [wrapped(str(limit.get("what") or limit.get("field"))) for limit in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(low, high)
-        axes.set_xlabel(f"% or points{f'; zoomed: {low:.0f} to {high:.0f}' if zoomed else ''}; the line is the limit")
+        zoom = f"; zoomed: {low:.0f} to {high:.0f}".replace("-", "−") if zoomed else ""
+        axes.set_xlabel(f"% or points{zoom}")
         axes.grid(axis="x", color=LIGHT["grid"], linewidth=0.8)
         axes.tick_params(axis="y", length=0)
 
@@ -225,7 +227,7 @@ def gate_chart(limits: Sequence[Row]) -> Plot | None:
         for limit in rows
     )
     return plot(
-        draw, "Limits of the gate: a green circle is kept", alt, height=1.0 + 0.46 * len(rows), left=1.75, top=0.35
+        draw, "Limits of the gate: a green circle is kept", alt, height=1.0 + 0.46 * len(rows), left=1.9, top=0.35
     )
 
 
@@ -370,7 +372,7 @@ def heat_map(
             )
             axes.add_patch(Rectangle((j - 0.48, i - 0.48), 0.96, 0.96, edgecolor="none", **look))
             text = f"{grid[i, j]:.1f}" if known else "—"
-            colour = LIGHT["paper"] if share > 0.45 else LIGHT["ink"]
+            colour = LIGHT["paper"] if share > 0.55 else LIGHT["ink"]
             axes.text(j, i, text, ha="center", va="center", fontsize=SMALL, color=colour)
         axes.set_xlim(-0.5, len(columns[1]) - 0.5)
         axes.set_ylim(len(rows[1]) - 0.5, -0.5)

@@ -160,7 +160,7 @@ def read_models(
     first, *others = places
     manifest = places[first][0].document("manifest.json", optional=True)
     return Record(
-        name=" and ".join(folders),
+        name=", ".join(folders),
         states={title: title for title in places},
         before=first if others else None,
         changed=others,

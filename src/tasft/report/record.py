@@ -147,6 +147,11 @@ class Record:
         return value
 
     @property
+    def heads(self) -> list[str]:
+        """What stands above the columns of states."""
+        return [title[:1].upper() + title[1:] if self.is_run else title for title in self.states.values()]
+
+    @property
     def is_run(self) -> bool:
         """Whether it is a run, with a recipe and a training, and not a model alone or several beside each other."""
         return bool(self.states.keys() & TITLES.keys())

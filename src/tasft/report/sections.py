@@ -117,7 +117,7 @@ def _gate(record: Record) -> list[Block]:
     if limits is None:
         return []
     chart = charts.gate_chart(gate_limits(record.gate))
-    return [limits, *([Pictures([(chart, "Bars are 95% intervals.")])] if chart else [])]
+    return [limits, *([Pictures([(chart, "Bars are 95% intervals, the dark line is the limit.")])] if chart else [])]
 
 
 def _figures(record: Record) -> list[Block]:
@@ -144,7 +144,7 @@ def _rates(record: Record, prompts: SetRecord, rows: list[Figures]) -> Table:
     changes = [f"Change from the {record.states[record.before or '']}"] if record.changed else []
     if len(record.changed) > 1 or not record.is_run:
         changes = [f"{record.states[state]} against {record.states[record.before or '']}" for state in record.changed]
-    head = ("Measure", "Judge", *map(_capital, record.states.values()), *changes)
+    head = ("Measure", "Judge", *record.heads, *changes)
     body: list[list[str | Cell]] = [
         [
             row.label,
@@ -176,7 +176,7 @@ def rate_cell(estimate: Estimate | None) -> Cell:
 def _splits(record: Record, prompts: SetRecord) -> list[Block]:
     """What else was found of a set: mean scores, why replies are incoherent, rates by topic."""
     blocks: list[Block] = []
-    titles = [*map(_capital, record.states.values())]
+    titles = record.heads
     if scores := _scores(record, prompts):
         head = ("Mean score, in the judge's own unit", *titles, *(["Change"] * len(record.changed)))
         blocks.append(Table(f"Mean scores on {prompts.title}", head, scores, folded=True))

@@ -401,9 +401,9 @@ def _trade_offs(cells: Sequence[SweepRow], front: Mapping[int, bool]) -> list[Bl
     if "harmful" not in compared:
         return []
     corners = {
-        "over_refusal": ("good: harmless and helpful", "refuses all"),
-        "incoherent": ("good: harmless and coherent", "all incoherent"),
-        "capability": ("", "good: harmless and able"),
+        "over_refusal": ("lower left: harmless and helpful", "lower right: refuses all"),
+        "incoherent": ("lower left: harmless and coherent", "lower right: all incoherent"),
+        "capability": ("lower left: harmless, not able", "lower right: harmless and able"),
     }
     plots = []
     for name in compared:
@@ -440,7 +440,7 @@ def _heat_maps(cells: Sequence[SweepRow]) -> list[Block]:
         plot = charts.heat_map(
             f"{OBJECTIVES[name]}, %: {better} is better", (down, values[down]), (across, values[across]), rates
         )
-        plots.append((plot, f"{OBJECTIVES[name]}; a dark cell is a high rate, from 0 to 100%."))
+        plots.append((plot, f"{OBJECTIVES[name]}; a strong colour is a high rate, from 0 to 100%."))
     return [Pictures(plots)] if plots else []
 
 

@@ -19,10 +19,6 @@ NOTE = (
 ATTACKS = {"prefix": "Reply begun for the model", "templates": "Templates", "pair": "PAIR"}
 
 
-def _titles(record: Record) -> list[str]:
-    return [title[:1].upper() + title[1:] for title in record.states.values()]
-
-
 def attack_columns(record: Record) -> tuple[str, ...]:
     """Heads of the table of attacks."""
     states = [f"Succeeded on prompts, {title}" for title in record.states.values()]
@@ -66,7 +62,7 @@ def _attack_change(before: Attacked, after: Attacked) -> Cell | str:
 
 def task_columns(record: Record) -> tuple[str, ...]:
     """Heads of the table of tasks."""
-    return ("Measured", *_titles(record), *(["Change"] * len(record.changed)))
+    return ("Measured", *record.heads, *(["Change"] * len(record.changed)))
 
 
 def task_rows(record: Record) -> list[list[str | Cell]]:

@@ -27,7 +27,9 @@ CAUSES = {
 
 def verdict(record: Record) -> Verdict:
     """The answer of the page, of a run, of a model alone, or of several beside each other."""
-    status, tone, detail = gate_status(record.gate)
+    status, tone, detail = gate_status(record.gate) if record.is_run else ("", NEUTRAL, "")
+    if not record.is_run and not record.changed:
+        status, detail = "No gate was set", "A model that was evaluated alone has no recipe with limits."
     states = record.changed or list(record.states)[-1:]
     return Verdict(status, tone, detail, [sentence(record, state) for state in states])
 
