@@ -365,11 +365,19 @@ class Recipe(Section):
         ]
         if self.train.retain and self.model.lora is None:
             faults.append("train.retain compares with the model without its adapter: give model.lora")
-        if self.train.retain and self.sft is not None:
-            faults.append(
-                "train.retain keeps to model.base, but the SFT model answers the prompts: merge it (tasft export "
-                "--merge) and name it as model.base, without an sft section"
-            )
+        if self.train.rounds and method == "tasft":
+            if self.model.lora is None:
+                faults.append("train.rounds go on from the adapter of the round before: give model.lora")
+            if self.data.benign_prompts is None or self.harvest is None or not self.harvest.self_imitate:
+                faults.append(
+                    "train.rounds ask the model's own answers again: give data.benign_prompts and harvest.self_imitate"
+                )
+        faults += [
+            f"train.{name} keeps to model.base, but the SFT model answers the prompts: merge it (tasft export --merge) "
+            "and name it as model.base, without an sft section"
+            for name in ("retain", "rounds")
+            if getattr(self.train, name) and self.sft is not None
+        ]
         if self.train.start == "sft" and self.sft is None:
             faults.append("train.start is sft: add an sft section")
         if jailbreak:

@@ -64,12 +64,19 @@ class Resident:
             detach(adapted)
 
     @contextmanager
-    def to_train(self, start: Literal["base", "sft"]) -> Iterator[PreTrainedModel | PeftModel]:
-        """The model that a training begins with: all weights of `start`, or its adapter, or a new one on it."""
+    def to_train(
+        self, start: Literal["base", "sft"], before: Path | None = None
+    ) -> Iterator[PreTrainedModel | PeftModel]:
+        """The model that a training begins with: all weights of `start`, or its adapter, or a new one on it.
+
+        With `before`, the adapter in that folder.
+        """
         lora = self._spec.lora
         set_seed(self._inputs.spec.seed)  # A new adapter's first weights are drawn.
         loaded: PreTrainedModel | PeftModel
-        if start == "sft" and lora is None:
+        if before is not None:
+            loaded = attach_adapter(self.base, before, trainable=True)
+        elif start == "sft" and lora is None:
             loaded = self._load(self._folder / "sft" / "model")
         elif start == "sft":
             loaded = attach_adapter(self.base, self._folder / "sft" / "adapter", trainable=True)

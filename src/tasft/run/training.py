@@ -79,13 +79,24 @@ def arguments(recipe: Recipe, spec: Train, folder: Path) -> TASFTConfig:
     return TASFTConfig(
         **_common(recipe, spec, folder),
         **handed | {"penalty": spec.penalty if spec.method == "tasft" else "none"},
+        untouched=spec.rounds is not None,
         prompt_format=recipe.model.prompt,
         chat_template_kwargs=recipe.model.chat_template_kwargs,
     )
 
 
-def train(context: Context, spec: Train, rows: list[Example], folder: Path) -> None:
+def train(
+    context: Context, spec: Train, rows: list[Example], folder: Path, before: Path | None = None, number: int = 1
+) -> None:
     """One training of a run, into `folder/adapter` or `folder/model`.
+
+    Args:
+        context: What the run is given.
+        spec: Settings of the training.
+        rows: What is learned and avoided.
+        folder: Gets the result.
+        before: The adapter of the round before; None begins as `spec.start` says.
+        number: Of the round; each draws its rows in an order of its own.
 
     Raises:
         UserError: As `fit`.
@@ -97,8 +108,9 @@ def train(context: Context, spec: Train, rows: list[Example], folder: Path) -> N
         batches = models.engine_of(loaded).generate(asked, Sampling(max_new_tokens=32), "probe")
         return [(reply.prompt, reply.completion) for batch in batches for reply in batch]
 
-    with models.to_train(spec.start) as loaded:
-        fit(context.spec, spec, loaded, inputs.tokenizer, rows, folder, monitor_of(spec, probe))
+    recipe = context.spec.model_copy(update={"seed": (context.spec.seed + number - 1) % 2**32})
+    with models.to_train(spec.start, before) as loaded:
+        fit(recipe, spec, loaded, inputs.tokenizer, rows, folder, monitor_of(spec, probe))
 
 
 def fit(

@@ -66,14 +66,26 @@ class MonitorSettings(Section):
         return {"kl": self.kl_nats, "broken": self.broken_share}[measure]
 
 
+class Rounds(Section):
+    """Training in rounds, each of which goes on from the one before with an optimizer of its own.
+
+    After each but the last the half-trained model is asked again: toxic prompts that it still answers harmfully come
+    back as rows to avoid, benign prompts that it refuses with the untouched model's answer.
+    """
+
+    count: int = Field(4, ge=2, description="Rounds that share max_steps evenly.")
+    benign: int = Field(150, ge=1, description="Benign prompts that are asked after a round; other ones each time.")
+    max_new_tokens: int = Field(24, ge=1, description="Longest reply to them: enough to tell a refusal.")
+
+
 _ABOUT_AVOID_ROWS = ("penalty", "penalty_weight", "avoid_per_step", "cost_space", "center", "penalize_eos", "beta")
 UNREAD = {
     "tasft": (),
-    "sft": _ABOUT_AVOID_ROWS,
-    "stl": _ABOUT_AVOID_ROWS,
+    "sft": (*_ABOUT_AVOID_ROWS, "rounds"),
+    "stl": (*_ABOUT_AVOID_ROWS, "rounds"),
     "kto": (
         *_ABOUT_AVOID_ROWS[:5],
-        *("normalization", "sampling", "padding_free", "kl_rows", "monitor", "retain", "retain_nll"),
+        *("normalization", "sampling", "padding_free", "kl_rows", "monitor", "retain", "retain_nll", "rounds"),
     ),
 }
 """Of each method, the fields of `train` that it does not read."""
@@ -102,6 +114,7 @@ class Train(Training, AvoidSettings):
         ge=0,
         description="Weight of the divergence from the untouched model, on its own answers to benign prompts.",
     )
+    rounds: Rounds | None = Field(None, description="Train in rounds, and ask the model between; null: in one go.")
     retain_nll: bool = Field(False, description="Learn these answers by their likelihood too, as without retain.")
     beta: Number | None = Field(
         None,
@@ -115,11 +128,21 @@ class Train(Training, AvoidSettings):
             raise ValueError(f"avoid_per_step {self.avoid_per_step} leaves no row to imitate in {self.batch_size}")
         if self.method == "kto" and (self.micro_batch_size or self.batch_size) < 2:
             raise ValueError("method kto compares the rows of a micro-batch: micro_batch_size must be at least 2")
+        if self.rounds and (self.max_steps or 0) < self.rounds.count:
+            raise ValueError(f"rounds share max_steps: give at least one step for each of {self.rounds.count}")
         if self.retain and self.normalization == "paper":
             raise ValueError("retain is not of the paper: normalization paper leaves no place for it")
         if self.method == "kto" and self.turns == "all":
             raise ValueError("method kto scores one reply a row: say turns: last")
         return self
+
+    def of_round(self, number: int) -> "Train":
+        """What one round is told: its share of the steps, the last one the rest too."""
+        if self.rounds is None:
+            return self
+        assert self.max_steps is not None
+        each, rest = divmod(self.max_steps, self.rounds.count)
+        return self.model_copy(update={"max_steps": each + (rest if number == self.rounds.count else 0)})
 
     def unread(self) -> list[str]:
         """Fields that are set, and that the method does not read."""

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -87,6 +87,7 @@ class TASFTConfig(TrainingArguments):
             packed rows by their `position_ids`, as those of transformers do; fastest with flash attention.
         kl_rows: Imitate rows of the evaluation set on which the divergence from step 0 is watched; 0 for none.
         log_term_gradients: Whether the gradient norm of each term is logged too, at a backward pass each per log.
+        untouched: Whether penalties and `kl` compare with the model without its adapter, not with the one at step 0.
         prompt_format: How prompts are written: the tokenizer's `chat` template, or `alpaca`.
         max_length: This and the next are as in `tasft.data.encode.Encoding`: longest row in tokens.
         turns: The assistant turns that are learned or avoided: the `last`, or `all`.
@@ -109,6 +110,7 @@ class TASFTConfig(TrainingArguments):
     padding_free: bool = setting(Train, "padding_free")
     kl_rows: int = setting(Train, "kl_rows")
     log_term_gradients: bool = False
+    untouched: bool = False
     prompt_format: PromptFormat = setting(PromptSettings, "prompt")
     max_length: int = setting(Train, "max_length")
     turns: Turns = setting(Train, "turns")
@@ -239,7 +241,7 @@ class TASFTTrainer(FiniteSteps):
         self._kept_space: CostSpace | None = None
         self._start_head: Head | None = None
         self._evaluated: str | None = None
-        with self._whole_model():
+        with self._whole_model(), self.model.disable_adapter() if args.untouched else nullcontext():
             self._tail = learn_tail(self.accelerator.unwrap_model(self.model), tokenizer(_QUESTION).input_ids)
             if self.penalty is not None:
                 self._space()  # now: a head that is trained will be another once a checkpoint is loaded
