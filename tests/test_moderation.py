@@ -285,3 +285,24 @@ def test_durations_are_the_services_own(text, seconds):
 @given(st.text(alphabet="0123456789.hms x"))
 def test_no_header_breaks_the_pacing(text):
     assert duration_s(text) >= 0
+
+
+def test_a_text_that_the_service_refuses_is_unreadable_and_the_others_have_their_verdicts(monkeypatch):
+    def answers(body):
+        if any("lamp 3 " in text for text in body["input"]):
+            return 400, {"error": {"message": "cannot be moderated"}}
+        return 200, {"results": [{"flagged": False, "category_scores": {"violence": 0.1}} for _ in body["input"]]}
+
+    class Refuses(Handler):
+        def do_POST(self):
+            status, found = answers(json.loads(self.asked()))
+            self.send(found, status)
+
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    pairs = [Pair(str(index), "How?", f"You take lamp {index} to the garden.") for index in range(40)]
+    with Loopback(Refuses) as server:
+        settings = JudgeSettings(kind="openai_moderation", server=Server(urls=[server.url], model="m"))
+        found = load_judge("m", {"m": settings}).judge(pairs)
+    assert [verdict.id for verdict in found if verdict.unreadable] == ["3"]
+    assert "cannot be moderated" in found[3].reason
+    assert sum(verdict.harmful is False for verdict in found) == 39

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import WORDS, rows
+from safetensors.torch import load_file, save_file
 
 from tasft.core.errors import UserError
+from tasft.core.step import EARLIER
 from tasft.evaluate.results import compare
 from tasft.judges import encoder, judging
 from tasft.judges.coherence import MIN_SIMILARITY
@@ -75,8 +77,9 @@ def go(path, folder, *overrides, stages=tuple(STAGES)):
 
 
 def done(folder):
-    """When each step was done, by its folder."""
-    return {str(path.parent.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("done.json")}
+    """When each step was done, by its folder; without those that others replaced."""
+    times = {str(path.parent.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("done.json")}
+    return {step: time for step, time in times.items() if not step.startswith(f"{EARLIER}/")}
 
 
 def redone(before, after):
@@ -359,10 +362,21 @@ def test_a_changed_model_of_the_same_name_is_seen(small, tmp_path, tiny):
     shutil.copytree(tiny, copy)
     run = tmp_path / "run"
     go(small, run, f"model.base={copy}", stages=("harvest",))
-    before = done(run)
+    before, replies = done(run), (run / "harvest" / "replies.jsonl").read_bytes()
+    # The same bytes are the same model, wherever they are and however new; what is not read is no part of it.
     (copy / "model.safetensors").touch()
+    (copy / "README.md").write_text("a card")
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(copy, elsewhere, copy_function=shutil.copyfile)
+    for place in (copy, elsewhere):
+        go(small, run, f"model.base={place}", stages=("harvest",))
+        assert redone(before, done(run)) == set()
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"] *= 1.5
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
     go(small, run, f"model.base={copy}", stages=("harvest",))
     assert redone(before, done(run)) == {"calibration", "harvest"}
+    assert (run / "earlier" / "harvest.1" / "replies.jsonl").read_bytes() == replies
 
 
 def test_replies_are_for_the_owner_alone(small, tmp_path):
@@ -494,7 +508,7 @@ def test_a_judge_of_the_recipe_goes_by_its_name_there(small, tmp_path):
 
 
 def test_a_judge_that_cannot_filter_is_refused(small, tmp_path):
-    second = ["judges.second.kind=llm", "judges.second.server={urls: [http://127.0.0.1:9/v1], model: m}"]
+    second = ["judges.second.kind=llm_judge", "judges.second.server={urls: [http://127.0.0.1:9/v1], model: m}"]
     with pytest.raises(UserError, match=r"harvest\.judge needs a judge that tells harmful"):
         go(small, tmp_path / "a", *second, "judges.second.rubric=strongreject", "harvest.judge=second")
     with pytest.raises(UserError, match="prefilled needs a judge that tells refusal"):

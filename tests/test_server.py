@@ -138,7 +138,6 @@ PASSING = [
     "a page",
     "no choice",
     "no message",
-    "no content",
     "408",
     "409",
     "429",
@@ -178,8 +177,8 @@ def test_what_was_done_is_not_asked_and_does_not_change_the_rest():
     assert len({reply.seed for reply in whole.values()} | {reply.seed for reply in other}) == 2 * len(PROMPTS)
 
 
-@pytest.mark.parametrize("status", ["400", "401", "403", "404", "422"])
-def test_a_refusal_is_told_at_once_in_the_servers_own_words(status):
+@pytest.mark.parametrize("status", ["401", "402", "403", "404", "405"])
+def test_a_refusal_of_all_is_told_at_once_in_the_servers_own_words(status):
     with Speaker({PROMPTS[3].prompt: [status] * 9}) as server:
         with pytest.raises(UserError) as caught:
             replies(engine_for(server, concurrency=1))
@@ -200,18 +199,183 @@ def test_a_refusal_is_told_at_once_in_the_servers_own_words(status):
         ("drop by drop", "no reply within 1 s"),
         ("half a JSON", "a reply that cannot be read (not JSON)"),
         ("a page", "a reply that cannot be read (no choice in it)"),
-        ("no content", "a reply that cannot be read (no text in it)"),
     ],
 )
 def test_what_fails_for_good_ends_in_one_sentence(fault, sentence):
     limit = 1.0 if "within" in sentence else 60.0
     with Speaker({PROMPTS[0].prompt: [fault] * 20}) as server:
         with pytest.raises(UserError) as caught:
-            replies(engine_for(server, retries=2, timeout_s=limit), prompts=PROMPTS[:2])
+            replies(engine_for(server, retries=2, timeout_s=limit), prompts=PROMPTS[:1])
         assert server.asked[PROMPTS[0].prompt] == 3
     assert len(caught.value.faults) == 1
     assert str(caught.value).startswith(f"{server.url}: {sentence}")
     assert str(caught.value).endswith("(tries: 3)")
+
+
+# One item -----------------------------------------------------------------------------------------------------------
+
+FILTERED = {"error": {"message": "filtered by the content management policy", "code": "content_filter"}}
+
+
+class Odd(Speaker):
+    """Answers as `odd` says to prompts in which its word is."""
+
+    def __init__(self, odd, word="act 3>", **settings):
+        super().__init__(**settings)
+        self.odd, self.word = odd, word
+        self.RequestHandlerClass = OddHandler
+
+
+class OddHandler(Planned):
+    def answer(self, body, fault):
+        if self.server.word not in prompt_of(body):
+            super().answer(body, fault)
+            return
+        odd = self.server.odd(body) if callable(self.server.odd) else self.server.odd
+        if isinstance(odd, str):
+            super().answer(body, odd)
+        else:
+            status, found = odd
+            self.send(found, status)
+
+
+def chat(content, **choice):
+    def answer(body):
+        message = choice.pop("message", {}) if "message" in choice else {}
+        found = completion(body, content, **choice)
+        if "messages" in body:
+            found["choices"][0]["message"] |= message
+        return 200, found
+
+    return answer
+
+
+ONE = {
+    "a content filter": ((400, FILTERED), 1, "status 400 (filtered by the content"),
+    "another status": ((413, {"error": {"message": "too large"}}), 1, "status 413 (too large"),
+    "OpenRouter's moderation": ((403, {"error": {"message": "Input was flagged"}}), 1, "status 403 (Input was flagged"),
+    "a filter in a success": ((200, {"choices": None, **FILTERED}), 1, "in place of a reply (filtered by the"),
+    "a refusal": (chat(None, message={"refusal": "I cannot."}), 1, "no reply (refusal: I cannot.)"),
+    "a refusal beside nothing": (chat("", message={"refusal": "I cannot."}), 1, "no reply (refusal: I cannot.)"),
+    "a thought": (chat(None, message={"reasoning_content": "hmm"}), 1, "no reply (a thought and no answer)"),
+    "another's thought": (chat(None, message={"reasoning": "hmm"}), 1, "no reply (a thought and no answer)"),
+    "a call of a tool": (chat(None, message={"tool_calls": [{"id": "a"}]}), 1, "no reply (a call of a tool and no"),
+    "nothing": (chat(None), 1, "no reply (content null, finish_reason stop)"),
+    "withheld": (chat(None, finish_reason="content_filter"), 1, "no reply (content null, finish_reason content_filter"),
+    "a fault at this one": ("500", 3, "status 500"),
+    "half a JSON": ("half a JSON", 3, "a reply that cannot be read (not JSON)"),
+    "no choice": ("no choice", 3, "a reply that cannot be read (no choice in it)"),
+    "a fault in a success": ((200, {"error": {"message": "boom", "code": 500}}), 3, "in place of a reply (boom)"),
+}
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_a_request_that_is_refused_for_itself_has_an_empty_reply_with_the_words_and_all_others_are_kept(name):
+    odd, times, words = ONE[name]
+    with Odd(odd) as server:
+        found = {reply.id: reply for reply in replies(engine_for(server, retries=2))}
+        assert server.asked[PROMPTS[3].prompt] == times
+    assert (found["p3"].completion, found["p3"].finish) == ("", "withheld")
+    assert words in found["p3"].note
+    others = [reply for reply in found.values() if reply.id != "p3"]
+    assert len(others) == len(PROMPTS) - 1
+    assert all(reply.completion.startswith("answer to") and not reply.note for reply in others)
+
+
+def test_a_prompt_that_breaks_a_server_costs_no_address_its_place():
+    def breaks(body):
+        return "drop"
+
+    with Odd(breaks, delay=lambda: 0.02) as one, Odd(breaks, delay=lambda: 0.02) as two:
+        found = {reply.id: reply for reply in replies(engine_for(one, two, concurrency=2, retries=2))}
+    assert found["p3"].note.endswith("(tries: 3)")
+    assert sum(not reply.note for reply in found.values()) == len(PROMPTS) - 1
+
+
+def test_no_request_is_blamed_for_a_rate_limit():
+    with Odd("429") as server, pytest.raises(UserError, match=r"status 429 .*\(tries: 2\)"):
+        replies(engine_for(server, retries=1))
+
+
+def test_a_provider_that_refuses_too_many_ends_the_call_and_they_are_asked_again(monkeypatch):
+    with Odd((400, FILTERED), word="forbidden") as server:
+        engine = engine_for(server, concurrency=2)
+        got = []
+        with pytest.raises(UserError, match=r"8 of 8 requests were refused .* more than max_refused 0\.5 allows"):
+            got += replies(engine)
+        assert got == []
+        assert len(server.seen) < 12
+    # A few are below the limit, and come last.
+    monkeypatch.setattr(requests, "ENOUGH_REFUSED", 3)
+    with Odd((400, FILTERED), word="2") as server:
+        found = replies(engine_for(server))
+        refused = [bool(reply.note) for reply in found]
+        assert sum(refused) == 6
+        assert refused == sorted(refused)
+        with pytest.raises(UserError, match=r"max_refused 0\.2"):
+            replies(engine_for(server, max_refused=0.2))
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_where_nothing_is_ever_answered_a_refusal_is_taken_for_one_of_all(count):
+    sentence = r"status 400 \(no such field: top_k\) \(request p\d\)"
+    wrong = (400, {"error": {"message": "no such field: top_k"}})
+    with Odd(wrong, word="forbidden") as server, pytest.raises(UserError, match=sentence):
+        replies(engine_for(server), prompts=PROMPTS[:count])
+    with Odd((400, FILTERED), word="forbidden") as server:
+        assert all(reply.note for reply in replies(engine_for(server), prompts=PROMPTS[:count]))
+
+
+@pytest.mark.parametrize(
+    ("found", "times", "words"),
+    [
+        ({"choices": None, "error": {"message": "insufficient credits", "code": 402}}, 1, "insufficient credits"),
+        ({"error": "You exceeded your current quota"}, 1, "exceeded your current quota"),
+        ({"object": "error", "message": "Incorrect API key", "code": 40101}, 1, "Incorrect API key"),
+        ({"choices": [{"index": 0, "error": {"message": "no model m", "code": 404}}]}, 1, "no model m"),
+        ({"error": {"message": "Rate limit reached", "code": "rate_limit"}}, 3, "Rate limit reached"),
+        ({"error": {"message": "Overloaded", "type": "overloaded_error"}}, 3, "Overloaded"),
+        ({"error": {"message": "something went wrong"}}, 3, "something went wrong"),
+    ],
+)
+def test_an_error_in_a_success_is_told_and_asked_again_only_where_that_can_help(found, times, words):
+    with Odd((200, found), word="forbidden") as server:
+        with pytest.raises(UserError, match=words):
+            replies(engine_for(server, retries=2, concurrency=1), prompts=PROMPTS[:1])
+        assert len(server.seen) == times
+
+
+@pytest.mark.parametrize("style", ["chat", "alpaca"])
+@pytest.mark.parametrize(
+    ("reason", "finish"),
+    [
+        *((word, "stop") for word in ("stop", "STOP", "eos", "eos_token", "end_turn", "COMPLETE", "stop_sequence")),
+        *((word, "length") for word in ("length", "max_tokens", "MAX_TOKENS", "model_length")),
+        *((word, word) for word in ("content_filter", "recitation", "error", "insufficient_system_resource", "abort")),
+        (None, "unknown"),
+    ],
+)
+def test_what_is_not_known_to_be_an_end_is_not_one(reason, finish, style):
+    with Odd(chat("a text", finish_reason=reason), word="forbidden") as server:
+        (reply,) = replies(engine_for(server, style=style), prompts=PROMPTS[:1])
+    assert (reply.completion, reply.finish, reply.note) == ("a text", finish, "")
+
+
+def test_a_text_at_which_a_request_asks_to_stop_is_no_end():
+    stop = {"body": {"stop": ["\n\n"]}}
+    for choice, finish in (({"stop_reason": "\n\n"}, "stop_sequence"), ({"stop_reason": 7}, "stop"), ({}, "stop")):
+        with Odd(chat("a text", **choice), word="forbidden") as server:
+            assert replies(engine_for(server, **stop), prompts=PROMPTS[:1])[0].finish == finish
+
+
+def test_a_reply_in_parts_is_their_text():
+    parts = [
+        {"type": "thinking", "thinking": "hmm"},
+        {"type": "text", "text": "First "},
+        {"type": "text", "text": "so."},
+    ]
+    with Odd(chat(parts), word="forbidden") as server:
+        assert replies(engine_for(server), prompts=PROMPTS[:1])[0].completion == "First so."
 
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
@@ -306,7 +470,7 @@ def test_a_fault_of_ours_is_raised_as_it_is(monkeypatch):
     def broken(*_, **__):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(requests, "_read", broken)
+    monkeypatch.setattr(requests, "read", broken)
     with Speaker() as server, pytest.raises(ZeroDivisionError):
         replies(engine_for(server))
 
@@ -390,13 +554,13 @@ def test_the_key_is_sent_and_appears_nowhere(monkeypatch, caplog, capfd, tmp_pat
     caplog.set_level(logging.DEBUG)
     path, told = tmp_path / "replies.jsonl", []
     for status in ("401", "500", "429", "drop"):
-        with Speaker({PROMPTS[3].prompt: [status] * 99}) as server:
+        with Speaker({prompt.prompt: [status] * 99 for prompt in PROMPTS[3:]}) as server:
             engine = engine_for(server, key_env="MY_KEY", retries=1)
             with pytest.raises(UserError) as caught:
                 collect(engine, requests_for(PROMPTS), DRAWN, path, status)
         assert {headers["Authorization"] for _, headers, _, _ in server.seen} == {f"Bearer {CANARY}"}
         told += [*traceback.format_exception(caught.value), repr(caught.value), repr(engine.server), repr(engine)]
-        told += [engine.server.model_dump_json(), repr(vars(engine)), repr(engine._asker())]
+        told += [engine.server.model_dump_json(), repr(vars(engine)), repr(engine._asker)]
     assert "refused for Bearer ***" in "".join(told)
     assert caplog.records
     captured = capfd.readouterr()

@@ -61,7 +61,8 @@ def summarise(
     `refusal`: full or partial, and each of them where the judge tells them apart. `distinct`: share of different
     replies, so that one canned sentence shows.
     What a judge does not tell has n = 0. A verdict that could not be read leaves the n of what it would have told,
-    and is counted in `unreadable`. `score` is over the replies that the judge was sent.
+    and is counted in `unreadable`; a reply that a provider withheld, in `no_reply`. `score` is over the replies that
+    the judge was sent.
 
     Args:
         verdicts: On the replies, in their order.
@@ -87,5 +88,6 @@ def summarise(
         "score": asdict(mean([verdict.score for verdict in verdicts if verdict.score is not None])),
         "distinct": asdict(Estimate(different, None, None, n)),
         "unreadable": sum(verdict.unreadable for verdict in verdicts),
+        "no_reply": sum(bool(reply.note) for reply in replies),
         **({"by_topic": {topic: rates(some) for topic, some in sorted(by_topic.items())}} if by_topic else {}),
     }

@@ -206,7 +206,9 @@ def _keep(
     good: dict[tuple[str, str], Reply] = {}
     left: Counter[str] = Counter()
     for reply in replies:
-        why = fault(reply) or ("duplicate" if (reply.prompt, reply.completion) in good else None)
+        why = ("no reply" if reply.note else fault(reply)) or (
+            "duplicate" if (reply.prompt, reply.completion) in good else None
+        )
         if why is None:
             good[reply.prompt, reply.completion] = reply
         else:

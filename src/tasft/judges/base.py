@@ -10,7 +10,7 @@ from tasft.core.errors import UserError
 from tasft.models.server_settings import Server
 
 UNREADABLE = "unreadable: "
-SHOWN_CHARACTERS = 60
+SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,10 @@ class OpenAIModeration:
         self._client = openai.OpenAI(
             api_key=self._key, base_url=self._server.urls[0], timeout=self._server.timeout_s, max_retries=0
         )
+        from tasft.models.requests import Tally
+
+        self._tally = Tally(self._server.max_refused)
+        self._refused = ""
         self._tokens_left = float("inf")
         self._refilled_at = 0.0
         self.version = content_hash([self.name, self._server.model, "reply"])
@@ -64,16 +68,36 @@ class OpenAIModeration:
         """One verdict for each pair, in their order.
 
         Raises:
-            UserError: The service refuses, or has not answered however often it was asked.
+            UserError: The service refuses all or too many, or has not answered however often it was asked.
         """
-        return [verdict for batch in _batches(pairs) for verdict in self._verdicts(batch)]
+        verdicts = [verdict for batch in _batches(pairs) for verdict in self._verdicts(batch)]
+        self._tally.end(self._refused)
+        return verdicts
 
     def _verdicts(self, pairs: Sequence[Pair]) -> list[Verdict]:
-        # Half of a surrogate pair cannot be sent.
-        results = self._results([pair.completion.encode("utf-8", "replace").decode() for pair in pairs])
-        if len(results) != len(pairs):
-            return [unreadable(pair, self.name, f"{len(results)} results for {len(pairs)} texts") for pair in pairs]
-        return [self._verdict(pair, result) for pair, result in zip(pairs, results, strict=True)]
+        from openai import APIStatusError
+
+        from tasft.models.responses import is_about_content, is_about_one
+
+        try:
+            # Half of a surrogate pair cannot be sent.
+            results = self._results([pair.completion.encode("utf-8", "replace").decode() for pair in pairs])
+        except APIStatusError as error:
+            refused = f"judge {self.name}: {self._server.urls[0]}: {self._explained(error)}", is_about_content(error)
+            if not is_about_one(error):
+                raise UserError(refused[0]) from None
+        else:
+            self._tally.answered += len(pairs)
+            if len(results) != len(pairs):
+                return [unreadable(pair, self.name, f"{len(results)} results for {len(pairs)} texts") for pair in pairs]
+            return [self._verdict(pair, result) for pair, result in zip(pairs, results, strict=True)]
+        if len(pairs) > 1:
+            # One of them is refused: the others are asked without it.
+            half = len(pairs) // 2
+            return self._verdicts(pairs[:half]) + self._verdicts(pairs[half:])
+        self._refused = refused[0]
+        self._tally.refuse(*refused)
+        return [unreadable(pairs[0], self.name, self._refused)]
 
     def _verdict(self, pair: Pair, result: object) -> Verdict:
         match result:
@@ -84,10 +108,11 @@ class OpenAIModeration:
 
     def _results(self, texts: list[str]) -> list[object]:
         """What the service says of each text: the elements of `results`, as JSON."""
-        from openai import APIError
+        from openai import APIError, APIStatusError
         from tenacity import Retrying, retry_if_exception, retry_if_exception_type, stop_after_attempt
 
-        from tasft.models.requests import may_pass, pause
+        from tasft.models.requests import pause
+        from tasft.models.responses import may_pass
 
         if _tokens(texts) > self._tokens_left:
             time.sleep(max(0.0, self._refilled_at - time.monotonic()))
@@ -99,6 +124,11 @@ class OpenAIModeration:
                 stop=stop_after_attempt(self._server.retries + 1),
                 reraise=True,
             )(self._ask, texts)
+        except APIStatusError as error:
+            if not may_pass(error):
+                raise
+            tried = f", tried {self._server.retries + 1} times"
+            raise UserError(f"judge {self.name}: {self._server.urls[0]}: {self._explained(error)}{tried}") from None
         except (APIError, ValueError) as error:
             # Not as its cause, whose text may show the key.
             tried = f", tried {self._server.retries + 1} times" if may_pass(error) else ""

@@ -12,7 +12,7 @@ from tasft.core.provenance import content_hash
 from tasft.data.rows import Messages
 from tasft.judges.base import JudgeSettings, Pair, Verdict, unreadable
 from tasft.judges.models import find, load
-from tasft.models.engine import Engine, Sampling
+from tasft.models.engine import Engine, NoReply, Sampling
 from tasft.models.local import TransformersEngine
 from tasft.models.server import ServerEngine
 
@@ -117,6 +117,8 @@ class AskingJudge:
         return [self._verdict(pair, answer) for pair, answer in zip(pairs, answers, strict=True)]
 
     def _verdict(self, pair: Pair, answer: str) -> Verdict:
+        if isinstance(answer, NoReply):
+            return unreadable(pair, self.name, answer.note)
         read = self._question.read(answer)
         if read is None:
             return unreadable(pair, self.name, answer)

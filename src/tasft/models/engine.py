@@ -56,9 +56,11 @@ class Reply:
         set: Name of the prompt set.
         prompt: What was asked.
         completion: The whole reply, a prefix included.
-        finish: `stop` when the model ended it, `length` when it was cut at `max_new_tokens`.
+        finish: `stop` when the model ended it, `length` when it was cut at `max_new_tokens`, `withheld` when there is
+            none; else what the server says, which is not known to be an end.
         seed: What it was drawn with, or the batch that it was in.
         sample: The request's.
+        note: Why there is no reply: what the provider said.
     """
 
     id: str
@@ -68,6 +70,27 @@ class Reply:
     finish: str
     seed: int
     sample: int
+    note: str = ""
+
+
+WITHHELD = "withheld"
+"""`finish` of what has no reply."""
+
+
+class NoReply(str):
+    """The empty text in place of a reply that the provider did not give.
+
+    Attributes:
+        note: Why, in its words.
+    """
+
+    note: str
+
+    def __new__(cls, note: str) -> "NoReply":
+        """The empty text."""
+        made = super().__new__(cls, "")
+        made.note = note
+        return made
 
 
 class Engine(Protocol):
@@ -87,7 +110,7 @@ class Engine(Protocol):
         """What the model writes after each prompt, in their order.
 
         Text is read as it stands, without any template; messages are written by the chat template, which asks
-        for the next turn.
+        for the next turn. What a provider did not answer is a `NoReply`.
         """
         ...
 

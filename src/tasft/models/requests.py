@@ -6,6 +6,7 @@ Needs the packages of `tasft[server]`.
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
@@ -16,11 +17,22 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, NamedTuple
 
-from openai import APIConnectionError, APIResponseValidationError, APIStatusError, APITimeoutError, AsyncOpenAI
+from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from tasft.core import ranks
 from tasft.core.errors import UserError
+from tasft.models.engine import WITHHELD
+from tasft.models.responses import (
+    ErrorInside,
+    Unreadable,
+    Withheld,
+    is_about_content,
+    is_about_one,
+    may_pass,
+    read,
+    status_of,
+)
 from tasft.models.server_settings import Server
 
 Loop = tuple[asyncio.AbstractEventLoop, "asyncio.Task[Any]"]
@@ -30,8 +42,7 @@ logger = logging.getLogger(__name__)
 FIRST_PAUSE_S = 2.0  # Before the first repetition, at most; each pause may be twice as long as the one before.
 LONGEST_PAUSE_S = 60.0
 LONGEST_PAUSE_ASKED_S = 300.0  # A server that asks for more is asked again after this.
-MAY_PASS = {408, 409, 429}
-NEVER_PASS = {"insufficient_quota"}  # An account without money, as 429.
+ENOUGH_REFUSED = 8  # Refused requests from which on their share is looked at.
 HINTS = {
     401: "does the environment variable {key_env} hold a key that it takes?",
     403: "does the environment variable {key_env} hold a key that it takes?",
@@ -59,39 +70,109 @@ class Answer(NamedTuple):
     Attributes:
         number: The question's.
         text: Without what it was asked to go on from.
-        finish: `stop` or `length`, as in `Reply`.
+        finish: As in `Reply`.
+        note: As in `Reply`.
     """
 
     number: int
     text: str
     finish: str
+    note: str = ""
 
 
-class _Unreadable(Exception):
-    """A reply of the server that does not follow its schema."""
+@dataclass
+class Tally:
+    """How many requests were answered, and how many were refused or got nothing, over all calls.
+
+    One request that a provider refuses is no reason to end a run; a provider that refuses most of them is.
+
+    Attributes:
+        most: Largest share that may be refused.
+        answered: Requests with a reply.
+        refused: Requests without one.
+        unexplained: Of these, those of which nobody said that it was for their content.
+    """
+
+    most: float
+    answered: int = 0
+    refused: int = 0
+    unexplained: int = 0
+
+    def refuse(self, words: str, for_content: bool) -> None:
+        """Count one more.
+
+        Raises:
+            UserError: They are too many.
+        """
+        self.refused += 1
+        self.unexplained += not for_content
+        asked = self.answered + self.refused
+        if self.refused >= ENOUGH_REFUSED and self.refused > self.most * asked:
+            raise UserError(
+                f"{words}: {self.refused} of {asked} requests were refused or got no reply, which is more than "
+                f"max_refused {self.most:g} allows"
+            )
+
+    def end(self, words: str) -> None:
+        """See that a call in which something was refused has not failed as a whole.
+
+        Raises:
+            UserError: Nothing was ever answered, and nobody said that it was for the content.
+        """
+        if self.unexplained and not self.answered:
+            raise UserError(words) from None
+
+
+@dataclass
+class _Alive:
+    """Whether an address answers: when the request was sent that it answered and that was sent last."""
+
+    latest: float = float("-inf")
+
+    def is_the_requests_fault(self, error: BaseException, failed_at: Sequence[float]) -> bool:
+        """Whether a request that failed as often as it may failed by itself, since the address answers others.
+
+        Args:
+            error: The last failure: of a rate limit or an overload no request is to blame.
+            failed_at: When it failed before, each time.
+        """
+        status = status_of(error)
+        if status is not None and status != 500:
+            return False
+        if failed_at and self.latest > failed_at[0]:
+            return True
+        # There was nothing else to ask. An address that says something is there.
+        return self.latest > float("-inf") and (status == 500 or isinstance(error, Unreadable))
 
 
 @dataclass(frozen=True)
 class Asker:
     """Asks addresses that share the work; one that fails is left out while others answer.
 
+    A request that a server refuses for good, or answers with nothing, gets an empty answer with the server's words;
+    so does one that fails as often as it may while others that were sent later are answered.
+
     Attributes:
         server: Where, and how patiently.
         key: Sent to all addresses; in no sentence.
+        tally: Counts over all calls.
     """
 
     server: Server
     key: str = field(repr=False)
+    tally: Tally
 
     def answers(self, questions: Sequence[Question]) -> Iterator[Answer]:
         """Answers as they come, in any order.
 
         The requests have a thread of their own: a notebook's event loop is not disturbed, and they go on while an
-        answer is dealt with. When the caller stops early they are given up.
+        answer is dealt with. When the caller stops early they are given up. Those without a reply come last: where too
+        many end the call, they are asked again by the next.
 
         Raises:
-            UserError: A server refuses a request, or all have failed as often as they may; names each.
+            UserError: A server refuses all requests or too many, or all have failed as often as they may; names each.
         """
+        empty: list[Answer] = []
         arrived: SimpleQueue[Answer | None] = SimpleQueue()
         started: Future[Loop] = Future()
         faults: list[BaseException] = []
@@ -116,9 +197,15 @@ class Asker:
         thread.start()
         try:
             while (answer := arrived.get()) is not None:
-                yield answer
+                if answer.note:
+                    empty.append(answer)
+                else:
+                    yield answer
             if faults:
                 raise faults[0]
+            if empty:
+                self.tally.end(f"{empty[0].note} (request {questions[empty[0].number].name})")
+            yield from empty
         finally:
             with suppress(RuntimeError, CancelledError):  # The loop is closed, or never began.
                 loop, task = started.result()
@@ -166,7 +253,10 @@ class Asker:
         timeout, most = self.server.timeout_s, max(1, self.server.concurrency // ranks.world_size())
         async with AsyncOpenAI(base_url=url, api_key=self.key or "none", max_retries=0, timeout=timeout) as client:
             unanswered: list[Question] = []
-            workers = [asyncio.create_task(self._work(url, client, waiting, unanswered, take)) for _ in range(most)]
+            alive = _Alive()
+            workers = [
+                asyncio.create_task(self._work(url, client, waiting, unanswered, take, alive)) for _ in range(most)
+            ]
             try:
                 await asyncio.gather(*workers)
             finally:
@@ -184,13 +274,17 @@ class Asker:
         waiting: "asyncio.Queue[Question]",
         unanswered: list[Question],
         take: Callable[[Answer], None],
+        alive: "_Alive",
     ) -> None:
-        def tell(state: RetryCallState) -> None:
-            if error := state.outcome.exception() if state.outcome else None:
-                logger.info("%s: again in %.1f s", self._fault(url, error), state.upcoming_sleep)
-
         while True:
             question = await waiting.get()
+            failed_at: list[float] = []
+
+            def tell(state: RetryCallState, failed_at: list[float] = failed_at) -> None:
+                failed_at.append(time.monotonic())
+                if error := state.outcome.exception() if state.outcome else None:
+                    logger.info("%s: again in %.1f s", self._fault(url, error), state.upcoming_sleep)
+
             retrying = AsyncRetrying(
                 retry=retry_if_exception(may_pass),
                 wait=pause,
@@ -198,29 +292,45 @@ class Asker:
                 before_sleep=tell,
                 reraise=True,
             )
+            refused: tuple[str, bool] | None = None
             try:
-                found: tuple[str, str] = await retrying(self._ask, client, question.body)
+                answer = Answer(question.number, *await retrying(self._ask, client, question.body, alive))
             except BaseException as error:
-                unanswered.append(question)
-                if isinstance(error, APIStatusError) and not may_pass(error):
-                    raise UserError(f"{self._fault(url, error)} (request {question.name})") from None
-                raise
-            take(Answer(question.number, *found))
+                fault = self._fault(url, error)
+                if may_pass(error) and alive.is_the_requests_fault(error, failed_at):
+                    fault += f" (tries: {self.server.retries + 1})"
+                elif not is_about_one(error):
+                    unanswered.append(question)
+                    if isinstance(error, APIStatusError | ErrorInside) and not may_pass(error):
+                        raise UserError(f"{fault} (request {question.name})") from None
+                    raise
+                refused = fault, is_about_content(error)
+                answer = Answer(question.number, "", WITHHELD, fault)
+            # Out of reach of the error, which may show the key.
+            if refused:
+                self.tally.refuse(*refused)
+            else:
+                self.tally.answered += 1
+            take(answer)
 
-    async def _ask(self, client: AsyncOpenAI, body: Mapping[str, Any]) -> tuple[str, str]:
-        fields = dict(body)
+    async def _ask(self, client: AsyncOpenAI, body: Mapping[str, Any], alive: "_Alive") -> tuple[str, str]:
+        fields, began = dict(body), time.monotonic()
         model = fields.pop("model")
         try:
             # The client's own limit begins anew with every byte.
             async with asyncio.timeout(self.server.timeout_s):
-                if "messages" in body:
+                found: Any
+                if is_chat := "messages" in body:
                     messages = fields.pop("messages")
-                    chat = await client.chat.completions.create(model=model, messages=messages, extra_body=fields)
-                    return _read(chat, chat=True)
-                prompt = fields.pop("prompt")
-                return _read(await client.completions.create(model=model, prompt=prompt, extra_body=fields), chat=False)
+                    found = await client.chat.completions.create(model=model, messages=messages, extra_body=fields)
+                else:
+                    prompt = fields.pop("prompt")
+                    found = await client.completions.create(model=model, prompt=prompt, extra_body=fields)
+            reply = read(found, is_chat, body.get("stop"))
+            alive.latest = max(alive.latest, began)
+            return reply
         except (json.JSONDecodeError, UnicodeDecodeError):
-            raise _Unreadable("not JSON") from None
+            raise Unreadable("not JSON") from None
 
     def _fault(self, url: str, error: BaseException) -> str:
         """What went wrong at an address, without the key."""
@@ -232,6 +342,10 @@ class Asker:
                 return f"{url}: no reply within {self.server.timeout_s:g} s"
             case APIConnectionError():
                 return f"{url}: no connection ({self._own_words(str(error.__cause__ or error))})"
+            case ErrorInside():
+                return f"{url}: an error in place of a reply ({self._own_words(error.body)})"
+            case Withheld():
+                return f"{url}: no reply ({self._own_words(str(error))})"
             case _:
                 return f"{url}: a reply that cannot be read ({self._own_words(str(error))})"
 
@@ -242,28 +356,6 @@ class Asker:
         text = str(said or "no reason given")
         text = text.replace(self.key, "***") if self.key else text
         return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:300]
-
-
-def _read(found: Any, chat: bool) -> tuple[str, str]:
-    """Text and finish of a response, whose fields the client has not checked."""
-    try:
-        choice = found.choices[0]
-        text, reason = choice.message.content if chat else choice.text, choice.finish_reason
-    except (AttributeError, IndexError, KeyError, TypeError):
-        raise _Unreadable("no choice in it") from None
-    if text is None and reason in ("length", "content_filter"):
-        # Cut while it still thought, or withheld by the provider: nothing was said.
-        text = ""
-    if not isinstance(text, str):
-        raise _Unreadable("no text in it")
-    return text, "length" if reason == "length" else "stop"
-
-
-def may_pass(error: BaseException) -> bool:
-    """Whether the same request may succeed later: no answer, too many requests, a fault of the server, half a reply."""
-    if isinstance(error, APIStatusError):
-        return (error.status_code in MAY_PASS or error.status_code >= 500) and error.code not in NEVER_PASS
-    return isinstance(error, APIConnectionError | APIResponseValidationError | TimeoutError | _Unreadable)
 
 
 def pause(state: RetryCallState) -> float:

@@ -9,7 +9,7 @@ from tasft.core.errors import UserError
 from tasft.data.encode import ALPACA
 from tasft.data.rows import Messages
 from tasft.data.settings import PromptFormat
-from tasft.models.engine import Reply, Request, Sampling, derived_seed
+from tasft.models.engine import NoReply, Reply, Request, Sampling, derived_seed
 
 if TYPE_CHECKING:
     from tasft.models.requests import Answer, Asker
@@ -40,7 +40,7 @@ class ServerEngine:
     def __init__(self, server: Server, style: PromptFormat = "chat") -> None:
         self.server = server
         self.style: PromptFormat = style
-        self._asker()
+        self._asker = self._made_asker()
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, name: str, done: Collection[str] = ()
@@ -48,7 +48,7 @@ class ServerEngine:
         """As `Engine.generate`; a reply is given on as soon as it is there.
 
         Raises:
-            UserError: A server refuses a request, or none answers any more.
+            UserError: A server refuses all requests or too many of them, or none answers any more.
         """
         wanted = [request for request in requests if request.id not in done]
         seeds = [self._seed(sampling, request.id) for request in wanted]
@@ -62,10 +62,11 @@ class ServerEngine:
                     request.id,
                     name,
                     request.prompt,
-                    (request.prefix + answer.text).strip(),
+                    "" if answer.note else (request.prefix + answer.text).strip(),
                     answer.finish,
                     seeds[answer.number],
                     request.sample,
+                    answer.note,
                 )
                 for answer in answers
                 for request in [wanted[answer.number]]
@@ -80,7 +81,11 @@ class ServerEngine:
         names = [str(index) for index in range(len(prompts))]
         seeds = [self._seed(sampling, name) for name in names]
         bodies = [self._body(prompt, sampling, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-        texts = {answer.number: answer.text for answers in self._answers(names, bodies) for answer in answers}
+        texts = {
+            answer.number: NoReply(answer.note) if answer.note else answer.text
+            for answers in self._answers(names, bodies)
+            for answer in answers
+        }
         return [texts[index] for index in range(len(prompts))]
 
     def _written(self, request: Request) -> str | Messages:
@@ -110,22 +115,22 @@ class ServerEngine:
         # Not more than every server takes.
         return derived_seed(sampling.seed, [request_id]) >> 1
 
-    def _asker(self) -> "Asker":
+    def _made_asker(self) -> "Asker":
         try:
-            from tasft.models.requests import Asker
+            from tasft.models.requests import Asker, Tally
         except ImportError as error:
             if (error.name or "tasft").startswith("tasft"):
                 raise
             raise UserError(
                 f"a server is asked with {error.name}, which is missing: pip install 'tasft[server]'"
             ) from None
-        return Asker(self.server, self.server.key())
+        return Asker(self.server, self.server.key(), Tally(self.server.max_refused))
 
     def _answers(self, names: Sequence[str], bodies: Sequence[dict[str, Any]]) -> Iterator[list["Answer"]]:
         """Each answer as it comes; several processes wait for each other after some."""
         from tasft.models.requests import Question
 
-        asker = self._asker()
+        asker = self._asker
         questions = [Question(number, *pair) for number, pair in enumerate(zip(names, bodies, strict=True))]
         if ranks.world_size() == 1:
             yield from ([answer] for answer in asker.answers(questions))

@@ -30,6 +30,9 @@ class Server(BaseModel):
     concurrency: int = Field(16, ge=1, description="Requests under way at a time, at each address.")
     timeout_s: Number = Field(120.0, gt=0, description="Longest wait for one reply.")
     retries: int = Field(6, ge=0, description="How often a request is repeated that failed for no fault of its own.")
+    max_refused: Number = Field(
+        0.5, ge=0, le=1, description="Largest share of requests that may be refused or get no reply; more end the run."
+    )
     body: dict[str, Any] = Field(
         {}, description="More fields of each request: top_k: 20; null takes one of ours away, max_tokens: null."
     )
