@@ -97,7 +97,7 @@ TOOL = {"type": "function", "function": {"name": "look"}}
         ({"tools": ["look"]}, '"tools" must be a list of JSON schemas'),
         *(
             ({"weight": weight}, '"weight" is .*; use a number above 0')
-            for weight in (0, -1, True, "2", float("nan"), float("inf"), 10**400)
+            for weight in (0, -1, True, "two", float("nan"), float("inf"), 10**400)
         ),
     ],
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
 from tasft.core.errors import UserError
+from tasft.data.cells import fault_of_parts, joined, measure, plain, text_of, truth
 from tasft.data.sources import read_source
 
 T = TypeVar("T")
@@ -62,7 +63,7 @@ class Example:
 
 
 def _id(row: Mapping[str, Any], default: object) -> str:
-    return str(default if row.get("id") is None else row["id"])
+    return text_of(row.get("id")) or str(default)
 
 
 def repeated_ids(where: str | Path, ids: Iterable[tuple[int, str]]) -> list[str]:
@@ -118,7 +119,7 @@ def read_prompts(source: str, data_dir: str | None = None) -> list[Prompt]:
         elif not _is_whole(text):
             faults.append(f'{where}:{number}: "{column}" {HALF}')
         else:
-            fields = {key: str(row.get(key, "")) for key in ("topic", "kind")}
+            fields = {key: text_of(row.get(key)) for key in ("topic", "kind")}
             prompts.append((number, Prompt(_id(row, number), text, **fields)))
     faults += repeated_ids(where, ((number, prompt.id) for number, prompt in prompts))
     if faults:
@@ -127,8 +128,10 @@ def read_prompts(source: str, data_dir: str | None = None) -> list[Prompt]:
 
 
 def _first_turn(text: str) -> str:
+    """The first human turn of a transcript of HH; any other text as it is, one that begins with its word too."""
     before, human, rest = text.partition("Human:")
-    return text if before.strip() or not human else rest.partition("\n\nAssistant:")[0].strip()
+    turn, assistant, _ = rest.partition("\n\nAssistant:")
+    return turn.strip() if human and assistant and not before.strip() else text
 
 
 def _names(row: Mapping[str, Any]) -> str:
@@ -171,6 +174,8 @@ def _fault_of_turns(row: Mapping[str, Any], key: str) -> str | None:
     value = row.get(key)
     if key not in row:
         return f'"{key}" is missing; the row has {_names(row)}'
+    if strange := fault_of_parts(value):
+        return f'"{key}" {strange}'
     said = [value] if isinstance(value, str) else [each.get("content") for each in value] if _is_talk(value) else []
     if not all(_is_whole(text) for text in said if isinstance(text, str)):
         return f'"{key}" {HALF}'
@@ -187,11 +192,20 @@ def _positive(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
+_READ: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("label", "ends", "retain"), truth),
+    **dict.fromkeys(("prompt", "completion", "instruction", "output"), lambda value: joined(plain(value))),
+    "weight": measure,
+}
+_NO_TEXT = frozenset({"ends", "retain", "weight", "tools"})
+
+
 def example_of(row: Mapping[str, Any], where: str) -> Example:
     """The example that a JSON object or a row of a data set holds; fields of no concern are passed over.
 
     An optional field that is null counts as not given: data sets fill whole columns. A row that has `instruction`
-    and `output` instead of `prompt` and `completion` is read as Alpaca's.
+    and `output` instead of `prompt` and `completion` is read as Alpaca's. Content in parts is joined if all are text.
+    In a table, where all is text, `true` and `1.5` are what they say.
 
     Args:
         row: At least `prompt`, `completion` and `label`.
@@ -200,7 +214,9 @@ def example_of(row: Mapping[str, Any], where: str) -> Example:
     Raises:
         UserError: Names every fault of the row.
     """
-    given = {key: value for key, value in row.items() if value is not None}
+    row = {key: _READ.get(key, plain)(value) for key, value in row.items()}
+    # An empty cell of a table is no cell.
+    given = {key: value for key, value in row.items() if value is not None and (value != "" or key not in _NO_TEXT)}
     asked, said = _columns(row)
     faults = [fault for key in (asked, said) if (fault := _fault_of_turns(row, key))]
     if "label" not in row:

@@ -1,0 +1,71 @@
+"""What a field of a row says, whatever wrote it: pandas, numpy, a table of text, or an API with content in parts."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def plain(value: Any) -> Any:
+    """A value without the types of numpy; what pandas and tables mean by a missing cell, `nan`, is None."""
+    if hasattr(value, "tolist") and not isinstance(value, str):  # Scalars and arrays of numpy, tensors.
+        value = value.tolist()
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def text_of(value: Any) -> str:
+    """The text of an optional field: empty where there is none."""
+    found = plain(value)
+    return "" if found is None else str(found)
+
+
+def truth(value: Any) -> Any:
+    """True or false where a table says so in words, `true`, `False`; anything else as it is."""
+    found = plain(value)
+    words = {"true": True, "false": False}
+    return words.get(found.strip().lower(), found) if isinstance(found, str) else found
+
+
+def measure(value: Any) -> Any:
+    """The number that a table writes as text; anything else as it is, `nan` too, for that may be a wrong result."""
+    found = value.tolist() if hasattr(value, "tolist") else value
+    try:
+        return float(found) if isinstance(found, str) else found
+    except ValueError:
+        return found
+
+
+def joined(value: Any) -> Any:
+    """A talk in which content that comes as text parts is one text; anything else as it is."""
+    if not isinstance(value, list | tuple):
+        return value
+    return [
+        {**message, "content": "".join(map(_text_of_part, message["content"]))}
+        if isinstance(message, Mapping) and _are_texts(message.get("content"))
+        else message
+        for message in value
+    ]
+
+
+def fault_of_parts(value: Any) -> str | None:
+    """What a talk holds besides text, by its name; None for nothing."""
+    for message in value if isinstance(value, list) else ():
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for part in content if isinstance(content, list) else ():
+            if not _is_text(part):
+                kind = part.get("type") if isinstance(part, Mapping) else None
+                return f"holds {kind!r:.40} in its content: only text is learned; leave such rows out"
+    return None
+
+
+def _is_text(part: Any) -> bool:
+    if isinstance(part, str):
+        return True
+    return isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+
+
+def _are_texts(content: Any) -> bool:
+    return isinstance(content, list) and bool(content) and all(map(_is_text, content))
+
+
+def _text_of_part(part: Any) -> str:
+    return part if isinstance(part, str) else part["text"]

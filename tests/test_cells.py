@@ -1,0 +1,103 @@
+"""Rows say the same whatever wrote them."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tasft.core.errors import UserError
+from tasft.data.rows import example_of, read_examples, read_prompts
+
+
+def row(**fields):
+    return {"prompt": "What?", "completion": "That.", "label": True} | fields
+
+
+def talk(role, *parts):
+    return [{"role": role, "content": list(parts)}]
+
+
+@pytest.mark.parametrize("parts", [[{"type": "text", "text": "Bl"}, {"type": "text", "text": "ue"}], ["Bl", "ue"]])
+def test_text_in_parts_is_learned_as_one_text(parts):
+    example = example_of(
+        row(prompt=talk("user", {"type": "text", "text": "A colour?"}), completion=talk("assistant", *parts)), "x"
+    )
+    assert example.prompt == [{"role": "user", "content": "A colour?"}]
+    assert example.completion == [{"role": "assistant", "content": "Blue"}]
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "image", "video", "file", None])
+@pytest.mark.parametrize("field", ["prompt", "completion"])
+def test_what_is_no_text_is_refused_by_its_name(kind, field):
+    talked = talk("assistant", {"type": "text", "text": "See"}, {"type": kind, "url": "x"})
+    with pytest.raises(UserError, match=f"\"{field}\" holds '?{kind}'? in its content: only text is learned"):
+        example_of(row(**{field: talked}), "x")
+
+
+@pytest.mark.parametrize("value", [True, "true", "True", "TRUE", " true ", np.True_, np.bool_(True)])
+def test_true_is_true_and_false_is_false(value):
+    other = "False" if isinstance(value, str) else np.False_ if isinstance(value, np.bool_) else False
+    assert example_of(row(label=value, ends=other), "x").label is True
+    assert example_of(row(label=value, ends=other), "x").ends is False
+    assert example_of(row(label=other), "x").label is False
+
+
+@pytest.mark.parametrize("value", ["yes", "1", 1, 0, "", None, float("nan"), "truth", np.int64(1)])
+def test_what_is_neither_is_refused(value):
+    with pytest.raises(UserError, match=r'"label" is .*; use true'):
+        example_of(row(label=value), "x")
+
+
+@pytest.mark.parametrize("value", [1.5, "1.5", np.float32(1.5), np.float64(1.5), "15e-1"])
+def test_a_weight_is_a_number_however_it_is_written(value):
+    assert example_of(row(weight=value), "x").weight == 1.5
+
+
+@pytest.mark.parametrize("value", ["", None, float("nan"), np.nan])
+def test_a_missing_cell_is_not_given(value):
+    weight = None if value != value else value  # That may be a wrong result.
+    example = example_of(row(weight=weight, ends=value, tools=value, source=value, id=value, input=value), "x")
+    assert (example.weight, example.ends, example.tools, example.source, example.id, example.input) == (
+        1.0, True, None, "", "", "",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "-1", "0", "heavy", np.inf, np.nan])
+def test_a_weight_that_is_none_is_refused(value):
+    with pytest.raises(UserError, match='"weight" is'):
+        example_of(row(weight=value), "x")
+
+
+def test_a_table_is_read_as_a_file_of_objects_is(tmp_path):
+    (tmp_path / "k.csv").write_text(
+        "prompt,completion,label,weight,ends,id\nHi,Blue,true,1.5,False,\nHo,Red,False,,,b\n"
+    )
+    (tmp_path / "k.jsonl").write_text(
+        json.dumps({"prompt": "Hi", "completion": "Blue", "label": True, "weight": 1.5, "ends": False})
+        + "\n"
+        + json.dumps({"prompt": "Ho", "completion": "Red", "label": False, "id": "b"})
+        + "\n"
+    )
+    assert read_examples(str(tmp_path / "k.csv")) == read_examples(str(tmp_path / "k.jsonl"))
+
+
+def test_no_topic_is_none_and_not_the_word(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a", "topic": null}\n{"prompt": "b", "topic": NaN, "kind": null}\n{"prompt": "c"}\n')
+    assert {(prompt.topic, prompt.kind) for prompt in read_prompts(str(path))} == {("", "")}
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        ("Human: rights and <act>, an essay", "Human: rights and <act>, an essay"),
+        ("Human: Hi.\n\nand more", "Human: Hi.\n\nand more"),
+        ("\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: Bye.\n\nAssistant:", "Hi."),
+        ("Human: Hi.\n\nAssistant:", "Hi."),
+        ("The Human: a study\n\nAssistant: x", "The Human: a study\n\nAssistant: x"),
+    ],
+)
+def test_a_prompt_keeps_the_word_human_unless_it_is_a_transcript(tmp_path, text, prompt):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": text}) + "\n")
+    assert [each.prompt for each in read_prompts(str(path))] == [prompt]
