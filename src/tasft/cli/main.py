@@ -362,9 +362,9 @@ def evaluate(
             folder = _evaluate_model(what, named, judges, data_dir, limit, max_new_tokens, prompt, out)
     if os.environ.get("RANK", "0") != "0":
         return
-    from tasft.evaluate.results import results, table
+    from tasft.evaluate.results import summaries, table
 
-    rows = results(folder, wanted)
+    rows = summaries(folder, wanted)
     page = _report_of_model(folder) if with_report else None
     if as_json:
         _print_json({"folder": str(folder), "results": rows, **({"report": str(page)} if page else {})})
