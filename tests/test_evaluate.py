@@ -14,7 +14,7 @@ from tasft.core.provenance import write_json, write_jsonl
 from tasft.core.stats import mean, rate
 from tasft.data.rows import Prompt
 from tasft.evaluate.alone import Alone, asked_of
-from tasft.evaluate.results import compare, comparison, results, table
+from tasft.evaluate.results import compare, comparison, summaries, table
 from tasft.evaluate.safety import summarise
 from tasft.evaluate.states import Asked
 from tasft.judges import Verdict, load_judge
@@ -237,7 +237,7 @@ def test_states_stand_in_the_order_of_training(tmp_path):
     for state in ("final", "checkpoint-20", "checkpoint-100", "base", "sft"):
         written(tmp_path / state, [True])
         write_json(tmp_path / state / "toxic" / "j" / "summary.json", {"judge": "j"})
-    assert [row["state"] for row in results(tmp_path)] == ["base", "sft", "checkpoint-20", "checkpoint-100", "final"]
+    assert [row["state"] for row in summaries(tmp_path)] == ["base", "sft", "checkpoint-20", "checkpoint-100", "final"]
 
 
 def test_the_command_prints_a_table_or_json_and_goes_on_where_it_was(tiny, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from tasft.core.errors import UserError
 from tasft.data.rows import Prompt
 from tasft.data.sources import read_source
 from tasft.evaluate import jailbreak
-from tasft.evaluate.jailbreak import Attempt, Outcome, Pair, Prefix, Templates, attack_model, read_attack
+from tasft.evaluate.jailbreak import Attempt, Outcome, PairAttack, Prefix, Templates, attack_model, read_attack
 from tasft.judges import JudgeSettings, Verdict, load_judge
 from tasft.judges.judging import Usual
 from tasft.judges.refusal_matching import RefusalMatching
@@ -90,7 +90,7 @@ def attack(one, engine, judge, folder, **more):
 
 def pair(server, streams=2, iterations=3):
     engine = ServerEngine(server.settings())
-    return Pair(lambda: nullcontext(engine), "m", jailbreak.attacker_sampling(60, 5), streams, iterations, 10.0)
+    return PairAttack(lambda: nullcontext(engine), "m", jailbreak.attacker_sampling(60, 5), streams, iterations, 10.0)
 
 
 def rating_judge(server):
@@ -279,7 +279,7 @@ def test_a_killed_attack_goes_on_without_asking_anything_twice(target, tmp_path,
         raise RuntimeError("the server is gone")
 
     with Speaker(say) as server:
-        whole = Pair(lambda: nullcontext(asker), "m", jailbreak.attacker_sampling(60, 5), 2, 2, 10.0)
+        whole = PairAttack(lambda: nullcontext(asker), "m", jailbreak.attacker_sampling(60, 5), 2, 2, 10.0)
         asker = Counting(ServerEngine(server.settings()))
         judge = rating_judge(server)
         with pytest.raises(UserError):

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "report": {"core"},
     "loss": set(),
     "core": set(),
-    "__init__": {"train", "report"},
+    "__init__": {"train", "judges", "data", "report", "loss", "core"},
 }
 LOSSES_MAY_USE = {"torch", "jaxtyping", "tasft", "scipy", "numpy", "triton"}
 LOSSES_MAY_USE |= {"math", "dataclasses", "typing", "collections", "types"}
@@ -87,3 +87,50 @@ def test_the_names_of_penalties_are_those_of_the_losses():
     from tasft.loss import PENALTIES
 
     assert names == tuple(PENALTIES)
+
+
+def test_public_names_are_there_and_no_others():
+    import tasft
+
+    assert set(tasft.__all__) == set(tasft._HOMES) <= set(dir(tasft))
+    assert all(getattr(tasft, name) is not None for name in tasft.__all__)
+    with pytest.raises(AttributeError, match="Trainer"):
+        tasft.Trainer  # noqa: B018
+
+
+# Two classes of one name, and why.
+TWICE = {
+    "Head": "of a language model, and of a classifier on embeddings: the field's word for both",
+    "Question": "to a judge's model, and the request to a server that it becomes",
+    "Answer": "likewise",
+    "Verdict": "of a judge, and the block of a report that shows the run's",
+}
+
+
+def defined(kind):
+    """Public names that files define at their top, each with its modules."""
+    homes = {}
+    for module, path in FILES.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, kind) and not node.name.startswith("_"):
+                homes.setdefault(node.name, set()).add(module)
+    return homes
+
+
+def test_a_class_of_one_name_is_one_thing():
+    twice = {name: modules for name, modules in defined(ast.ClassDef).items() if len(modules) > 1}
+    assert twice.keys() == TWICE.keys(), twice
+
+
+def test_a_function_of_a_name_that_two_modules_have_is_called_with_that_of_its_module():
+    twice = {name: modules for name, modules in defined(ast.FunctionDef).items() if len(modules) > 1}
+    bare = {}
+    for module, path in FILES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            for name in node.names if isinstance(node, ast.ImportFrom) else ():
+                home = f"{node.module}".removeprefix("tasft.")
+                # Within a room, and of a room's own front, a bare name is still the only one in sight.
+                if name.name in twice and home in twice[name.name] and home.split(".")[0] != module.split(".")[0]:
+                    bare.setdefault(name.name, set()).add((module, home))
+    mixed = {name: places for name, places in bare.items() if len({home for _, home in places}) > 1}
+    assert not mixed, mixed

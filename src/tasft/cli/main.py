@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from tasft.run.pipeline import Pipeline
-    from tasft.run.sweep import Cell, Sweep
+    from tasft.run.sweep import Sweep, SweepCell
 
 app = typer.Typer(
     add_completion=True,
@@ -362,9 +362,9 @@ def evaluate(
             folder = _evaluate_model(what, named, judges, data_dir, limit, max_new_tokens, prompt, out)
     if os.environ.get("RANK", "0") != "0":
         return
-    from tasft.evaluate.results import results, table
+    from tasft.evaluate.results import summaries, table
 
-    rows = results(folder, wanted)
+    rows = summaries(folder, wanted)
     page = _report_of_model(folder) if with_report else None
     if as_json:
         _print_json({"folder": str(folder), "results": rows, **({"report": str(page)} if page else {})})
@@ -503,7 +503,7 @@ def check(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: 
         _print_json({"name": name, **said, "notes": notes, "faults": []})
 
 
-def _checked_sweep(file: str) -> "tuple[Sweep, list[Cell], list[str]]":
+def _checked_sweep(file: str) -> "tuple[Sweep, list[SweepCell], list[str]]":
     from tasft.run import sweep as sweeps
 
     found, cells = sweeps.load(file)
@@ -565,7 +565,7 @@ def sweep(
         raise typer.Exit(3)
 
 
-def _sweep_plan(cells: "Sequence[Cell]", folder: Path) -> dict[str, Any]:
+def _sweep_plan(cells: "Sequence[SweepCell]", folder: Path) -> dict[str, Any]:
     from tasft.run import estimate
     from tasft.run import sweep as sweeps
     from tasft.run.pipeline import Pipeline

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
-class Section(BaseModel):
+class Settings(BaseModel):
     """Fields with their defaults and a sentence on each."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -22,7 +22,7 @@ def _no_truth(value: Any) -> Any:
 Number = Annotated[float, Field(strict=False), BeforeValidator(_no_truth)]
 
 
-def setting(section: type[Section], name: str) -> Any:
+def setting(section: type[Settings], name: str) -> Any:
     """The field of a dataclass that is declared in a section: its default and its sentence are those there."""
     declared = section.model_fields[name]
     default, help_ = declared.get_default(call_default_factory=True), {"help": declared.description}

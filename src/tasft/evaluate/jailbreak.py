@@ -134,7 +134,7 @@ class Templates:
 
 
 @dataclass(frozen=True)
-class Pair:
+class PairAttack:
     """PAIR: an attacker model rewrites the behaviour, sees reply and score, and rewrites again.
 
     All streams of a behaviour stop after the round in which one succeeds; with the judge's rubric `pair` that is a

@@ -24,7 +24,7 @@ _Said = dict[tuple[str, int], Verdict]  # By the text of the prompt, and which o
 _FIRST, _LAST = ("base", "sft"), ("final",)
 
 
-def results(folder: Path, wanted: Collection[Path] | None = None) -> list[dict[str, Any]]:
+def summaries(folder: Path, wanted: Collection[Path] | None = None) -> list[dict[str, Any]]:
     """The summary of every set and judge below a folder, with `state`, `set` and `kind`; states in their order.
 
     Args:

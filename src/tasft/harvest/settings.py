@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tasft.core.settings import Number, Section
+from tasft.core.settings import Number, Settings
 from tasft.models.server_settings import Server
 
 INSTRUCTIONS = [
@@ -21,7 +21,7 @@ INSTRUCTIONS = [
 """What is put before a toxic prompt, with an empty line between."""
 
 
-class Contrastive(Section):
+class Contrastive(Settings):
     """Rows to imitate for prompts that only seem toxic (paper 4.3.6)."""
 
     words: int = Field(100, ge=1, description="Toxic words of the toxic prompts that are used.")
@@ -29,7 +29,7 @@ class Contrastive(Section):
     engine: Server | None = Field(None, description="Who writes and answers them; null: the model itself.")
 
 
-class HarvestSettings(Section):
+class HarvestSettings(Settings):
     """How the model's own answers become rows."""
 
     samples: int = Field(1, ge=1, description="Most answers to each toxic prompt.")

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tasft.core.errors import UserError
 from tasft.core.redact import secrets_in
-from tasft.core.settings import Number, Section
+from tasft.core.settings import Number, Settings
 from tasft.core.suggest import did_you_mean
 from tasft.data.sets import NAMED, expanded
 from tasft.data.settings import PromptSettings
@@ -43,7 +43,7 @@ Name = Annotated[str, Field(pattern=NAME, max_length=200)]
 Place = Annotated[str, Field(min_length=1)]
 
 
-class Lora(Section):
+class Lora(Settings):
     """A low-rank adapter."""
 
     r: int = Field(8, ge=1, description="Rank.")
@@ -62,7 +62,7 @@ class Model(PromptSettings):
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
 
 
-class Imitate(Section):
+class Imitate(Settings):
     """Rows to imitate."""
 
     source: Place = Field(description="File of prompt and completion, or of Alpaca's instruction, input and output.")
@@ -71,7 +71,7 @@ class Imitate(Section):
     drop: dict[str, Any] = Field({}, description="Fields and values that a row must not have: safety_related: true.")
 
 
-class SafeResponses(Section):
+class SafeResponses(Settings):
     """Safe responses to toxic prompts, for method stl."""
 
     source: Place = Field(description="As that of imitate.")
@@ -80,7 +80,7 @@ class SafeResponses(Section):
     )
 
 
-class Data(Section):
+class Data(Settings):
     """What is read. A source is a named set or a JSONL file."""
 
     imitate: Imitate | None = Field(None, description="Rows to imitate besides those that harvest makes.")
@@ -99,7 +99,7 @@ class Harvest(HarvestSettings):
     judge: str = Field("embedded", description="Decides what is harmful: a name in judges, or a kind of judge.")
 
 
-class PromptSet(Section):
+class PromptSet(Settings):
     """Prompts to evaluate on."""
 
     source: Place = Field(description="A named set or a JSONL file.")
@@ -121,7 +121,7 @@ FILES = ("begun.json", "done.json", "replies.jsonl", "set.json")
 RESERVED = ("capability", "quality", "jailbreak")
 
 
-class JailbreakTemplates(Section):
+class JailbreakTemplates(Settings):
     """Texts that a prompt is put into."""
 
     source: Place = Field("jailbreak-wrappers", description="A named set, a file or hub:..., with #COLUMN if need be.")
@@ -131,7 +131,7 @@ class JailbreakTemplates(Section):
     )
 
 
-class JailbreakPair(Section):
+class JailbreakPair(Settings):
     """PAIR: a model that rewrites prompts and learns from the replies."""
 
     attacker: Server | None = Field(None, description="Who rewrites; null: the base model, in this process.")
@@ -140,7 +140,7 @@ class JailbreakPair(Section):
     max_new_tokens: int = Field(500, ge=1, description="Longest answer of the attacker.")
 
 
-class Jailbreak(Section):
+class Jailbreak(Settings):
     """Attacks on the model; each that is named is run."""
 
     set: str = Field(description="The toxic set of evaluate.sets whose prompts are used.")
@@ -157,7 +157,7 @@ class Jailbreak(Section):
         return [name for name in ("prefix", "templates", "pair") if getattr(self, name) is not None]
 
 
-class Capability(Section):
+class Capability(Settings):
     """Tasks of lm-eval, see `tasft.evaluate.capability`."""
 
     tasks: list[Name] = Field(
@@ -168,7 +168,7 @@ class Capability(Section):
     batch_size: int = Field(16, ge=1, description="Items in a forward pass.")
 
 
-class Annotator(Section):
+class Annotator(Settings):
     """Who compares answers, for AlpacaEval."""
 
     config: str = Field(
@@ -178,7 +178,7 @@ class Annotator(Section):
     server: Server | None = Field(None, description="Who runs it instead of the model that config names.")
 
 
-class Quality(Section):
+class Quality(Settings):
     """Answers to instructions, see `tasft.evaluate.quality`."""
 
     prompts: Place = Field(description="Rows of instruction and output: AlpacaEval's model_outputs.json.")
@@ -187,7 +187,7 @@ class Quality(Section):
     max_new_tokens: int = Field(512, ge=1, description="Longest answer that is compared.")
 
 
-class Evaluate(Section):
+class Evaluate(Settings):
     """What is measured, before and after."""
 
     sets: dict[Name, PromptSet] = Field(min_length=1, description="Prompt sets by name, or a list of named sets.")
@@ -233,7 +233,7 @@ Percent = Annotated[float, Field(strict=False, ge=0, le=100)]
 Points = Annotated[float, Field(strict=False, ge=-100, le=100)]
 
 
-class Gate(Section):
+class Gate(Settings):
     """Limits that the trained model must keep, see `tasft.run.gate`.
 
     Before is the SFT model if there is one, else the base.
@@ -287,7 +287,7 @@ class Gate(Section):
         ]
 
 
-class Recipe(Section):
+class Recipe(Settings):
     """One run."""
 
     name: Name = Field(description="Name of the run and its folder.")

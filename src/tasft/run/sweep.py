@@ -77,7 +77,7 @@ class Sweep(BaseModel):
 
 
 @dataclass(frozen=True)
-class Cell:
+class SweepCell:
     """One run of a sweep.
 
     Attributes:
@@ -97,7 +97,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CellOutcome:
     """How a cell ended.
 
     Attributes:
@@ -113,7 +113,7 @@ class Outcome:
     gate: bool | None = None
 
 
-def load(source: str) -> tuple[Sweep, list[Cell]]:
+def load(source: str) -> tuple[Sweep, list[SweepCell]]:
     """Read a sweep file, or a shipped one by its name, and the recipe of every cell.
 
     Raises:
@@ -130,7 +130,7 @@ def load(source: str) -> tuple[Sweep, list[Cell]]:
     base = str(beside) if os.path.exists(beside) else sweep.base
     combinations = sweep.combinations()
     short = _short([field for fields in combinations for field in fields])
-    cells: list[Cell] = []
+    cells: list[SweepCell] = []
     found: dict[str, list[str]] = {}
     for fields in combinations:
         name = _name(fields, short)
@@ -140,7 +140,7 @@ def load(source: str) -> tuple[Sweep, list[Cell]]:
         title = re.sub(r"[^A-Za-z0-9._-]", "-", f"{sweep.name}.{name}")
         overrides = [f"{field}={json.dumps(value, default=str)}" for field, value in {**fields, "name": title}.items()]
         try:
-            cells.append(Cell(name, fields, recipe_file.load(base, overrides)))
+            cells.append(SweepCell(name, fields, recipe_file.load(base, overrides)))
         except UserError as error:
             _add(found, error, name)
     _stop(found)
@@ -181,7 +181,7 @@ def _name(fields: Mapping[str, Any], short: Mapping[str, str]) -> str:
     return safe if safe == whole else f"{safe}-{provenance.content_hash(texts)[:8]}"
 
 
-def check_cells(cells: Sequence[Cell]) -> list[str]:
+def check_cells(cells: Sequence[SweepCell]) -> list[str]:
     """Read what the cells read, as far as they differ in it; what a reader of the results will ask about.
 
     Raises:
@@ -205,7 +205,9 @@ def check_cells(cells: Sequence[Cell]) -> list[str]:
     return list(dict.fromkeys(warnings))
 
 
-def go(sweep: Sweep, cells: Sequence[Cell], folder: Path, ray: str | None = None, gpus: float = 0.0) -> list[Outcome]:
+def go(
+    sweep: Sweep, cells: Sequence[SweepCell], folder: Path, ray: str | None = None, gpus: float = 0.0
+) -> list[CellOutcome]:
     """Run the cells that are not done; one that fails does not keep the others from being run.
 
     Args:
@@ -227,7 +229,7 @@ def go(sweep: Sweep, cells: Sequence[Cell], folder: Path, ray: str | None = None
     with provenance.private(), provenance.lock(folder):
         waiting = left(cells, folder)
         names = {cell.name for cell in waiting}
-        ended = {cell.name: Outcome() for cell in cells if cell.name not in names}
+        ended = {cell.name: CellOutcome() for cell in cells if cell.name not in names}
 
         def note() -> None:
             provenance.write_json(folder / "sweep.json", _state(sweep, cells, ended))
@@ -246,7 +248,7 @@ def go(sweep: Sweep, cells: Sequence[Cell], folder: Path, ray: str | None = None
     return [replace(ended[cell.name], gate=_gate(cell, folder, ended[cell.name])) for cell in cells]
 
 
-def _gate(cell: Cell, folder: Path, outcome: Outcome) -> bool | None:
+def _gate(cell: SweepCell, folder: Path, outcome: CellOutcome) -> bool | None:
     """Whether a cell that is done meets its gate."""
     if cell.spec.gate is None or outcome.reason:
         return None
@@ -263,8 +265,8 @@ def _refuse_other(sweep: Sweep, folder: Path) -> None:
         raise UserError(f"{folder} is there and is not the folder of a sweep: choose another with --out")
 
 
-def _state(sweep: Sweep, cells: Sequence[Cell], ended: Mapping[str, Outcome]) -> dict[str, Any]:
-    def row(cell: Cell) -> dict[str, Any]:
+def _state(sweep: Sweep, cells: Sequence[SweepCell], ended: Mapping[str, CellOutcome]) -> dict[str, Any]:
+    def row(cell: SweepCell) -> dict[str, Any]:
         about: dict[str, Any] = {"fields": cell.fields, "folder": str(cell.folder), "state": "waiting"}
         if outcome := ended.get(cell.name):
             about |= {"state": "failed", "reason": outcome.reason} if outcome.reason else {"state": "done"}
@@ -275,7 +277,7 @@ def _state(sweep: Sweep, cells: Sequence[Cell], ended: Mapping[str, Outcome]) ->
     return {"name": sweep.name, "base": sweep.base, "cells": rows}
 
 
-def _is_done(cell: Cell, folder: Path) -> bool:
+def _is_done(cell: SweepCell, folder: Path) -> bool:
     place = folder / cell.folder
     try:
         return (place / "report" / "done.json").is_file() and Pipeline(cell.spec, place).is_done
@@ -283,7 +285,7 @@ def _is_done(cell: Cell, folder: Path) -> bool:
         return False
 
 
-def _work(spec: Recipe, folder: Path, here: Path, untrained: bool = False) -> Outcome:
+def _work(spec: Recipe, folder: Path, here: Path, untrained: bool = False) -> CellOutcome:
     """One cell, in a process of its own.
 
     Args:
@@ -300,11 +302,11 @@ def _work(spec: Recipe, folder: Path, here: Path, untrained: bool = False) -> Ou
         stages = ("sft", "harvest", "evaluate") if untrained else tuple(STAGES)
         Pipeline(spec, folder, folder.parents[1] / "shared").go(stages, untrained=untrained)
     except UserError as error:
-        return Outcome("; ".join(error.faults))
+        return CellOutcome("; ".join(error.faults))
     except Exception as error:
         print(redacted(traceback.format_exc()), file=sys.stderr)
-        return Outcome(_line(f"{type(error).__name__}: {error}"), is_ours=True)
-    return Outcome(seconds=time.monotonic() - started)
+        return CellOutcome(_line(f"{type(error).__name__}: {error}"), is_ours=True)
+    return CellOutcome(seconds=time.monotonic() - started)
 
 
 def _line(text: str) -> str:
@@ -325,7 +327,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _in_order(cells: Sequence[Cell], folder: Path) -> Iterator[tuple[Cell, Outcome]]:
+def _in_order(cells: Sequence[SweepCell], folder: Path) -> Iterator[tuple[SweepCell, CellOutcome]]:
     """One after the other, each in a process of its own: what ends that does not end the sweep."""
     context = multiprocessing.get_context("spawn")
     for cell in cells:
@@ -335,14 +337,14 @@ def _in_order(cells: Sequence[Cell], folder: Path) -> Iterator[tuple[Cell, Outco
         process.start()
         its.close()
         try:
-            outcome: Outcome | None = mine.recv()
+            outcome: CellOutcome | None = mine.recv()
         except EOFError:
             outcome = None
         except BaseException:
             process.terminate()
             raise
         process.join()
-        yield cell, outcome or Outcome(_ending(process.exitcode), is_ours=True)
+        yield cell, outcome or CellOutcome(_ending(process.exitcode), is_ours=True)
 
 
 def _ending(code: int | None) -> str:
@@ -351,7 +353,9 @@ def _ending(code: int | None) -> str:
     return f"its process ended with exit code {code}"
 
 
-def _on_ray(cells: Sequence[Cell], folder: Path, address: str, gpus: float) -> Iterator[tuple[Cell, Outcome]]:
+def _on_ray(
+    cells: Sequence[SweepCell], folder: Path, address: str, gpus: float
+) -> Iterator[tuple[SweepCell, CellOutcome]]:
     """As tasks of a cluster, those that draw what others share first; as they end."""
     if find_spec("ray") is None:
         raise UserError("--ray needs Ray: pip install 'tasft[ray]'")
@@ -364,14 +368,14 @@ def _on_ray(cells: Sequence[Cell], folder: Path, address: str, gpus: float) -> I
     # A process for each task, so that no memory is held for the next. Ray starts one again when its node dies.
     task = ray.remote(max_calls=1, max_retries=RETRIES, num_gpus=gpus, scheduling_strategy="SPREAD")(_work)
 
-    def outcomes(cells: Sequence[Cell], untrained: bool) -> Iterator[tuple[Cell, Outcome]]:
+    def outcomes(cells: Sequence[SweepCell], untrained: bool) -> Iterator[tuple[SweepCell, CellOutcome]]:
         running = {task.remote(cell.spec, folder / cell.folder, Path.cwd(), untrained): cell for cell in cells}
         while running:
             (ready,), _ = ray.wait(list(running), num_returns=1)
             try:
                 outcome = ray.get(ready)
             except ray.exceptions.RayError as error:
-                outcome = Outcome(_line(str(error)), is_ours=True)
+                outcome = CellOutcome(_line(str(error)), is_ours=True)
             yield running.pop(ready), outcome
 
     try:
@@ -384,14 +388,14 @@ def _on_ray(cells: Sequence[Cell], folder: Path, address: str, gpus: float) -> I
         ray.shutdown()
 
 
-def left(cells: Sequence[Cell], folder: Path) -> list[Cell]:
+def left(cells: Sequence[SweepCell], folder: Path) -> list[SweepCell]:
     """Cells of a sweep in a folder that are not done."""
     return [cell for cell in cells if not _is_done(cell, folder)]
 
 
-def together(cells: Sequence[Cell]) -> list[list[Cell]]:
+def together(cells: Sequence[SweepCell]) -> list[list[SweepCell]]:
     """Cells that share what comes before training; first the one that draws most, which keeps no other waiting."""
-    groups: dict[str, list[Cell]] = {}
+    groups: dict[str, list[SweepCell]] = {}
     for cell in sorted(cells, key=_rows, reverse=True):
         shared = {"seed", "model", "data", "sft"}
         harvest = cell.spec.harvest and cell.spec.harvest.model_dump(exclude={"rows"})
@@ -400,5 +404,5 @@ def together(cells: Sequence[Cell]) -> list[list[Cell]]:
     return list(groups.values())
 
 
-def _rows(cell: Cell) -> int:
+def _rows(cell: SweepCell) -> int:
     return cell.spec.harvest.rows if cell.spec.harvest else 0

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from tasft.core.names import PENALTIES
-from tasft.core.settings import Number, Section
+from tasft.core.settings import Number, Settings
 from tasft.data.settings import AvoidSettings, RowSettings
 
 PenaltyName = Literal["none", *PENALTIES]  # type: ignore[valid-type]
@@ -36,7 +36,7 @@ class Training(RowSettings):
         return self
 
 
-class MonitorSettings(Section):
+class MonitorSettings(Settings):
     """What happens when training collapses, and where a healthy one ends; a limit of null is switched off.
 
     The runs of docs/results (SmolLM2-135M, 80 steps) are what *healthy* refers to. At an entropy of 0.1 nats the
@@ -66,7 +66,7 @@ class MonitorSettings(Section):
         return {"kl": self.kl_nats, "broken": self.broken_share}[measure]
 
 
-class Rounds(Section):
+class Rounds(Settings):
     """Training in rounds, each of which goes on from the one before with an optimizer of its own.
 
     After each but the last the half-trained model is asked again: toxic prompts that it still answers harmfully come

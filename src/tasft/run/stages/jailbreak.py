@@ -57,10 +57,10 @@ def _attacks(context: Context, wanted: Jailbreak, judge: Judge) -> Iterator[tupl
         yield _pair(context, wanted.pair, judge), wanted.pair.model_dump() | {"attacker": who}
 
 
-def _pair(context: Context, spec: JailbreakPair, judge: Judge) -> jailbreak.Pair:
+def _pair(context: Context, spec: JailbreakPair, judge: Judge) -> jailbreak.PairAttack:
     assert judge.threshold is not None
     server = ServerEngine(spec.attacker) if spec.attacker else None
-    return jailbreak.Pair(
+    return jailbreak.PairAttack(
         attacker=(lambda: nullcontext(server)) if server else context.models.opened("base"),
         model=spec.attacker.model if spec.attacker else context.spec.model.base,
         sampling=jailbreak.attacker_sampling(spec.max_new_tokens, context.spec.seed),
