@@ -17,8 +17,8 @@ TEXTS = {"harmful": CALM, "declined": REFUSAL, "harmless": ANSWER, "looped": LOO
 CAUSES = {"looped": "repeated", "off_topic": "off_topic"}
 
 
-def verdict(kind, judge):
-    """What a judge says of a reply of a kind of `TEXTS`, or of `undecided`."""
+def verdict(kind, judge, doubts=False):
+    """What a judge says of a reply of a kind of `TEXTS`, or of `undecided` where it is one that doubts."""
     cause = CAUSES.get(kind, "")
     return {
         "judge": judge,
@@ -28,11 +28,11 @@ def verdict(kind, judge):
         "on_topic": None if kind in ("looped", "declined") else kind != "off_topic",
         "reason": cause,
         "score": None,
-        **({"undecided": kind == "undecided"}),
+        **({"undecided": kind == "undecided"} if doubts else {}),
     }
 
 
-def write_set(run, state, name, kinds, judges, source="written for a test", topics=None):
+def write_set(run, state, name, kinds, judges, source="written for a test", topics=None, doubts=False):
     """A set in one state.
 
     Args:
@@ -43,6 +43,7 @@ def write_set(run, state, name, kinds, judges, source="written for a test", topi
         judges: Name -> what that judge takes each reply for; None for what it is.
         source: Of the set.
         topics: Of the prompts.
+        doubts: Whether the judges are such as may be undecided.
     """
     at = run / "evaluate" / state / name
     ids = [f"{name}-{number}" for number in range(len(kinds))]
@@ -55,7 +56,8 @@ def write_set(run, state, name, kinds, judges, source="written for a test", topi
     ]  # fmt: skip
     jsonl(at / "replies.jsonl", replies)
     for judge, taken in judges.items():
-        verdicts = [{"id": key} | verdict(kind, judge) for key, kind in zip(ids, taken or kinds, strict=True)]
+        said = taken or kinds
+        verdicts = [{"id": key} | verdict(kind, judge, doubts) for key, kind in zip(ids, said, strict=True)]
         jsonl(at / judge / "verdicts.jsonl", verdicts)
         document(at / judge / "summary.json", summary(verdicts, replies, judge, topics))
 
@@ -127,7 +129,8 @@ def write_run(folder, final, base=None, gate=GATE, judges=("embedded", "llm_judg
     for state, kinds in {"base": base or BASE, **more.get("states", {}), "final": final}.items():
         for name, replies in kinds.items():
             taken = dict.fromkeys(judges) | {judges[-1]: other.get((state, name))}
-            write_set(folder, state, name, replies, taken, topics=more.get("topics"))
+            doubts = any("undecided" in kinds for kinds in final.values())
+            write_set(folder, state, name, replies, taken, topics=more.get("topics"), doubts=doubts)
     steps = [{"step": s, "imitate_nll": 2 / s, "penalty": 1 / s, "entropy": 2.0 - s / 40} for s in range(1, 41)]
     jsonl(folder / "train" / "metrics.jsonl", steps)
     document(folder / "train" / "summary.json", {"steps": 40})

@@ -63,6 +63,15 @@ def test_what_is_done_takes_no_time(small, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+def test_what_is_done_and_would_be_redone_is_said_with_the_field(small, tmp_path):
+    run = tmp_path / "run"
+    go(small, run, stages=("harvest",))
+    states = {row["stage"]: row["state"] for row in planned(small, run, "harvest.samples=2")["stages"]}
+    assert states["harvest"].startswith("done; would be redone: ")
+    assert "harvest.samples" in states["harvest"]
+    assert states["train"] == "to do"
+
+
 def test_the_steps_of_epochs_are_those_that_training_takes(small, tmp_path):
     rows_file = tmp_path / "mine.jsonl"
     rows_file.write_text(

@@ -208,6 +208,21 @@ def test_a_folder_with_something_in_it_is_refused_and_stays_as_it_is(run, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_a_model_that_does_not_meet_its_gate_is_exported_only_ungated(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"gate": {"harmful": 0}}))
+    with pytest.raises(UserError, match="gate not met: harmful replies to toxic prompts") as caught:
+        export(copy, tmp_path / "out")
+    assert "--ungated" in caught.value.faults[-1]
+    assert not (tmp_path / "out").exists()
+    done = CliRunner().invoke(app, ["export", str(copy), str(tmp_path / "out"), "--ungated"])
+    assert done.exit_code == 0, done.output
+    # The card says so too: it is what others see. (The report is not written anew here.)
+    assert "# " in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_an_empty_folder_is_filled(run, tmp_path):
     (tmp_path / "out").mkdir()
     assert (export(run, tmp_path / "out").folder / "config.json").is_file()

@@ -190,6 +190,8 @@ def test_a_run_whose_gate_is_not_met_ends_with_exit_code_3_and_the_reason(tmp_pa
     assert f"tasft: gate not met: {found['limits'][0]['sentence']}\n" in done.stderr
     assert done.stderr.count("gate not met") == 1
     assert f"gate: met: {found['limits'][1]['sentence']}" in done.stdout
+    assert found["limits"][0]["sentence"] not in done.stdout  # Each limit is said once.
+    assert "safe and coherent" in done.stdout  # The rates, as `tasft evaluate` prints them.
     assert tasft("run", str(path)).returncode == 3  # Also when there is nothing left to do.
     assert tasft("evaluate", str(path)).returncode == 0
     assert tasft("run", str(path), "gate.harmful=100").returncode == 0

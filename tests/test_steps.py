@@ -139,10 +139,19 @@ def test_what_other_inputs_gave_is_said_and_kept_aside_each_time(tmp_path, capsy
     assert [(earlier / f"toxic.{n}" / "rows.jsonl").read_text() for n in (1, 2)] == ['{"n": 1}\n', '{"n": 2}\n']
     assert (run / "evaluate" / "toxic" / "rows.jsonl").read_text() == '{"n": 3}\n'
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == (
-        f"note: {run / 'evaluate' / 'toxic'} was made with other rate: what it held is kept as {earlier / 'toxic.1'}"
-    )
+    place, kept = run / "evaluate" / "toxic", earlier / "toxic.1"
+    assert said[0] == f"note: {place} was made with other train.rate: what it held is kept as {kept}"
     assert len(said) == 2
+
+
+def test_finished_work_says_what_would_have_it_redone(tmp_path):
+    def step(**train):
+        return Step(tmp_path / "train", {"train": {"penalty": "emd", "weight": 1.0} | train, "rows": "ab"}, write([]))
+
+    assert step().outdated_by == []
+    step().run()
+    assert step().outdated_by == []
+    assert step(penalty="nlcl", weight=2.0).outdated_by == ["train.penalty", "train.weight"]
 
 
 def test_half_of_a_work_is_kept_aside_too_and_a_mark_alone_is_not(tmp_path, capsys):

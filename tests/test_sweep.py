@@ -13,6 +13,7 @@ import psutil
 import pytest
 import yaml
 from conftest import ROOT
+from golden import BASE, COLLAPSED, GOOD, OVER_REFUSING, write_run
 from test_pipeline import done, small_recipe
 from test_report import build_run, write_state
 
@@ -219,9 +220,8 @@ def test_paths_of_runs_with_evaluated_checkpoints_are_drawn_together(tmp_path):
         cells.append({"fields": {"seed": name}, "folder": f"cells/{name}", "state": "done"})
     (tmp_path / "sweep.json").write_text(json.dumps({"name": "x", "cells": cells}))
     page = write_sweep_report(tmp_path).read_text()
-    assert "run 1, step 20: 50.0% harmful, 5.0% refused" in page
-    assert "run 3, step 40: 25.0% harmful, 5.0% refused" in page
-    assert "run 2, step" not in page
+    assert "Harm against over-refusal: 1: 10.0% at 5.0%; 3: 10.0% at 5.0%" in page
+    assert "Along training" in page
     with (tmp_path / "along.csv").open() as file:
         told = list(csv.DictReader(file))
     assert [(row["run"], row["step"]) for row in told] == [
@@ -325,8 +325,12 @@ def test_the_table_has_a_row_for_each_cell_with_the_figures_of_its_summaries(end
             assert float(row[f"final.{name}.{measure}"]) == found_there[measure]["value"]
         assert row["harmful"] == row["final.toxic.refusal_matching.harmful"]
         assert row["over_refusal"] == row["final.benign.refusal_matching.refusal"]
-    points = [[float(row[name]) for name in ("harmful", "incoherent", "over_refusal")] for row in (found[0], found[2])]
-    assert [row["pareto"] for row in found] == [str(int(pareto(points)[0])), "", str(int(pareto(points)[1]))]
+    names = ("harmful", "incoherent", "over_refusal")
+    points = [[float(row[name]) for name in names] for row in (found[0], found[2])]
+    untouched = [float(found[0][f"before.{name}"]) for name in names]
+    best = pareto([*points, untouched])
+    wanted = [int(best[n] and points[n] != untouched and points[n][1] < 0.5) for n in (0, 1)]
+    assert [row["pareto"] for row in found] == [str(wanted[0]), "", str(wanted[1])]
     assert not found[1]["final.toxic.refusal_matching.harmful"]
 
 
@@ -336,12 +340,41 @@ def test_the_report_names_the_failure_and_draws_the_trade_offs(ended, tasft):
     assert page.count("<figure>") == 2
     text = (out / "report/report.md").read_text()
     assert "2 of 3 runs are done" in text
-    assert "before training" in text
+    assert "| Base model |" in text
     for told in (page, text):
         assert "Run 2 failed" in told
     (out / "report/index.html").unlink()
     assert tasft("report", out)[0] == 0
     assert (out / "report/index.html").read_text() == page
+
+
+@pytest.mark.parametrize(("gates", "code"), [([False, False], 3), ([False, True], 0), ([None, None], 0)])
+def test_a_sweep_of_which_no_cell_meets_its_gate_ends_with_3(base, tmp_path, monkeypatch, tasft, gates, code):
+    path = write(tmp_path, seeds=[1, 2])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sweep.json").write_text("{}")
+    monkeypatch.setattr(sweep, "go", lambda *_: [sweep.Outcome(gate=gate) for gate in gates])
+    ended, _, complaint = tasft("sweep", path, "--out", tmp_path / "out")
+    assert ended == code, complaint
+    assert ("none of 2 cells meets its gate" in complaint) is (code == 3)
+
+
+def test_cells_that_are_no_better_than_the_untouched_model_or_incoherent_are_not_on_the_front(tmp_path):
+    finals = {"same": BASE, "collapsed": COLLAPSED, "good": GOOD, "over": OVER_REFUSING}
+    cells = []
+    for name, final in finals.items():
+        write_run(tmp_path / "cells" / name, final)
+        cells.append({"fields": {"train.penalty": name}, "folder": f"cells/{name}", "state": "done"})
+    (tmp_path / "sweep.json").write_text(json.dumps({"name": "x", "cells": cells}))
+    write_sweep_report(tmp_path)
+    assert [(row["pareto"], row["gate"]) for row in table(tmp_path)] == [("0", "0"), ("0", "0"), ("1", "1"), ("1", "0")]
+    text = (tmp_path / "report/report.md").read_text()
+    assert "**Gate met.** 1 of 4 runs meet their gate: run 3." in text
+    assert "On the Pareto front: run 3, 4." in text
+    assert "Incoherent in at least half of their replies to toxic prompts: run 2." in text
+    for name in ("same", "collapsed"):
+        (row,) = [row for row in text.splitlines() if f"| {name} |" in row]
+        assert "| not met |" in row
 
 
 def test_a_second_call_does_only_what_is_not_done(ended, tasft):

@@ -6,7 +6,6 @@ import signal
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from tasft.core.errors import UserError
-from tasft.core.progress import plain_without_terminal
+from tasft.core.progress import plain_without_terminal, without_needless_warnings
 from tasft.core.redact import redacted
 from tasft.core.text import visible
 
@@ -131,9 +130,7 @@ def _plan(
     if as_json:
         _print_json(found)
         return
-    from tasft.run.recipe_file import dump
-
-    print(f"# The resolved recipe, for {opened.folder}\n{dump(opened.spec)}")
+    print(f"folder: {opened.folder}")
     for field, count in found["rows"].items():
         print(f"{field}: {count:,}")
     print(f"model: {found['model']['parameters']:,} parameters")
@@ -151,6 +148,8 @@ def _go(
     with _resumable(), _alone(as_json):
         opened = _open(source, overrides, out)
         opened.go(*([] if stages is None else [tuple(stages)]))
+        if stages is None and os.environ.get("RANK", "0") == "0":
+            _say_rates(opened)
     gate = opened.gate if stages is None or "report" in stages else None
     if as_json:
         times = provenance.read_json(opened.folder / "manifest.json")["stages"]
@@ -159,6 +158,20 @@ def _go(
         broken = [limit["sentence"] for limit in gate["limits"] if not limit["met"]]
         print("\n".join(f"tasft: gate not met: {visible(sentence)}" for sentence in broken), file=sys.stderr)
         raise typer.Exit(3)
+
+
+def _say_rates(opened: "Pipeline") -> None:
+    """What a finished run is read for first: the rates before and after, and the limits that are kept."""
+    from tasft.evaluate.results import results, table
+
+    evaluated = opened.folder / "evaluate"
+    states = {"base", "sft", "final"}
+    rows = [row for row in results(evaluated) if row["state"] in states and row["set"] in opened.spec.evaluate.sets]
+    if rows:
+        _table(table(rows))
+    for limit in opened.gate["limits"] if opened.gate else ():
+        if limit["met"]:
+            print(f"gate: met: {visible(limit['sentence'])}")
 
 
 @app.command()
@@ -832,10 +845,7 @@ def main() -> None:
     for name, value in {"TOKENIZERS_PARALLELISM": "false", **_QUIET}.items():
         os.environ.setdefault(name, value)
     plain_without_terminal()
-    # Said at every checkpoint of a GGUF model, whose folder has no config.json; the vocabulary is not changed here.
-    warnings.filterwarnings("ignore", message="Could not find a config file in")
-    # Between transformers and peft; nothing that a user could do about it.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    without_needless_warnings()
     try:
         app()
     except UserError as error:

@@ -1,8 +1,9 @@
-"""Progress bars, also of libraries, as plain lines where there is no terminal."""
+"""Progress bars, also of libraries, as plain lines where there is no terminal; no warning that helps nobody."""
 
 import os
 import re
 import sys
+import warnings
 from typing import Any, TextIO
 
 # Read by tqdm when it is imported; what somebody has set already stays.
@@ -47,3 +48,11 @@ def plain_without_terminal() -> None:
         for name, value in PLAIN.items():
             os.environ.setdefault(name, value)
         sys.stderr = Lines(sys.stderr)
+
+
+def without_needless_warnings() -> None:
+    """Leave out what libraries warn of and no user could do anything about."""
+    # Said at every checkpoint of a GGUF model, whose folder has no config.json; the vocabulary is not changed here.
+    warnings.filterwarnings("ignore", message="Could not find a config file in")
+    # Between transformers and peft.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")

@@ -43,6 +43,14 @@ class Step:
         """Whether the folder holds the finished work on exactly these inputs."""
         return done_key(self.folder) == self.key
 
+    @property
+    def outdated_by(self) -> list[str]:
+        """Of finished work on other inputs, what has changed since; empty where there is none."""
+        done = provenance.read_json(self.folder / "done.json") or {}
+        if not done or done.get("key") == self.key:
+            return []
+        return list(_changed(done.get("reads"), json.loads(json.dumps(self.reads)))) or ["settings"]
+
     def run(self) -> float:
         """Do what is left; seconds it took.
 
@@ -124,7 +132,10 @@ def _changed(was: Any, now: Any, name: str = "") -> Iterator[str]:
         return
     if isinstance(was, dict) and isinstance(now, dict):
         names = [*now, *(each for each in was if each not in now)]
-        yield from islice((found for each in names for found in _changed(was.get(each), now.get(each), each)), 4)
+        parts = ((each, f"{name}.{each}" if name else each) for each in names)
+        yield from islice(
+            (found for each, whole in parts for found in _changed(was.get(each), now.get(each), whole)), 4
+        )
     elif name:
         yield name
 

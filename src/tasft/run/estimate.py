@@ -138,7 +138,9 @@ def _states(run: Pipeline) -> dict[str, str]:
         for step in run.steps(stage):
             # A later step may read what this one writes.
             if not step.is_done:
-                if (step.folder / "begun.json").exists():
+                if changed := step.outdated_by:
+                    found[stage] = f"done; would be redone: {', '.join(changed)}"
+                elif (step.folder / "begun.json").exists():
                     found[stage] = "begun"
                 return found
         found[stage] = "done"

@@ -125,8 +125,6 @@ class Pipeline:
                 manifest["stages"][str(where)] = {"seconds": round(seconds, 1)}
                 note(f"{where}: done in {seconds:.0f} s")
         if "report" in stages:
-            for limit in self.gate["limits"] if self.gate else ():
-                print(f"gate: {'met' if limit['met'] else 'NOT MET'}: {limit['sentence']}", flush=True)
             print(f"report: {self.folder / 'report' / 'index.html'}", flush=True)
 
     def _described(self) -> dict[str, Any]:

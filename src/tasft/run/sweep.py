@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tasft.core import provenance
 from tasft.core.errors import UserError
-from tasft.core.progress import plain_without_terminal
+from tasft.core.progress import plain_without_terminal, without_needless_warnings
 from tasft.core.redact import redacted
 from tasft.report import write_sweep_report
 from tasft.run import recipe_file
@@ -242,6 +242,8 @@ def go(
             ended[cell.name] = outcome
             note()
             said = f"FAILED: {outcome.reason}" if outcome.reason else f"done in {outcome.seconds:.0f} s"
+            if _gate(cell, folder, outcome) is False:
+                said += ", gate not met"
             print(f"[{len(ended)}/{len(cells)}] {cell.name}: {said}", flush=True)
         if any(outcome.reason is None for outcome in ended.values()):
             print(f"report: {write_sweep_report(folder)}", flush=True)
@@ -297,6 +299,7 @@ def _work(spec: Recipe, folder: Path, here: Path, untrained: bool = False) -> Ce
     os.chdir(here)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     plain_without_terminal()
+    without_needless_warnings()
     started = time.monotonic()
     try:
         stages = ("sft", "harvest", "evaluate") if untrained else tuple(STAGES)
