@@ -64,7 +64,7 @@ def instructed(
 
     def ask(asked: Sequence[Prompt], number: int) -> list[Reply]:
         text = instructions[number]
-        requests = [Request(prompt.id + mark(text), f"{text}\n\n{prompt.prompt}") for prompt in asked]
+        requests = [Request(prompt.id + mark(text), f"{text} {prompt.prompt}") for prompt in asked]
         replies = collect(engine, requests, replace(sampling, temperature=0.0), path, "anchor")
         return [replace(reply, prompt=prompt.prompt) for prompt, reply in zip(asked, replies, strict=True)]
 
