@@ -48,7 +48,7 @@ class Settings:
     anchors: int = 60  # own refusals
     anchor_kind: str = "instructed"  # or prefilled
     wordings: tuple = ("responsible", "law", "message")
-    nearness: float = 0.3     # of an anchor to its prompt, at least
+    nearness: float = 0.3  # of an anchor to its prompt, at least
     pool: tuple = ("demo",)  # of benign rows: demo, alpaca, asked
     benign: int = 300  # benign rows
     twins: int = 0  # for each toxic prompt, by meaning, from all of the pool
