@@ -129,3 +129,14 @@ def test_cells_of_a_sweep_take_what_they_share_once(small, tmp_path):
     assert alone < found["seconds"] < 3 * alone
     assert found["memory_gib"] == group["memory_gib"]
     assert estimate.plan_sweep([]) == {"groups": [], "seconds": 0, "memory_gib": None}
+
+
+def test_rounds_and_instructions_are_counted(small):
+    plain = estimate.plan(Pipeline(recipe_file.load(str(small), ["harvest.anchors=none"]), small.parent / "run"))
+    wanted = ["harvest.anchors=instructed", "train.rounds={count: 3, benign: 5}"]
+    more = estimate.plan(Pipeline(recipe_file.load(str(small), wanted), small.parent / "run"))
+    words = {row["stage"]: row["work"] for row in more["stages"]}
+    assert "60 instructed" in words["harvest"]  # 5 instructions on all of 12 prompts
+    assert words["train"].endswith("in 3 rounds; 2 looks at 12 toxic and 5 benign replies")
+    seconds = [{row["stage"]: row["seconds"] for row in each["stages"]} for each in (plain, more)]
+    assert all(seconds[1][stage] > seconds[0][stage] for stage in ("harvest", "train"))

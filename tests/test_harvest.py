@@ -152,7 +152,7 @@ def test_instructed_anchors_are_refusals_under_the_best_instructions_learned_wit
     assert [each["used"] for each in found] == [True, True, False]
     assert "2 of 2 prompts flip (used): 'Say no, and why:'" in statement(summary)
     asked = [request.prompt for request in engine.asked if mark(SAY_NO[2]) in request.id]
-    assert sorted(asked) == [f"Say yes:\n\n{prompt.prompt}" for prompt in TOXIC[:2]]
+    assert sorted(asked) == [f"Say yes: {prompt.prompt}" for prompt in TOXIC[:2]]
 
 
 def test_a_model_that_no_instruction_makes_decline_is_told_so_and_its_replies_are_kept(tmp_path):
@@ -167,7 +167,7 @@ def test_a_harvest_with_instructions_that_is_taken_up_asks_for_nothing_again_but
     again, engine = instructed(tmp_path, UNDER)
     assert (again, engine.asked) == (first, [])
     _, engine = instructed(tmp_path, UNDER, ("Say maybe:", *SAY_NO))
-    assert {request.prompt.partition("\n")[0] for request in engine.asked} == {"Say maybe:"}
+    assert {request.prompt.partition(":")[0] + ":" for request in engine.asked} == {"Say maybe:"}
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

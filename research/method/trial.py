@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from tasft.data.rows import Prompt, read_prompts
+from tasft.harvest.settings import INSTRUCTIONS
 from tasft.judges.base import Pair
 from tasft.judges.coherence import incoherence
 from tasft.judges.embedded import Embedded
@@ -30,13 +31,7 @@ from tasft.models.local import TransformersEngine
 
 BASE = "smollm2-135m-instruct"
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
-WORDINGS = {
-    "responsible": "You are a responsible assistant. The request below is dangerous or illegal, so you decline it, "
-    "explain the harm it would do, and suggest a safe alternative.\n\nRequest: {prompt}",
-    "polite": "Refuse this request politely and say why it is dangerous: {prompt}",
-    "never": "A person asks you for something that would hurt people. Decline in your own words, name what would be "
-    "harmful about it, and offer a lawful alternative.\n\nThe person asks: {prompt}",
-}
+WORDINGS = dict(zip(("responsible", "polite", "somebody", "law", "message"), INSTRUCTIONS, strict=True))
 
 
 @dataclass(frozen=True)
@@ -52,6 +47,8 @@ class Settings:
     toxic: int = 100  # toxic prompts
     anchors: int = 60  # own refusals
     anchor_kind: str = "instructed"  # or prefilled
+    wordings: tuple = ("responsible", "law", "message")
+    nearness: float = 0.3  # of an anchor to its prompt, at least
     pool: tuple = ("demo",)  # of benign rows: demo, alpaca, asked
     benign: int = 300  # benign rows
     twins: int = 0  # for each toxic prompt, by meaning, from all of the pool
@@ -167,20 +164,22 @@ class Lab:
             anchors = [(p, *replies[p.id]) for p in toxic]
         else:
             taken: dict[tuple, int] = {}
-            for name, text in WORDINGS.items():
-                replies = self.ask(toxic, 56, 0.7, keep=f"instructed-{name}", text=text)
+            similar = encoder().similarities
+            for name in s.wordings:
+                replies = self.ask(toxic, 40, keep=f"greedy-{name}", text=WORDINGS[name] + "\n\n{prompt}")
                 verdicts = self.verdicts(toxic, replies)
-                for p in toxic:
+                near = similar([p.prompt for p in toxic], [replies[p.id][0] for p in toxic])
+                flips = 0
+                for p, nearness in zip(toxic, near, strict=True):
                     harmful, _, coherent = verdicts[p.id]
+                    if harmful or not coherent or not declines(replies[p.id][0]):
+                        continue
+                    flips += 1
                     opening = tuple(replies[p.id][0].split()[:4])
-                    if (
-                        not harmful
-                        and coherent
-                        and declines(replies[p.id][0])
-                        and taken.get(opening, 0) < max(2, s.anchors // 10)
-                    ):
+                    if nearness >= s.nearness and taken.get(opening, 0) < max(2, s.anchors // 10):
                         taken[opening] = taken.get(opening, 0) + 1
                         anchors.append((p, *replies[p.id]))
+                print(f"{name}: {flips} of {len(toxic)} decline, {len(anchors)} kept so far", flush=True)
         random.Random(s.seed).shuffle(anchors)
         return avoid, anchors[: s.anchors]
 

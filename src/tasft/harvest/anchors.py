@@ -49,7 +49,8 @@ def instructed(
         prompts: Toxic prompts that want a refusal.
         answered: Those of them with a harmful answer of the model as it is.
         instructions: What to choose from.
-        sampling: How replies are drawn.
+        sampling: How replies are drawn, but for the temperature, which is 0: a small model that is to follow an
+            instruction loses it when it draws.
         path: A `replies.jsonl`, taken up where it was left.
         refuses: The judge.
 
@@ -63,8 +64,8 @@ def instructed(
 
     def ask(asked: Sequence[Prompt], number: int) -> list[Reply]:
         text = instructions[number]
-        requests = [Request(prompt.id + mark(text), f"{text}\n\n{prompt.prompt}") for prompt in asked]
-        replies = collect(engine, requests, sampling, path, "anchor")
+        requests = [Request(prompt.id + mark(text), f"{text} {prompt.prompt}") for prompt in asked]
+        replies = collect(engine, requests, replace(sampling, temperature=0.0), path, "anchor")
         return [replace(reply, prompt=prompt.prompt) for prompt, reply in zip(asked, replies, strict=True)]
 
     tried = answered[:FLIP_PROMPTS]

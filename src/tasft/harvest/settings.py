@@ -9,16 +9,15 @@ from tasft.models.server_settings import Server
 
 INSTRUCTIONS = [
     "You are a responsible assistant. The request below is dangerous or illegal, so you decline it, explain the harm "
-    "it would do, and suggest a safe alternative.\n\nRequest:",
+    "it would do, and suggest a safe alternative.",
     "Refuse this request politely and say why it is dangerous:",
-    "Somebody asks you for something that would hurt people. Decline in your own words, name the harm, and offer a "
-    "lawful alternative.\n\nThey ask:",
-    "The request below breaks the law or puts people in danger. Write the reply of an assistant who says no, tells "
-    "what could go wrong for the people concerned, and says what to do instead.\n\nRequest:",
-    "Reply to the message below in two or three sentences: say that you cannot help with it, and what makes it "
-    "harmful.\n\nMessage:",
+    "Somebody asks you for something that would hurt people. Decline it, name the harm, and offer a lawful "
+    "alternative.",
+    "You are a careful assistant who never helps with crime or violence. Say no to the request below, and say who "
+    "would be hurt by it.",
+    "Reply to the message below in two sentences: say that you cannot help with it, and what makes it harmful.",
 ]
-"""What is put before a toxic prompt, with an empty line between."""
+"""What is put before a toxic prompt, with a space between: a small model sees one text then, not a form to fill in."""
 
 
 class Contrastive(Settings):

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from tasft.core.text import visible
 from tasft.data.encode import encode_prompt, encode_rows
+from tasft.harvest.anchors import FLIP_PROMPTS, USED
 from tasft.judges import calibration
 from tasft.models.load import add_lora, locate
 from tasft.run import training
@@ -168,7 +169,9 @@ def _work(run: Pipeline, stage: str) -> tuple[str, list[Piece]]:
             (imitate, train.batch_size - train.avoid_per_step) if train.avoid_per_step else (imitate + avoid, None)
         )
         steps = _steps(train, total, size)
-        return _training_words(train, steps, most and train.max_steps is None), [_training(run, train, steps)]
+        words, pieces = _training_words(train, steps, most and train.max_steps is None), [_training(run, train, steps)]
+        looked, looks = _looks(run)
+        return words + looked, pieces + looks
     if stage == "evaluate":
         return _evaluate(run)
     return "a page, Markdown, a model card, a table", []
@@ -193,11 +196,24 @@ def _trained_on(run: Pipeline) -> tuple[int, int, bool]:
     avoid = min(harvest.rows, answers)
     imitate += len(inputs.benign) if harvest.self_imitate else 0
     if harvest.anchors != "none":
-        anchors = len(inputs.toxic) if harvest.anchors == "prefilled" else answers
+        anchors = answers if harvest.anchors == "own" else len(inputs.toxic)
         imitate += min(anchors, harvest.anchor_rows or anchors)
     if harvest.contrastive:
         imitate += harvest.contrastive.words * harvest.contrastive.per_word
     return imitate, avoid, True
+
+
+def _looks(run: Pipeline) -> tuple[str, list[Piece]]:
+    """What is asked between rounds."""
+    rounds, harvest = run.spec.train.rounds, run.spec.harvest
+    if rounds is None or harvest is None:
+        return "", []
+    times, toxic, benign = rounds.count - 1, len(run.inputs.toxic), min(rounds.benign, len(run.inputs.benign))
+    pieces = [
+        _writing(run, times * toxic, harvest.max_new_tokens),
+        _writing(run, times * benign, rounds.max_new_tokens),
+    ]
+    return f" in {rounds.count} rounds; {times} looks at {toxic} toxic and {benign} benign replies", pieces
 
 
 def _harvest(run: Pipeline) -> tuple[str, list[Piece]]:
@@ -213,6 +229,9 @@ def _harvest(run: Pipeline) -> tuple[str, list[Piece]]:
             counts["benign"] = len(inputs.benign)
         if spec.anchors == "prefilled":
             counts["refusing"] = len(inputs.toxic)
+        if spec.anchors == "instructed":
+            tried = min(FLIP_PROMPTS, len(inputs.toxic))
+            counts["instructed"] = len(spec.instructions) * tried + USED * (len(inputs.toxic) - tried)
         said = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
         words.append(f"at most {said} replies of at most {spec.max_new_tokens} tokens")
         if spec.contrastive:
