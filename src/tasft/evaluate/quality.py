@@ -25,9 +25,9 @@ from tasft.core import ranks
 from tasft.core.errors import UserError
 from tasft.core.provenance import atomic_write_text, file_hash, write_json, write_jsonl
 from tasft.core.stats import Estimate, mean
-from tasft.data.encode import encode_prompt
 from tasft.data.rows import Prompt
 from tasft.data.sources import read_source
+from tasft.data.template import encode_prompt
 from tasft.loss import Head, divergence, nll
 from tasft.models.engine import Reply
 from tasft.models.head import learn_tail

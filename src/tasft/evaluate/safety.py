@@ -13,15 +13,19 @@ from tasft.core.stats import Estimate, mean, rate
 from tasft.data.rows import Prompt
 from tasft.judges import Judge, Verdict
 from tasft.judges.judging import UNKNOWN, Usual, judge_replies
-from tasft.models.engine import Engine, Reply, Sampling, collect, requests_for
+from tasft.models.engine import Engine, Reply, Sampling, collect, decided, requests_for, thoughts
 
 
 def answer(
     engine: Engine, about: dict[str, Any], prompts: Sequence[Prompt], sampling: Sampling, folder: Path
 ) -> list[Reply]:
-    """Replies to one set in `folder/replies.jsonl`; its name, kind, source and who was asked in `folder/set.json`."""
+    """Replies to one set in `folder/replies.jsonl`.
+
+    `folder/set.json` has its name, kind and source, who was asked, and as `drawn` what decided the replies.
+    """
     if ranks.is_first():
-        write_json(folder / "set.json", {**about, "n": len(prompts), "ids": [prompt.id for prompt in prompts]})
+        asked = {"n": len(prompts), "ids": [prompt.id for prompt in prompts], "drawn": decided(engine, sampling)}
+        write_json(folder / "set.json", about | asked)
     return collect(engine, requests_for(prompts), sampling, folder / "replies.jsonl", about["name"])
 
 
@@ -61,7 +65,8 @@ def summarise(
     `refusal`: full or partial, and each of them where the judge tells them apart. `distinct`: share of different
     replies, so that one canned sentence shows.
     What a judge does not tell has n = 0. A verdict that could not be read leaves the n of what it would have told,
-    and is counted in `unreadable`. `score` is over the replies that the judge was sent.
+    and is counted in `unreadable`. `score` is over the replies that the judge was sent. `thoughts`: as
+    `tasft.models.engine.thoughts`.
 
     Args:
         verdicts: On the replies, in their order.
@@ -87,5 +92,6 @@ def summarise(
         "score": asdict(mean([verdict.score for verdict in verdicts if verdict.score is not None])),
         "distinct": asdict(Estimate(different, None, None, n)),
         "unreadable": sum(verdict.unreadable for verdict in verdicts),
+        "thoughts": thoughts(replies),
         **({"by_topic": {topic: rates(some) for topic, some in sorted(by_topic.items())}} if by_topic else {}),
     }

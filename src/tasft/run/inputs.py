@@ -6,18 +6,20 @@ from dataclasses import replace
 from functools import cached_property, partial
 from typing import TypeVar
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tasft.core.errors import UserError
 from tasft.data.contamination import overlapping
-from tasft.data.encode import Encoding, prove
+from tasft.data.encode import Encoding, EncodingReport, encode_rows, prove
 from tasft.data.rows import Example, Prompt, drawn, read_examples, read_prompts
 from tasft.data.sets import KNOWN
 from tasft.data.sources import differences_of, source_hash
+from tasft.data.template import Writer, encode_prompt
 from tasft.evaluate import capability
 from tasft.evaluate.jailbreak import read_templates
 from tasft.evaluate.quality import Reference, annotator_config, read_references
 from tasft.judges import Judge, encoder, load_judge
+from tasft.models.generation import check_readable, check_room, check_rows
 from tasft.models.load import BUNDLED, check_targets, load_tokenizer, sketch
 from tasft.models.server import ServerEngine
 from tasft.run.recipe import Recipe
@@ -184,6 +186,8 @@ class Inputs:
             lambda: self.benign,
             lambda: self.imitate,
             lambda: self.safe,
+            lambda: self.encoded,
+            self._check_lengths,
             self._check_method,
             self._check_tasks,
             self._check_annotator,
@@ -211,6 +215,12 @@ class Inputs:
             f"{field}: {count} prompt{'s' * (count > 1)} left out: (nearly) in an evaluation set"
             for field, count in counts
         ]
+        try:
+            encoded = self.encoded
+        except UserError:
+            encoded = {}  # `check` has told.
+        said += list(dict.fromkeys(f"data: rows: {note}" for each in encoded.values() for note in each.notes))
+        said += self._about_thoughts()
         if unread := self.spec.train.unread():
             said.append(
                 f"train.method is {self.spec.train.method}, which does not read train.{', train.'.join(unread)}"
@@ -234,28 +244,92 @@ class Inputs:
             )
         return said
 
+    def _about_thoughts(self) -> list[str]:
+        spec = self.spec.model
+        if not Writer(self.tokenizer, spec.prompt, spec.chat_template_kwargs).thinks:
+            return []
+        at_once = " or say model.chat_template_kwargs: {enable_thinking: false}"
+        knows = "enable_thinking" in str(self.tokenizer.chat_template)
+        return [
+            "model.base: it may think before it answers; answers are what is judged and learned, but thoughts count "
+            "among harvest.max_new_tokens and evaluate.max_new_tokens: leave them room"
+            f"{at_once if knows else ''}"
+        ]
+
     def judge(self, name: str) -> Judge:
         """A judge of the recipe, made once."""
         if name not in self._made:
             self._made[name] = load_judge(name, self.spec.judges)
         return self._made[name]
 
+    @cached_property
+    def encoded(self) -> dict[str, EncodingReport]:
+        """What becomes of the rows that the recipe names when they are encoded, by `sft` and `train`.
+
+        Raises:
+            UserError: A row cannot be encoded, or has tokens that the model does not know or more than it reads.
+        """
+        spec = self.spec.model
+        model, reports = self._sketch, {}
+        for stage, settings in (("sft", self.spec.sft), ("train", self.spec.train)):
+            rows = [*self.imitate, *(self.safe if stage == "train" else ())]
+            if settings is None or not rows:
+                continue
+            encoding = Encoding(
+                spec.prompt,
+                settings.max_length,
+                settings.turns,
+                overlong=settings.overlong,
+                duplicates=settings.duplicates,
+                chat_template_kwargs=spec.chat_template_kwargs,
+            )
+            encoded, reports[stage] = encode_rows(rows, self.tokenizer, encoding)
+            if model is not None:
+                check_rows(model, self.tokenizer, [row["input_ids"] for row in encoded], f"{stage}.max_length")
+        return reports
+
+    @cached_property
+    def _sketch(self) -> PreTrainedModel | None:
+        return sketch(self.spec.model.base, self.spec.model.trust_remote_code)
+
+    def _check_lengths(self) -> None:
+        """Prompts with the longest reply are no more than the model reads, and have no token that it does not know."""
+        model, spec = self._sketch, self.spec
+        if model is None:
+            return
+        asked = {f"evaluate.sets.{name}": prompts for name, prompts in self.sets.items()}
+        limits = dict.fromkeys(asked, ("evaluate.max_new_tokens", spec.evaluate.max_new_tokens))
+        asked = {name: drawn(prompts, spec.evaluate.limit, lambda each: each.prompt) for name, prompts in asked.items()}
+        if spec.harvest and spec.harvests and spec.harvest.engine is None:
+            for name, prompts in (("data.toxic_prompts", self.toxic), ("data.benign_prompts", self.benign)):
+                asked[name] = prompts
+                limits[name] = ("harvest.max_new_tokens", spec.harvest.max_new_tokens)
+        faults: list[str] = []
+        for name, prompts in asked.items():
+            settings, most = limits[name]
+            ids = [self._prompt_ids(prompt.prompt) for prompt in prompts]
+            try:
+                check_readable(model, self.tokenizer, ids)
+                check_room(model, ids, most, name, settings)
+            except UserError as error:
+                faults += error.faults
+        if faults:
+            raise UserError(faults)
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        spec = self.spec.model
+        return encode_prompt(self.tokenizer, prompt, spec.prompt, chat_template_kwargs=spec.chat_template_kwargs)
+
     def _check_model(self) -> None:
         spec = self.spec.model
-        tokenizer = self.tokenizer
-        made = sketch(spec.base, spec.trust_remote_code)
+        tokenizer, made = self.tokenizer, self._sketch
         if made is None:
             return
         if spec.lora:
             check_targets(made, spec.lora.target_modules)
-        rows = made.get_input_embeddings().weight.shape[0]
         # Not the whole vocabulary: Gemma 3 has a token for images that its text models lack.
         used = {*tokenizer("Hello?").input_ids, tokenizer.eos_token_id, tokenizer.pad_token_id}
-        if beyond := sorted(token for token in used if token >= rows):
-            raise UserError(
-                f"model.base: the tokenizer of {spec.base} writes the token {beyond[0]}, and the model knows {rows}: "
-                "they do not belong together"
-            )
+        check_readable(made, tokenizer, [sorted(used), self._prompt_ids("Hello?")])
 
     def _check_tasks(self) -> None:
         if wanted := self.spec.evaluate.capability:
