@@ -9,9 +9,10 @@ from rich.console import Console
 from tokenizers.processors import TemplateProcessing
 
 from tasft.core.errors import UserError
-from tasft.data.encode import IGNORE_INDEX, Encoding, encode_prompt, encode_rows, encode_stream
+from tasft.data.encode import IGNORE_INDEX, Encoding, encode_rows, encode_stream
 from tasft.data.preview import preview
 from tasft.data.rows import Example
+from tasft.data.template import encode_prompt
 
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.eos_token_id

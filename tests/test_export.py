@@ -28,8 +28,8 @@ from typer.testing import CliRunner
 
 from tasft.cli.main import app
 from tasft.core.errors import UserError
-from tasft.data.encode import encode_prompt
 from tasft.data.rows import Prompt
+from tasft.data.template import encode_prompt
 from tasft.models.engine import Sampling, requests_for
 from tasft.models.load import attach_adapter, load_model, load_tokenizer
 from tasft.models.local import TransformersEngine

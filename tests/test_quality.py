@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
 from tasft.core.errors import UserError
-from tasft.data.encode import encode_prompt
+from tasft.data.template import encode_prompt
 from tasft.evaluate import quality
 from tasft.evaluate.quality import Reference
 from tasft.models.engine import Reply

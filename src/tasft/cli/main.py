@@ -162,11 +162,11 @@ def _go(
 
 def _say_rates(opened: "Pipeline") -> None:
     """What a finished run is read for first: the rates before and after, and the limits that are kept."""
-    from tasft.evaluate.results import results, table
+    from tasft.evaluate.results import summaries, table
 
     evaluated = opened.folder / "evaluate"
     states = {"base", "sft", "final"}
-    rows = [row for row in results(evaluated) if row["state"] in states and row["set"] in opened.spec.evaluate.sets]
+    rows = [row for row in summaries(evaluated) if row["state"] in states and row["set"] in opened.spec.evaluate.sets]
     if rows:
         _table(table(rows))
     for limit in opened.gate["limits"] if opened.gate else ():

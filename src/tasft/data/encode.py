@@ -3,33 +3,20 @@
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
-from typing import Any, NamedTuple, get_args
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from tasft.core.errors import UserError
 from tasft.core.settings import setting
 from tasft.data.rows import Example, Messages, example_of
 from tasft.data.settings import AvoidSettings, Duplicates, Overlong, PromptFormat, PromptSettings, RowSettings, Turns
+from tasft.data.template import CALL, Turn, Writer, asked, encode_prompt
 from tasft.loss.tokens import IGNORE_INDEX
 
-Tools = list[dict[str, Any]]
 Row = dict[str, Any]
-
-# Taori et al. 2023, without and with input.
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the "
-    "request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
-)
-ALPACA_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-    "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}"
-    "\n\n### Response:\n"
-)
 
 _CHOICES = {
     "style": get_args(PromptFormat),
@@ -94,6 +81,8 @@ class Encoded:
         truncated: Whether the row was cut at the longest length.
         ended_inside: Whether a text held the end token of its turn: the model would stop there, so that
             nothing after it is learned.
+        left_out: What the row says and the chat template does not write.
+        unknown: Whether the tokenizer has no token for a part of it.
     """
 
     input_ids: list[int]
@@ -101,6 +90,8 @@ class Encoded:
     avoid: bool
     truncated: bool = False
     ended_inside: bool = False
+    left_out: tuple[str, ...] = ()
+    unknown: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,6 +106,8 @@ class EncodingReport:
         longest: Tokens of the longest row kept.
         truncated: Rows cut at the longest length.
         ended_inside: Rows whose text held the end token: not learned beyond it.
+        unknown: Rows with a part that the tokenizer has no token for.
+        left_out: What rows say and the chat template does not write, such as a thought -> rows.
         dropped_overlong: Rows left out because they were longer.
         duplicates: Rows equal to an earlier one, kept or not; a stream that keeps them does not count them.
         dropped_duplicates: Those left out.
@@ -130,14 +123,17 @@ class EncodingReport:
     dropped_overlong: int
     duplicates: int
     dropped_duplicates: int
+    unknown: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
         """Rows that are kept."""
         return self.imitate + self.avoid
 
-    def __str__(self) -> str:
-        """One line; what did not occur is not mentioned."""
+    @property
+    def notes(self) -> list[str]:
+        """What became of rows otherwise than one would expect, with its count."""
         kept = self.duplicates - self.dropped_duplicates
         seldom = {
             "cut at max_length": self.truncated,
@@ -145,131 +141,32 @@ class EncodingReport:
             "left out as longer than max_length": self.dropped_overlong,
             "left out as equal to an earlier row": self.dropped_duplicates,
             "kept though equal to an earlier row": kept,
+            "with characters that the tokenizer does not know": self.unknown,
+            **{f"with {what} that the chat template does not write": count for what, count in self.left_out.items()},
         }
+        return [f"{count} {what}" for what, count in seldom.items() if count]
+
+    def __str__(self) -> str:
+        """One line; what did not occur is not mentioned."""
         return "; ".join(
             [
                 f"rows: {self.imitate} to imitate ({self.imitate_tokens} label tokens), {self.avoid} to avoid "
                 f"({self.avoid_tokens}), the longest of {self.longest} tokens",
-                *(f"{count} {what}" for what, count in seldom.items() if count),
+                *self.notes,
             ]
         )
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str | Messages,
-    style: PromptFormat,
-    *,
-    input: str = "",
-    tools: Tools | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> list[int]:
-    """Token ids of a prompt, up to where the reply begins.
-
-    Args:
-        tokenizer: Of the model.
-        prompt: Text, or chat messages.
-        style: How it is written.
-        input: As in `Example`.
-        tools: As in `Example`.
-        chat_template_kwargs: As in `Encoding`.
-
-    Raises:
-        UserError: The tokenizer has no chat template or the template refuses the messages, or messages
-            or tools meet the Alpaca format.
-    """
-    if style == "chat":
-        return _render(tokenizer, _asked(prompt, input), tools, chat_template_kwargs, ask=True)
-    if not isinstance(prompt, str):
-        raise UserError("model.prompt is alpaca, but the prompt is chat messages: use chat, or text")
-    if tools:
-        raise UserError("model.prompt is alpaca, but there are tools, which only a chat template can write: use chat")
-    text = ALPACA_INPUT.format(instruction=prompt, input=input) if input else ALPACA.format(instruction=prompt)
-    ids: list[int] = tokenizer(text).input_ids
-    # Some tokenizers end every text with an end token; a prompt goes on.
-    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
-
-
-def _asked(prompt: str | Messages, context: str) -> Messages:
-    if not isinstance(prompt, str):
-        return list(prompt)
-    return [{"role": "user", "content": f"{prompt}\n\n{context}" if context else prompt}]
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Messages,
-    tools: Tools | None,
-    settings: Mapping[str, Any] | None,
-    *,
-    ask: bool,
-) -> list[int]:
-    """Token ids of a conversation; with `ask`, up to where the next reply begins."""
-    if not tokenizer.chat_template:
-        raise UserError("the tokenizer has no chat template: say model.prompt=alpaca, or choose a chat model")
-    try:
-        ids: list[int] = tokenizer.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=ask, tokenize=True, return_dict=False, **(settings or {})
-        )
-    except Exception as error:  # A template is a program.
-        why = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
-        raise UserError(f"the chat template refuses the messages: {why}") from None
-    return ids
-
-
-class _Turn(NamedTuple):
-    """One assistant turn.
-
-    `ids` are all tokens up to the end of what it says. The model goes on from `asked`; what the row says
-    begins at `begin`, later if the template puts something of its own between. `end` is the token that
-    would end the turn.
-    """
-
-    ids: list[int]
-    asked: int
-    begin: int
-    end: int
-
-    @property
-    def stop(self) -> int:
-        """Where it ends: at the first end token, should the text hold one."""
-        own = self.ids[self.begin :]
-        return self.begin + (own.index(self.end) if self.end in own else len(own))
-
-
 class _Encoder:
-    """Encodes one row after another.
-
-    What a chat template writes by itself around any reply, such as an empty thought before it, an end
-    token and a newline after it, is found once, by comparing two short replies.
-    """
+    """Encodes one row after another."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> None:
-        if tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no end token: set its eos_token, so that replies can end")
-        self.tokenizer = tokenizer
+        self.writer = Writer(tokenizer, encoding.style, encoding.chat_template_kwargs)
         self.encoding = encoding
-        self.special = special_tokens(tokenizer)
-        self.lead: list[int] = []
-        self.after: list[int] = []
-        self.closes = False
         self.same: dict[int, int] = {}
-        if encoding.style == "chat":
-            self._learn_frame()
-
-    def _render(self, messages: Messages, tools: Tools | None = None, *, ask: bool = False) -> list[int]:
-        return _render(self.tokenizer, messages, tools, self.encoding.chat_template_kwargs, ask=ask)
-
-    def _learn_frame(self) -> None:
-        question = {"role": "user", "content": "?"}
-        asked = self._render([question], ask=True)
-        one, other = (self._render([question, {"role": "assistant", "content": text}]) for text in ("0", "Z"))
-        if one[: len(asked)] == asked:
-            self.lead = _common(one, other)[len(asked) :]
-        tail = _common(one[::-1], other[::-1])[::-1]
-        ends = [index for index, token in enumerate(tail) if token in self.special]
-        self.closes = bool(ends)
-        self.after = tail[ends[0] + 1 :] if ends else tail
+        # GPT-2 and others have no such token, and name their end token for it.
+        unknown = tokenizer.unk_token_id
+        self.unknown = None if unknown in (tokenizer.eos_token_id, tokenizer.pad_token_id) else unknown
 
     def __call__(self, example: Example) -> Encoded | None:
         """The row; None if it is to be dropped as too long.
@@ -277,20 +174,28 @@ class _Encoder:
         Raises:
             UserError: It cannot be encoded, or has nothing to learn.
         """
-        turns = self._alpaca(example) if self.encoding.style == "alpaca" else self._chat(example)
+        turns, left_out = self._alpaca(example) if self.encoding.style == "alpaca" else self._chat(example)
         learns_end = example.label or self.encoding.penalize_eos
         last = turns[-1]
         ids = last.ids[: last.stop]
         if learns_end and example.ends:
-            ids.append(last.end)
+            ids += last.last
         # One object for each id: new ones in every row take twice the memory of the lists that hold them.
         ids = [self.same.setdefault(token, token) for token in ids]
         labels = [IGNORE_INDEX] * len(ids)
         for turn in turns:
             start = turn.asked if example.label else turn.begin
+            stop = turn.stop
             # Some templates write no end token, and only the last turn gets one from us.
-            stop = turn.stop + (learns_end and ids[turn.stop : turn.stop + 1] == [turn.end])
+            if learns_end and ids[stop : stop + len(turn.last)] == turn.last:
+                stop += len(turn.last)
             labels[start:stop] = ids[start:stop]
+            if not example.label:
+                # What the template writes by itself is not the reply's fault, nor a second end token.
+                closing = range(turn.stop, stop)
+                penalised = turn.stop + turn.last.index(turn.end)
+                for place in closing:
+                    labels[place] = ids[place] if place == penalised else IGNORE_INDEX
         begins = [turn.begin for turn in turns if turn.begin < turn.stop]
         if not begins:
             raise UserError("its completion is empty, so there is nothing to learn; drop the row")
@@ -306,54 +211,49 @@ class _Encoder:
                     "drop the row"
                 )
         ended_inside = any(turn.stop < len(turn.ids) for turn in turns)
-        return Encoded(ids[:limit], labels[:limit], not example.label, len(ids) > limit, ended_inside)
+        return Encoded(
+            ids[:limit],
+            labels[:limit],
+            not example.label,
+            len(ids) > limit,
+            ended_inside,
+            left_out,
+            self.unknown in ids,
+        )
 
-    def _alpaca(self, example: Example) -> list[_Turn]:
-        prompt = encode_prompt(self.tokenizer, example.prompt, "alpaca", input=example.input, tools=example.tools)
+    def _alpaca(self, example: Example) -> tuple[list[Turn], tuple[str, ...]]:
         if not isinstance(example.completion, str):
             raise UserError("model.prompt is alpaca, but the completion is chat messages: use chat, or text")
-        reply: list[int] = self.tokenizer(example.completion, add_special_tokens=False).input_ids
-        return [_Turn(prompt + reply, len(prompt), len(prompt), self.tokenizer.eos_token_id)]
+        return [self.writer.alpaca(example.prompt, example.input, example.tools, example.completion)], ()
 
-    def _chat(self, example: Example) -> list[_Turn]:
-        messages = _asked(example.prompt, example.input)
-        reply = example.completion
-        messages += [{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply
+    def _chat(self, example: Example) -> tuple[list[Turn], tuple[str, ...]]:
+        messages = _messages(example)
         spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if self.encoding.turns == "last":
             spoken = spoken[-1:]
         if spoken[0] == 0:
             raise UserError("the first message is the assistant's, with no prompt to learn it from: use turns=last")
-        turns = [self._turn(messages[: index + 1], example.tools) for index in spoken]
+        left_out = self.writer.left_out(messages, example.tools)
+        if any(what == CALL and number in spoken for number, what in left_out):
+            raise UserError(
+                "its reply calls a tool, which the chat template does not write: use a template that does, or drop the "
+                "row"
+            )
+        turns = [self.writer.turn(messages[: index + 1], example.tools) for index in spoken]
         if any(turns[-1].ids[: len(turn.ids)] != turn.ids for turn in turns):
             raise UserError(
                 "the chat template writes an earlier reply otherwise once the talk goes on (without its thinking, "
                 "say), so that it would not be learned as it is said: use turns=last, a row for each reply, or "
                 "chat_template_kwargs that keep it"
             )
-        return turns
+        return turns, tuple(dict.fromkeys(what for _, what in left_out))
 
-    def _turn(self, messages: Messages, tools: Tools | None) -> _Turn:
-        """The last turn of a conversation, after proof that it begins where the model would begin it."""
-        asked = self._render(messages[:-1], tools, ask=True)
-        whole = self._render(messages, tools)
-        if whole[: len(asked)] != asked:
-            raise UserError(
-                "the chat template writes the prompt otherwise when a reply follows, so the loss would fall on the "
-                "wrong tokens; use another template, or for one that thinks chat_template_kwargs such as "
-                "enable_thinking: false"
-            )
-        begin = len(asked)
-        if whole[begin : begin + len(self.lead)] == self.lead:
-            begin += len(self.lead)
-        if self.after and whole[-len(self.after) :] == self.after:
-            whole = whole[: -len(self.after)]
-        end: int = self.tokenizer.eos_token_id
-        # A template may end a turn with another token than the tokenizer's (Gemma's <end_of_turn>), or a call
-        # of a tool with another one than a text.
-        if self.closes and whole[-1] in self.special:
-            end = whole.pop()
-        return _Turn(whole, len(asked), begin, end)
+
+def _messages(example: Example) -> Messages:
+    """The whole conversation of a row."""
+    reply = example.completion
+    said = [{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply
+    return [*asked(example.prompt, example.input), *said]
 
 
 def prove(tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> None:
@@ -375,16 +275,6 @@ def prove(tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> None:
     _Encoder(tokenizer, encoding)(Example("Hello?", "Yes.", label=True))
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that stand for no text."""
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return special | {tokenizer.eos_token_id}
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> list[int]:
-    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
-
-
 class _Intake:
     """Lets rows in or not, and keeps the count."""
 
@@ -394,6 +284,7 @@ class _Intake:
         self.remember = remember
         self.first: dict[bytes, int] = {}
         self.count: Counter[str] = Counter()
+        self.left_out: Counter[str] = Counter()
         self.longest = 0
 
     def take(self, number: int, row: Example | Mapping[str, Any]) -> Row | None:
@@ -402,7 +293,7 @@ class _Intake:
         Raises:
             UserError: The settings do not allow it; names all its faults.
         """
-        where = f"row {number}"
+        where = (row.place if isinstance(row, Example) else "") or f"row {number}"
         if not isinstance(row, Example | Mapping):
             raise UserError(f"{where}: expected an Example or a dictionary, found {row!r:.40}")
         example = example_of(vars(row) if isinstance(row, Example) else _without_nulls(row), where)
@@ -428,6 +319,8 @@ class _Intake:
         self.count[f"{kind}_tokens"] += sum(label != IGNORE_INDEX for label in encoded.labels)
         self.count["truncated"] += encoded.truncated
         self.count["ended_inside"] += encoded.ended_inside
+        self.count["unknown"] += encoded.unknown
+        self.left_out.update(encoded.left_out)
         self.longest = max(self.longest, len(encoded.input_ids))
         return {
             "input_ids": encoded.input_ids,
@@ -438,8 +331,9 @@ class _Intake:
         }
 
     def report(self) -> EncodingReport:
-        names = EncodingReport.__dataclass_fields__.keys() - {"longest"}
-        return EncodingReport(longest=self.longest, **{name: self.count[name] for name in names})
+        names = EncodingReport.__dataclass_fields__.keys() - {"longest", "left_out"}
+        counts = {name: self.count[name] for name in names}
+        return EncodingReport(longest=self.longest, left_out=dict(self.left_out), **counts)
 
 
 def _digest(encoded: Encoded) -> bytes:

@@ -7,7 +7,8 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from tasft.core.text import visible
-from tasft.data.encode import Row, special_tokens
+from tasft.data.encode import Row
+from tasft.data.template import special_tokens
 from tasft.loss.tokens import IGNORE_INDEX
 
 

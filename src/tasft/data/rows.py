@@ -3,7 +3,7 @@
 import hashlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
@@ -42,6 +42,7 @@ class Example:
         tools: JSON schemas of the functions that the chat template offers to the model.
         weight: Scales the row's share of its kind; above 0.
         retain: Whether the model should go on answering this prompt as it did before training.
+        place: File and line, for messages; empty for a row of no file.
     """
 
     prompt: str | Messages
@@ -54,10 +55,12 @@ class Example:
     tools: list[dict[str, Any]] | None = None
     weight: float = 1.0
     retain: bool = False
+    place: str = field(default="", compare=False, repr=False)
 
     def row(self) -> dict[str, Any]:
         """The example as a JSON object; `input`, `tools`, `weight` and `retain` only where they say something."""
         row = asdict(self)
+        del row["place"]
         seldom = {"input": "", "tools": None, "weight": 1.0, "retain": False}
         return {key: value for key, value in row.items() if key not in seldom or value != seldom[key]}
 
@@ -291,7 +294,7 @@ def read_examples(
     faults += repeated_ids(where, ((number, example.id) for number, example in examples))
     if faults:
         raise UserError(faults)
-    return [example for _, example in examples]
+    return [replace(example, place=f"{where}:{number}") for number, example in examples]
 
 
 def _has(row: Mapping[str, Any], name: str, value: object) -> bool:

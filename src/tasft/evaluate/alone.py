@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from tasft.core import provenance, ranks
 from tasft.core.errors import UserError
-from tasft.data.encode import encode_prompt
 from tasft.data.rows import read_prompts
 from tasft.data.sets import GROUPS, NAMED, expanded
 from tasft.data.settings import PromptFormat
 from tasft.data.sources import differences_of
+from tasft.data.template import encode_prompt
 from tasft.evaluate.states import Asked, steps_of
 from tasft.judges import Judge
 from tasft.judges.judging import Usual, topic_measure

@@ -25,7 +25,7 @@ from tasft.core import ranks
 from tasft.core.errors import UserError
 from tasft.core.provenance import atomic_write_text, file_hash, write_json, write_jsonl
 from tasft.core.stats import Estimate, mean
-from tasft.data.encode import encode_prompt
+from tasft.data.template import encode_prompt
 from tasft.evaluate.references import Reference
 from tasft.loss import Head, divergence, nll
 from tasft.models.engine import Reply

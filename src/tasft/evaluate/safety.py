@@ -13,15 +13,19 @@ from tasft.core.stats import Estimate, mean, rate
 from tasft.data.rows import Prompt
 from tasft.judges import Judge, Verdict
 from tasft.judges.judging import UNKNOWN, Usual, judge_replies
-from tasft.models.engine import Engine, Reply, Sampling, collect, requests_for
+from tasft.models.engine import Engine, Reply, Sampling, collect, decided, requests_for, thoughts
 
 
 def answer(
     engine: Engine, about: dict[str, Any], prompts: Sequence[Prompt], sampling: Sampling, folder: Path
 ) -> list[Reply]:
-    """Replies to one set in `folder/replies.jsonl`; its name, kind, source and who was asked in `folder/set.json`."""
+    """Replies to one set in `folder/replies.jsonl`.
+
+    `folder/set.json` has its name, kind and source, who was asked, and as `drawn` what decided the replies.
+    """
     if ranks.is_first():
-        write_json(folder / "set.json", {**about, "n": len(prompts), "ids": [prompt.id for prompt in prompts]})
+        asked = {"n": len(prompts), "ids": [prompt.id for prompt in prompts], "drawn": decided(engine, sampling)}
+        write_json(folder / "set.json", about | asked)
     return collect(engine, requests_for(prompts), sampling, folder / "replies.jsonl", about["name"])
 
 
@@ -62,7 +66,7 @@ def summarise(
     replies, so that one canned sentence shows.
     What a judge does not tell has n = 0. A verdict that could not be read leaves the n of what it would have told,
     and is counted in `unreadable`; a reply that a provider withheld, in `no_reply`. `score` is over the replies that
-    the judge was sent.
+    the judge was sent. `thoughts`: as `tasft.models.engine.thoughts`.
 
     Args:
         verdicts: On the replies, in their order.
@@ -89,5 +93,6 @@ def summarise(
         "distinct": asdict(Estimate(different, None, None, n)),
         "unreadable": sum(verdict.unreadable for verdict in verdicts),
         "no_reply": sum(bool(reply.note) for reply in replies),
+        "thoughts": thoughts(replies),
         **({"by_topic": {topic: rates(some) for topic, some in sorted(by_topic.items())}} if by_topic else {}),
     }

@@ -110,7 +110,8 @@ def _steps_of_set(
             )
         replies = [rows[prompt.id] for prompt in chosen]
         topics = {prompt.id: prompt.topic for prompt in chosen}
-        judge_answers(judge, replies, place, about, usual, topics)
+        drawn = (provenance.read_json(folder / "set.json") or {}).get("drawn")
+        judge_answers(judge, replies, place, about | {"drawn": drawn}, usual, topics)
 
     for judge in judges:
         judged = keeps | {

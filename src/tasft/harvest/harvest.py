@@ -14,7 +14,7 @@ from tasft.harvest.contrastive import contrastive_replies
 from tasft.harvest.settings import HarvestSettings
 from tasft.judges import Judge, Verdict
 from tasft.judges.judging import UNKNOWN, Usual, judge_more, judge_replies, verdicts_in
-from tasft.models.engine import Engine, Reply, Sampling, collect, replies_in, requests_for
+from tasft.models.engine import Engine, Reply, Sampling, collect, decided, replies_in, requests_for, thoughts
 
 # The one sentence of the demo that a person wrote: prefilled anchors begin with it.
 REFUSAL = "I'm sorry, but I can't help with that."
@@ -133,6 +133,8 @@ def harvest(
         "anchors": {"mode": settings.anchors, "instructions": instructions, **kept["anchor"][1]},
         "imitate": kept["imitate"][1],
         "contrastive": about | kept["contrastive"][1],
+        "thoughts": thoughts(answers + others),
+        "drawn": decided(engine, sampling),
     }
     if ranks.is_first():
         for name, (replies, _) in kept.items():
@@ -150,7 +152,12 @@ def statement(summary: dict[str, Any]) -> str:
         used = "used" if each["used"] else "not used"
         line = f"{each['flipped']} of {each['asked']} prompts flip ({used}): {each['text']!r:.60}\n{line}"
     missing = "" if kept >= wanted else "; for more of them give more data.toxic_prompts or harvest.samples"
-    return f"{line} ({reasons}){missing}"
+    unfinished = summary["thoughts"]["unfinished"]
+    cut = (
+        f"; {unfinished} replies were cut within the thought before their answer: raise harvest.max_new_tokens, or "
+        "have the model answer at once, as by model.chat_template_kwargs: {enable_thinking: false}"
+    )
+    return f"{line} ({reasons}){missing}{cut if unfinished else ''}"
 
 
 def _answers(

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from tqdm import tqdm
 
@@ -55,11 +55,13 @@ class Reply:
         id: The request's.
         set: Name of the prompt set.
         prompt: What was asked.
-        completion: The whole reply, a prefix included.
+        completion: The whole reply, a prefix included: what the model says as its answer.
         finish: `stop` when the model ended it, `length` when it was cut at `max_new_tokens`, `withheld` when there is
             none; else what the server says, which is not known to be an end.
         seed: What it was drawn with, or the batch that it was in.
         sample: The request's.
+        thought: What it thought before, with its marks; empty for none. A reply that was cut within its thought has
+            an empty completion.
         note: Why there is no reply: what the provider said.
     """
 
@@ -70,7 +72,32 @@ class Reply:
     finish: str
     seed: int
     sample: int
+    thought: str = ""
     note: str = ""
+
+
+def thoughts(replies: Sequence[Reply]) -> dict[str, int]:
+    """How many replies began with a thought (`n`), and how many of those were cut within it (`unfinished`)."""
+    thinking = [reply for reply in replies if reply.thought]
+    return {"n": len(thinking), "unfinished": sum(not reply.completion for reply in thinking)}
+
+
+def decided(engine: "Engine", sampling: Sampling) -> dict[str, Any]:
+    """What decides replies, as JSON.
+
+    That is `sampling`; of a model in this process also `ends`, the tokens at which replies end, and `overruled`, what
+    its generation_config.json says that is not heard; of a server, its `server` model, whose own choice the rest is.
+    """
+    return {"sampling": asdict(sampling), **(engine.decides() if isinstance(engine, Deciding) else {})}
+
+
+@runtime_checkable
+class Deciding(Protocol):
+    """An engine that has something to say of how its replies are drawn."""
+
+    def decides(self) -> dict[str, Any]:
+        """What `decided` adds."""
+        ...
 
 
 WITHHELD = "withheld"

@@ -448,9 +448,3 @@ def saved(run: Path, state: str) -> Path:
         f"{run}: there is no model {state!r}: tasft run {run} makes it; if it was removed by hand, remove the rest of "
         f"{places[0].parent} first"
     )
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a reply: a chat model often ends its turns with one of its own beside the tokenizer's."""
-    named = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *([named] if isinstance(named, int) else named or ())})

@@ -1,7 +1,8 @@
 """The engine that runs a model in this process."""
 
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +11,6 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
-    Cache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
@@ -20,14 +20,27 @@ from transformers import (
 
 from tasft.core import ranks
 from tasft.core.errors import UserError
-from tasft.data.encode import encode_prompt
 from tasft.data.rows import Messages
 from tasft.data.settings import PromptFormat
+from tasft.data.template import Writer, decoded, encode_prompt
 from tasft.models.engine import Reply, Request, Sampling, derived_seed
+from tasft.models.generation import (
+    answers_together,
+    check_readable,
+    check_room,
+    context_of,
+    end_tokens,
+    overruled,
+    sampling_alone,
+    select,
+    selectable,
+    too_long,
+)
 
 T = TypeVar("T")
 R = TypeVar("R")
 
+_TRIED = 32  # Tokens with which it is tried whether rows can be answered together.
 STAY = 0.75  # Rows are taken out when at most this share is left: it copies the cache, as a step does.
 
 
@@ -62,46 +75,108 @@ class TransformersEngine:
         self.style: PromptFormat = style
         self.batch_size = batch_size
         self.chat_template_kwargs = chat_template_kwargs
+        self._answers_together: bool | None = None
+
+    @cached_property
+    def _writer(self) -> Writer | None:
+        """What writes prompts and reads replies; None for a template that writes no reply."""
+        try:
+            return Writer(self.tokenizer, self.style, self.chat_template_kwargs)
+        except UserError:
+            return None
 
     def _ids(self, prompt: str, start: str) -> list[int]:
+        """Tokens of a prompt and of how its reply begins."""
+        return self._written(prompt, start)[0]
+
+    def _written(self, prompt: str, text: str) -> tuple[list[int], int]:
+        """Tokens of a prompt and of a reply's text, and where that begins."""
+        if self._writer:
+            return self._writer.reply(prompt, text)
         ids = encode_prompt(self.tokenizer, prompt, self.style, chat_template_kwargs=self.chat_template_kwargs)
-        return ids + self.tokenizer(start, add_special_tokens=False).input_ids if start else ids
+        return [*ids, *self.tokenizer(text, add_special_tokens=False).input_ids], len(ids)
+
+    def decides(self) -> dict[str, Any]:
+        """As `Deciding.decides`."""
+        return {"ends": self.tokenizer.convert_ids_to_tokens(self._ends), "overruled": overruled(self.model)}
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, name: str, done: Collection[str] = ()
     ) -> Iterator[list[Reply]]:
-        """As `Engine.generate`; batches are cut from all requests, so that `done` does not move them."""
-        encoded = [(request, self._ids(request.prompt, request.prefix)) for request in requests]
-        encoded.sort(key=lambda pair: (len(pair[1]), pair[0].id))
+        """As `Engine.generate`; batches are cut from all requests, so that `done` does not move them.
 
-        def answer(batch: Sequence[tuple[Request, list[int]]]) -> list[Reply]:
-            seed = derived_seed(sampling.seed, [request.id for request, _ in batch])
+        Raises:
+            UserError: A prompt has a token that the model does not know, or with the longest reply more than it reads.
+        """
+        encoded = [(request, *self._written(request.prompt, request.prefix)) for request in requests]
+        encoded.sort(key=lambda each: (len(each[1]), each[0].id))
+        rows = [ids for _, ids, _ in encoded]
+        check_readable(self.model, self.tokenizer, rows)
+        check_room(self.model, rows, sampling.max_new_tokens, name)
+
+        def answer(batch: Sequence[tuple[Request, list[int], int]]) -> list[Reply]:
+            seed = derived_seed(sampling.seed, [request.id for request, _, _ in batch])
+            drawn = self._generate([ids for _, ids, _ in batch], sampling, seed)
             return [
-                Reply(request.id, name, request.prompt, (request.prefix + text).strip(), finish, seed, request.sample)
-                for (request, _), (text, finish) in zip(
-                    batch, self._generate([ids for _, ids in batch], sampling, seed), strict=True
-                )
+                self._reply(request, name, ids, begin, tokens, finish, seed)
+                for (request, ids, begin), (tokens, finish) in zip(batch, drawn, strict=True)
             ]
 
-        batches = self._batches(encoded)
-        wanted = [batch for batch in batches if not all(request.id in done for request, _ in batch)]
+        batches = self._batches(encoded, rows)
+        wanted = [batch for batch in batches if not all(request.id in done for request, _, _ in batch)]
         for replies in _share(wanted, answer):
             yield [reply for reply in replies if reply.id not in done]
+
+    def _reply(
+        self, request: Request, name: str, ids: list[int], begin: int, tokens: list[int], finish: str, seed: int
+    ) -> Reply:
+        if request.prefix:
+            # Both together: decoded alone, what goes on may lose the space that it begins with.
+            text, thought = decoded(self.tokenizer, ids[:begin], [*ids[begin:], *tokens]), ""
+            if not text.strip().startswith(request.prefix.strip()):
+                text = request.prefix + decoded(self.tokenizer, ids, tokens)
+        elif self._writer:
+            text, thought = self._writer.said(ids, tokens)
+        else:
+            text, thought = decoded(self.tokenizer, ids, tokens), ""
+        return Reply(request.id, name, request.prompt, text.strip(), finish, seed, request.sample, thought)
 
     def complete(self, prompts: Sequence[str | Messages], sampling: Sampling) -> list[str]:
         """As `Engine.complete`.
 
-        Text begins with the tokenizer's own first token, if it has one, unless the text writes it.
+        Text begins with the tokenizer's own first token, if it has one, unless the text writes it. What is longer than
+        the model reads, with the longest answer, is not asked: it is told, and its text is empty.
         """
-        encoded = sorted(enumerate(map(self._read, prompts)), key=lambda pair: len(pair[1]))
+        rows = [self._read(prompt) for prompt in prompts]
+        check_readable(self.model, self.tokenizer, rows)
+        unread = set(too_long(self.model, rows, sampling.max_new_tokens))
+        if unread and ranks.is_first():
+            print(
+                f"{len(unread)} of {len(rows)} texts with {sampling.max_new_tokens} tokens to come are more than the "
+                f"{context_of(self.model.config)} tokens that the model reads (the longest has "
+                f"{max(map(len, rows))}): it was not asked",
+                file=sys.stderr,
+            )
+        encoded = sorted(
+            ((index, row) for index, row in enumerate(rows) if index not in unread), key=lambda pair: len(pair[1])
+        )
 
         def answer(batch: Sequence[tuple[int, list[int]]]) -> list[tuple[int, str]]:
             seed = derived_seed(sampling.seed, [str(index) for index, _ in batch])
-            replies = self._generate([ids for _, ids in batch], sampling, seed)
-            return [(index, text) for (index, _), (text, _) in zip(batch, replies, strict=True)]
+            drawn = self._generate([ids for _, ids in batch], sampling, seed)
+            return [
+                (index, self._completed(prompts[index], ids, tokens))
+                for (index, ids), (tokens, _) in zip(batch, drawn, strict=True)
+            ]
 
-        texts = dict(pair for pairs in _share(self._batches(encoded), answer) for pair in pairs)
-        return [texts[index] for index in range(len(prompts))]
+        batches = self._batches(encoded, [row for _, row in encoded])
+        texts = dict(pair for pairs in _share(batches, answer) for pair in pairs)
+        return [texts.get(index, "") for index in range(len(prompts))]
+
+    def _completed(self, prompt: str | Messages, ids: list[int], tokens: list[int]) -> str:
+        if isinstance(prompt, str) or not self._writer:
+            return decoded(self.tokenizer, ids, tokens)
+        return self._writer.said(ids, tokens).answer
 
     def _read(self, prompt: str | Messages) -> list[int]:
         if not isinstance(prompt, str):
@@ -113,11 +188,30 @@ class TransformersEngine:
         added = ids[-1:] == [self.tokenizer.eos_token_id] and not prompt.endswith(last)
         return ids[:-1] if added else ids
 
-    def _batches(self, rows: Sequence[T]) -> list[Sequence[T]]:
-        return [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+    def _batches(self, rows: Sequence[T], ids: Sequence[list[int]]) -> list[Sequence[T]]:
+        """Rows that are answered together, and the tokens of each, the longest last."""
+        size = self.batch_size if len(rows) < 2 or self._together(ids[-1]) else 1
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     @torch.inference_mode()
-    def _generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[tuple[str, str]]:
+    def _together(self, ids: list[int]) -> bool:
+        """Whether rows of a batch are answered as each alone; it is tried once."""
+        if self._answers_together is None:
+            some = ids[-_TRIED:]
+            with sampling_alone(self.model):
+                self._answers_together = self.batch_size == 1 or answers_together(
+                    self.model, some, self._configured(Sampling(2))
+                )
+            if not self._answers_together and ranks.is_first():
+                print(
+                    "the model does not answer prompts together as it does each alone: one is asked at a time",
+                    file=sys.stderr,
+                )
+        return self._answers_together
+
+    @torch.inference_mode()
+    def _generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[tuple[list[int], str]]:
+        """For each prompt the tokens of its reply, without the one that ends it, and how it finished."""
         pad = self.tokenizer.pad_token_id
         config = self._configured(sampling)
         ends = set(config.eos_token_id)
@@ -125,7 +219,7 @@ class TransformersEngine:
         # Padding on the left: the model goes on from the last position.
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=self.model.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), sampling_alone(self.model):
             torch.manual_seed(seed)
             output = self.model.generate(
                 input_ids=ids,
@@ -137,19 +231,20 @@ class TransformersEngine:
         replies = []
         for row in output[:, width:].tolist():
             cut = next((index for index, token in enumerate(row) if token in ends), None)
-            text = self.tokenizer.decode(row[:cut], skip_special_tokens=True)
-            replies.append((text, "length" if cut is None else "stop"))
+            replies.append((row[:cut], "length" if cut is None else "stop"))
         return replies
 
-    def _configured(self, sampling: Sampling) -> GenerationConfig:
-        from tasft.models.load import end_tokens  # with peft, which those who only name a judge do not wait for
+    @cached_property
+    def _ends(self) -> list[int]:
+        return end_tokens(self.model, self.tokenizer, self.style, self.chat_template_kwargs)
 
+    def _configured(self, sampling: Sampling) -> GenerationConfig:
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         return GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=sampling.temperature > 0,
             pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=end_tokens(self.model, self.tokenizer),
+            eos_token_id=self._ends,
             # Of the caches, the ones that grow: rows can be taken out of them.
             cache_implementation="dynamic",
             **(drawn if sampling.temperature > 0 else {}),
@@ -164,20 +259,20 @@ class TransformersEngine:
             UserError: Prompt and longest reply are more than the model reads.
         """
         ids = encode_prompt(self.tokenizer, prompt, self.style, chat_template_kwargs=self.chat_template_kwargs)
-        reads = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if reads and len(ids) + sampling.max_new_tokens > reads:
+        if too_long(self.model, [ids], sampling.max_new_tokens):
             raise UserError(
-                f"the model reads {reads} tokens, fewer than these {len(ids)} and a reply of up to "
-                f"{sampling.max_new_tokens}: begin anew, say less, or ask for shorter replies"
+                f"the model reads {context_of(self.model.config)} tokens, fewer than these {len(ids)} and a reply of "
+                f"up to {sampling.max_new_tokens}: begin anew, say less, or ask for shorter replies"
             )
         config = self._configured(sampling)
         row = torch.tensor([ids], device=self.model.device)
-        tokens = self.model.generate(
-            input_ids=row,
-            attention_mask=torch.ones_like(row),
-            generation_config=config,
-            custom_generate=partial(_one_by_one, seed=sampling.seed),
-        )
+        with sampling_alone(self.model):
+            tokens = self.model.generate(
+                input_ids=row,
+                attention_mask=torch.ones_like(row),
+                generation_config=config,
+                custom_generate=partial(_one_by_one, seed=sampling.seed),
+            )
         said: list[int] = []
         shown = ""
         for token in tokens:
@@ -185,11 +280,11 @@ class TransformersEngine:
                 break
             said.append(token)
             # A character may be of several tokens.
-            text = self.tokenizer.decode(said, skip_special_tokens=True).rstrip("\ufffd").strip()
+            text = self._completed([], ids, said).rstrip("\ufffd").strip()
             if len(text) > len(shown):
                 shown = text
                 yield text
-        whole = self.tokenizer.decode(said, skip_special_tokens=True).strip()
+        whole = self._completed([], ids, said).strip()
         if whole != shown:
             yield whole
 
@@ -201,9 +296,9 @@ class TransformersEngine:
         """
         rows = []
         for index, reply in enumerate(replies):
-            completion = self.tokenizer(reply.completion, add_special_tokens=False).input_ids
-            if completion:
-                rows.append((index, self._ids(reply.prompt, ""), completion))
+            ids, begin = self._written(reply.prompt, reply.completion)
+            if len(ids) > begin:
+                rows.append((index, ids[:begin], ids[begin:]))
         rows.sort(key=lambda row: len(row[1]) + len(row[2]))
         losses = [0.0] * len(replies)
         together = max(1, self.batch_size // 4)
@@ -301,25 +396,11 @@ def _shrinking(
         input_ids = torch.cat([input_ids, tokens.masked_fill(ended, pad)[:, None]], dim=-1)
         ended |= stopping_criteria(input_ids, None)
         left = len(ended) - int(ended.sum())
-        if left <= STAY * len(ended) and (left == 0 or _selectable(state)):
+        if left <= STAY * len(ended) and (left == 0 or selectable(state)):
             output[place, : input_ids.shape[1]] = input_ids
             if left == 0:
                 return output[:, : input_ids.shape[1]]
             stay = (~ended).nonzero().squeeze(1)
             place, input_ids, ended = place[stay], input_ids[stay], ended[stay]
-            state = {name: _select(value, stay) for name, value in state.items()}
+            state = {name: select(value, stay) for name, value in state.items()}
         inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=step, **state)
-
-
-def _selectable(state: Mapping[str, Any]) -> bool:
-    """Whether rows can be taken out of all that a model carries on; if not, the batch stays whole to its end."""
-    return all(value is None or isinstance(value, Tensor | Cache | int) for value in state.values())
-
-
-def _select(value: Any, rows: Tensor) -> Any:
-    if isinstance(value, Cache):
-        # Unlike `batch_select_indices`, it reaches every kind of layer: beam search needs it of all.
-        value.reorder_cache(rows)
-        return value
-    # Masks and positions: (..., B, W).
-    return value.index_select(-2, rows) if isinstance(value, Tensor) and value.dim() > 1 else value

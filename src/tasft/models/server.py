@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from tasft.core import ranks
 from tasft.core.errors import UserError
-from tasft.data.encode import ALPACA
 from tasft.data.rows import Messages
 from tasft.data.settings import PromptFormat
+from tasft.data.template import ALPACA
 from tasft.models.engine import NoReply, Reply, Request, Sampling, derived_seed
 
 if TYPE_CHECKING:
@@ -41,6 +41,10 @@ class ServerEngine:
         self.server = server
         self.style: PromptFormat = style
         self._asker = self._made_asker()
+
+    def decides(self) -> dict[str, Any]:
+        """As `Deciding.decides`."""
+        return {"server": self.server.model}
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, name: str, done: Collection[str] = ()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 from tasft.core.errors import UserError
-from tasft.data.rows import Example, read_prompts
+from tasft.data.rows import Example, drawn, read_prompts
 from tasft.data.sources import missing
 from tasft.judges import encoder
 from tasft.run.inputs import Inputs
@@ -41,7 +41,7 @@ def check_inputs(inputs: Inputs) -> None:
         partial(_queries, inputs),
         partial(_gate, inputs),
     )
-    _raise({}, partial(_model, inputs))
+    _raise({}, partial(_model, inputs), lambda: inputs.encoded, partial(_lengths, inputs))
 
 
 def _raise(known: Mapping[str, str], *reads: Callable[[], object]) -> None:
@@ -66,23 +66,42 @@ def _refuse(faults: Iterable[str]) -> None:
 
 
 def _model(inputs: Inputs) -> None:
-    from tasft.models.load import check_targets, sketch
+    from tasft.models.generation import check_readable
+    from tasft.models.load import check_targets
 
-    spec = inputs.spec.model
-    tokenizer = inputs.tokenizer
-    empty = sketch(spec.base, spec.trust_remote_code)
-    if empty is None:
+    tokenizer, lora = inputs.tokenizer, inputs.spec.model.lora
+    if inputs.sketch is None:
         return
-    if spec.lora:
-        check_targets(empty, spec.lora.target_modules)
-    rows = empty.get_input_embeddings().weight.shape[0]
+    if lora:
+        check_targets(inputs.sketch, lora.target_modules)
     # Not the whole vocabulary: Gemma 3 has a token for images that its text models lack.
     used = {*tokenizer("Hello?").input_ids, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    if beyond := sorted(token for token in used if token >= rows):
-        raise UserError(
-            f"model.base: the tokenizer of {spec.base} writes the token {beyond[0]}, and the model knows {rows}: "
-            "they do not belong together"
-        )
+    check_readable(inputs.sketch, tokenizer, [sorted(used), inputs.prompt_ids("Hello?")])
+
+
+def _lengths(inputs: Inputs) -> None:
+    """Prompts with the longest reply are no more than the model reads, and have no token that it does not know."""
+    from tasft.models.generation import check_readable, check_room
+
+    spec, model = inputs.spec, inputs.sketch
+    if model is None:
+        return
+    replies = ("evaluate.max_new_tokens", spec.evaluate.max_new_tokens)
+    asked = {
+        f"evaluate.sets.{name}": (drawn(prompts, spec.evaluate.limit, lambda row: row.prompt), replies)
+        for name, prompts in inputs.sets.items()
+    }
+    if spec.harvest and spec.harvests and spec.harvest.engine is None:
+        answers = ("harvest.max_new_tokens", spec.harvest.max_new_tokens)
+        asked |= {"data.toxic_prompts": (inputs.toxic, answers), "data.benign_prompts": (inputs.benign, answers)}
+
+    def read(name: str) -> None:
+        prompts, (settings, most) = asked[name]
+        ids = [inputs.prompt_ids(prompt.prompt) for prompt in prompts]
+        check_readable(model, inputs.tokenizer, ids)
+        check_room(model, ids, most, name, settings)
+
+    _raise({}, *(partial(read, name) for name in asked))
 
 
 def _method(inputs: Inputs) -> None:

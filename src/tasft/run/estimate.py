@@ -13,7 +13,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from tasft.core.text import visible
-from tasft.data.encode import encode_prompt, encode_rows
+from tasft.data.encode import encode_rows
+from tasft.data.template import encode_prompt
 from tasft.harvest.anchors import FLIP_PROMPTS, USED
 from tasft.judges import calibration
 from tasft.models.load import add_lora, locate

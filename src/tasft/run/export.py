@@ -19,8 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tasft.core import provenance
 from tasft.core.errors import UserError
 from tasft.core.step import done_key
-from tasft.data.encode import ALPACA, encode_prompt
-from tasft.models.load import attach_adapter, end_tokens, load_model, load_tokenizer, saved
+from tasft.data.template import ALPACA, encode_prompt
+from tasft.models.generation import end_tokens
+from tasft.models.load import attach_adapter, load_model, load_tokenizer, saved
 from tasft.report import write_card
 from tasft.report.read import read_run
 from tasft.run import gate, recipe_file
@@ -157,7 +158,7 @@ def _written(
         loaded = attach_adapter(loaded, trained)
     own = _logits(loaded, asked)
     merged = loaded.merge_and_unload(safe_merge=True) if isinstance(loaded, PeftModel) else loaded
-    _set_generation(merged, tokenizer)
+    _set_generation(merged, tokenizer, spec)
     merged.save_pretrained(draft)
     files = {path.name for path in draft.iterdir()}
     del loaded, merged
@@ -202,11 +203,11 @@ def _difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
 
 
-def _set_generation(merged: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _set_generation(merged: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: Model) -> None:
     """Replies end where those of the run did."""
     config = merged.generation_config
     config._from_model_config = False  # What is said here is meant, and not to be made anew from the other config.
-    config.eos_token_id = end_tokens(merged, tokenizer)
+    config.eos_token_id = end_tokens(merged, tokenizer, spec.prompt, spec.chat_template_kwargs)
     config.pad_token_id = tokenizer.pad_token_id
     try:
         config.validate(strict=True)

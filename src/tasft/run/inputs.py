@@ -15,7 +15,9 @@ from tasft.judges import Judge, load_judge
 from tasft.run.recipe import Recipe, sources_in
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tasft.data.encode import EncodingReport
 
 T = TypeVar("T")
 
@@ -156,6 +158,48 @@ class Inputs:
         """Content hash of each judge: its model, its prompt, its threshold."""
         return {name: self.judge(name).version for name in self.judges}
 
+    @cached_property
+    def sketch(self) -> "PreTrainedModel | None":
+        """The base model without weights; None where its configuration cannot be had."""
+        from tasft.models.load import sketch
+
+        return sketch(self.spec.model.base, self.spec.model.trust_remote_code)
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """The tokens of a prompt, as the model is asked it."""
+        from tasft.data.template import encode_prompt
+
+        spec = self.spec.model
+        return encode_prompt(self.tokenizer, prompt, spec.prompt, chat_template_kwargs=spec.chat_template_kwargs)
+
+    @cached_property
+    def encoded(self) -> "dict[str, EncodingReport]":
+        """What becomes of the rows that the recipe names when they are encoded, by `sft` and `train`.
+
+        Raises:
+            UserError: A row cannot be encoded, or has tokens that the model does not know or more than it reads.
+        """
+        from tasft.data.encode import Encoding, encode_rows
+        from tasft.models.generation import check_rows
+
+        spec, reports = self.spec.model, {}
+        for stage, settings in (("sft", self.spec.sft), ("train", self.spec.train)):
+            rows = [*self.imitate, *(self.safe if stage == "train" else ())]
+            if settings is None or not rows:
+                continue
+            encoding = Encoding(
+                spec.prompt,
+                settings.max_length,
+                settings.turns,
+                overlong=settings.overlong,
+                duplicates=settings.duplicates,
+                chat_template_kwargs=spec.chat_template_kwargs,
+            )
+            encoded, reports[stage] = encode_rows(rows, self.tokenizer, encoding)
+            if self.sketch is not None:
+                check_rows(self.sketch, self.tokenizer, [row["input_ids"] for row in encoded], f"{stage}.max_length")
+        return reports
+
     def warnings(self) -> list[str]:
         """What is no fault, but a reader of the result will ask about it."""
         counts = ((field, count) for field, count in self.dropped.items() if count)
@@ -163,6 +207,12 @@ class Inputs:
             f"{field}: {count} prompt{'s' * (count > 1)} left out: (nearly) in an evaluation set"
             for field, count in counts
         ]
+        try:
+            encoded = self.encoded
+        except UserError:
+            encoded = {}  # The check has told.
+        said += list(dict.fromkeys(f"data: rows: {note}" for report in encoded.values() for note in report.notes))
+        said += self._about_thoughts()
         if unread := self.spec.train.unread():
             said.append(
                 f"train.method is {self.spec.train.method}, which does not read train.{', train.'.join(unread)}"
@@ -185,6 +235,20 @@ class Inputs:
                 "hardly can, and the figure then says little"
             )
         return said
+
+    def _about_thoughts(self) -> list[str]:
+        from tasft.data.template import Writer
+
+        spec = self.spec.model
+        if not Writer(self.tokenizer, spec.prompt, spec.chat_template_kwargs).thinks:
+            return []
+        at_once = " or say model.chat_template_kwargs: {enable_thinking: false}"
+        knows = "enable_thinking" in str(self.tokenizer.chat_template)
+        return [
+            "model.base: it may think before it answers; answers are what is judged and learned, but thoughts count "
+            "among harvest.max_new_tokens and evaluate.max_new_tokens: leave them room"
+            f"{at_once if knows else ''}"
+        ]
 
     def judge(self, name: str) -> Judge:
         """A judge of the recipe, made once."""

@@ -189,10 +189,18 @@ def check_cells(cells: Sequence[SweepCell]) -> list[str]:
     """
     found: dict[str, list[str]] = {}
     warnings: list[str] = []
-    # Neither the seed nor the training decides whether something can be read.
+    # Neither the seed nor the training decides whether something can be read, but for how rows are encoded.
     others = {"name", "seed", "sft", "train"}
+    encoding = {"method", "max_length", "turns", "overlong", "duplicates"}
     distinct = {
-        provenance.content_hash([cell.spec.model_dump(exclude=others), cell.spec.train.method]): cell for cell in cells
+        provenance.content_hash(
+            [
+                cell.spec.model_dump(exclude=others),
+                cell.spec.train.model_dump(include=encoding),
+                cell.spec.sft and cell.spec.sft.model_dump(include=encoding),
+            ]
+        ): cell
+        for cell in cells
     }
     for cell in distinct.values():
         inputs = Inputs(cell.spec)

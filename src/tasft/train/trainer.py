@@ -41,6 +41,7 @@ from tasft.loss import (
     nll,
     shift,
 )
+from tasft.models.generation import check_rows
 from tasft.models.head import learn_tail, replaced_head
 from tasft.models.load import load_model, load_tokenizer
 from tasft.train.arguments import refuse_unheeded
@@ -213,6 +214,8 @@ class TASFTTrainer(FiniteSteps):
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
         _refuse_adapted_head(model)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
         if args.retain:
             _refuse_to_retain(model, args)
         self.penalty = PENALTIES.get(args.penalty)
@@ -221,6 +224,9 @@ class TASFTTrainer(FiniteSteps):
         named = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
         sets = {name: self._encode(dataset, tokenizer, args)[0] for name, dataset in named.items()}
         evaluated = sets if isinstance(eval_dataset, dict) else sets[""]
+        for each in (rows, *sets.values()):
+            if isinstance(each, list):
+                check_rows(model, tokenizer, [row["input_ids"] for row in each], "max_length")
         if args.n_gpu > 1:
             args._n_gpu = 1  # transformers would copy the model to all of them, and the copies share what is counted.
         super().__init__(

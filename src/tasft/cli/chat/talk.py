@@ -8,8 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tasft.cli.chat.sides import Side
 from tasft.core.errors import UserError
-from tasft.data.encode import encode_prompt
 from tasft.data.rows import Messages
+from tasft.data.template import encode_prompt
 from tasft.judges import Judge, Verdict
 from tasft.judges.judging import judge_reply
 from tasft.models.engine import Sampling

@@ -1,0 +1,214 @@
+"""What decides how replies are drawn: `Sampling`, and nothing that a model's files say of it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from tasft.core.errors import UserError
+from tasft.data.settings import PromptFormat
+from tasft.data.template import Writer
+
+# Of a model's generation_config.json, what is about its tokens and its code.
+_ITS_OWN = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "use_cache")
+
+_TOLERANCE = 0.1  # Of the largest logit: rounding in bfloat16 stays below, padding that is read does not.
+
+
+def end_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    style: PromptFormat,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Tokens that end a reply: the tokenizer's, the model's, and those at which rows teach to end.
+
+    A chat template often ends turns with another than the tokenizer's, which a base model's settings do not name.
+    """
+    named = model.generation_config.eos_token_id
+    try:
+        taught = Writer(tokenizer, style, chat_template_kwargs).ends
+    except UserError:  # Such a template trains nothing, but a model that has one can be asked.
+        taught = []
+    return sorted({tokenizer.eos_token_id, *taught, *([named] if isinstance(named, int) else named or ())})
+
+
+def context_of(config: Any) -> int | None:
+    """How many tokens a model reads by its configuration; None where it sets no limit."""
+    text = config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
+
+
+def overruled(model: PreTrainedModel) -> dict[str, Any]:
+    """Settings of the model's own generation_config.json that would change replies, and are not heard."""
+    said = model.generation_config.to_diff_dict()
+    usual = GenerationConfig._get_default_generation_params()
+    passed_over = {*_ITS_OWN, "transformers_version", "_from_model_config"}
+    return {
+        key: value
+        for key, value in sorted(said.items())
+        if key not in passed_over and value not in (None, False) and value != usual.get(key)
+    }
+
+
+@contextmanager
+def sampling_alone(model: PreTrainedModel) -> Iterator[None]:
+    """Within, nothing that the model's generation_config.json says of drawing replies is heard.
+
+    `generate` fills what it was not told from there: a penalty for repetition makes another reply greedy.
+    """
+    owner = model.get_base_model() if hasattr(model, "get_base_model") else model  # of an adapter
+    kept = owner.generation_config
+    owner.generation_config = GenerationConfig(
+        **{key: value for key in _ITS_OWN if (value := getattr(kept, key, None)) is not None}
+    )
+    try:
+        yield
+    finally:
+        owner.generation_config = kept
+
+
+def check_readable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]]) -> None:
+    """See that the model has an embedding for every token.
+
+    Raises:
+        UserError: A token is beyond them.
+    """
+    known = getattr(model.get_input_embeddings(), "num_embeddings", 0)
+    beyond = sorted({token for row in rows for token in row if token >= known}) if known else []
+    if beyond:
+        raise UserError(
+            f"the tokenizer writes the token {beyond[0]} ({tokenizer.convert_ids_to_tokens(beyond[0])!r:.40}), and the "
+            f"model knows {known}: they do not belong together, or the model was not resized when tokens were added"
+        )
+
+
+def too_long(model: PreTrainedModel, rows: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
+    """Which prompts leave too little room for the longest reply in what the model reads."""
+    reads = context_of(model.config)
+    return [] if reads is None else [place for place, row in enumerate(rows) if len(row) + max_new_tokens > reads]
+
+
+def check_room(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], most: int, name: str, setting: str = "max_new_tokens"
+) -> None:
+    """See that the model reads each prompt with the longest reply.
+
+    Args:
+        model: With or without weights.
+        rows: Tokens of prompts.
+        most: Tokens of the longest reply.
+        name: Of the prompts.
+        setting: What `most` was set by.
+
+    Raises:
+        UserError: It does not; says how many and by how much.
+    """
+    if beyond := too_long(model, rows, most):
+        raise UserError(
+            f"{name}: {len(beyond)} of {len(rows)} prompts with a reply of up to {most} tokens are more than the "
+            f"{context_of(model.config)} tokens that the model reads (the longest has {max(map(len, rows))}): leave "
+            f"them out, or lower {setting}"
+        )
+
+
+def check_rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], setting: str
+) -> None:
+    """See that the model knows every token of rows to train on, and reads each row.
+
+    Args:
+        model: With or without weights.
+        tokenizer: Its tokenizer.
+        rows: Tokens.
+        setting: What limits their length.
+
+    Raises:
+        UserError: It does not.
+    """
+    check_readable(model, tokenizer, rows)
+    if beyond := too_long(model, rows, 0):
+        reads = context_of(model.config)
+        raise UserError(
+            f"{len(beyond)} of {len(rows)} rows have more than the {reads} tokens that the model reads (the longest "
+            f"has {max(map(len, rows))}): set {setting} to {reads} or less"
+        )
+
+
+def answers_together(model: PreTrainedModel, ids: Sequence[int], config: GenerationConfig) -> bool:
+    """Whether a model scores a prompt in a padded batch, and after the other row has left it, as it does alone.
+
+    Some read the padding (RWKV has no mask), some cannot have rows taken out (MiniMax).
+
+    Args:
+        model: In evaluation mode.
+        ids: Tokens to try it with.
+        config: How replies are drawn.
+    """
+    whole, part = list(ids), list(ids[len(ids) // 2 :])
+    if len(part) == len(whole):
+        return True
+    alone = [_scores(model, [row], [0], config) for row in (whole, part)]
+    try:
+        both = [_scores(model, [whole, part], [place], config) for place in (0, 1)]
+    except Exception:  # those of every architecture
+        return False
+    return all(
+        bool((found - wanted).abs().max() <= _TOLERANCE * wanted.abs().max())
+        for pair in zip(both, alone, strict=True)
+        for found, wanted in zip(*pair, strict=True)
+    )
+
+
+def _scores(
+    model: PreTrainedModel, rows: list[list[int]], stay: list[int], config: GenerationConfig
+) -> tuple[Tensor, Tensor]:
+    """Logits of the rows that stay, after their prompts and after one more token, the others having left."""
+    width = max(map(len, rows))
+    pad = config.pad_token_id
+    device = model.device
+    found: list[Tensor] = []
+
+    def look(model: PreTrainedModel, input_ids: Tensor, **state: Any) -> Tensor:
+        state = {key: value for key, value in state.items() if key not in _LOOP}
+        output = model(**model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **state))
+        found.append(output.logits[stay, -1].float())
+        state = model._update_model_kwargs_for_generation(output, state)
+        input_ids = torch.cat([input_ids, input_ids[:, -1:]], dim=-1)
+        if len(stay) < len(rows) and selectable(state):
+            kept = torch.tensor(stay, device=input_ids.device)
+            input_ids, state = input_ids[kept], {name: select(value, kept) for name, value in state.items()}
+        step = 1 if state["use_cache"] else None
+        output = model(**model.prepare_inputs_for_generation(input_ids, next_sequence_length=step, **state))
+        found.append(output.logits[stay if len(output.logits) == len(rows) else slice(None), -1].float())
+        return input_ids
+
+    model.generate(
+        input_ids=torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device),
+        attention_mask=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device),
+        generation_config=config,
+        custom_generate=look,
+    )
+    return found[0], found[1]
+
+
+# What `PreTrainedModel.generate` hands to a loop besides what the model carries on.
+_LOOP = ("logits_processor", "stopping_criteria", "generation_config")
+
+
+def selectable(state: Mapping[str, Any]) -> bool:
+    """Whether rows can be taken out of all that a model carries on; if not, the batch stays whole to its end."""
+    return all(value is None or isinstance(value, Tensor | Cache | int) for value in state.values())
+
+
+def select(value: Any, rows: Tensor) -> Any:
+    """Some rows of something that a model carries on."""
+    if isinstance(value, Cache):
+        # Unlike `batch_select_indices`, it reaches every kind of layer: beam search needs it of all.
+        value.reorder_cache(rows)
+        return value
+    # Masks and positions: (..., B, W).
+    return value.index_select(-2, rows) if isinstance(value, Tensor) and value.dim() > 1 else value
