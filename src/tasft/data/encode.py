@@ -13,7 +13,7 @@ from tasft.core.errors import UserError
 from tasft.core.settings import setting
 from tasft.data.rows import Example, Messages, example_of
 from tasft.data.settings import AvoidSettings, Duplicates, Overlong, PromptFormat, PromptSettings, RowSettings, Turns
-from tasft.data.template import CALL, Turn, Writer, asked, encode_prompt
+from tasft.data.template import CALL, Writer, WrittenTurn, asked, encode_prompt
 from tasft.loss.tokens import IGNORE_INDEX
 
 Row = dict[str, Any]
@@ -221,12 +221,12 @@ class _Encoder:
             self.unknown in ids,
         )
 
-    def _alpaca(self, example: Example) -> tuple[list[Turn], tuple[str, ...]]:
+    def _alpaca(self, example: Example) -> tuple[list[WrittenTurn], tuple[str, ...]]:
         if not isinstance(example.completion, str):
             raise UserError("model.prompt is alpaca, but the completion is chat messages: use chat, or text")
         return [self.writer.alpaca(example.prompt, example.input, example.tools, example.completion)], ()
 
-    def _chat(self, example: Example) -> tuple[list[Turn], tuple[str, ...]]:
+    def _chat(self, example: Example) -> tuple[list[WrittenTurn], tuple[str, ...]]:
         messages = _messages(example)
         spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if self.encoding.turns == "last":

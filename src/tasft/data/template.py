@@ -148,7 +148,7 @@ def decoded(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequ
     return text
 
 
-class Turn(NamedTuple):
+class WrittenTurn(NamedTuple):
     """One assistant turn.
 
     `ids` are all tokens up to the end of what it says. The model goes on from `asked`; what the row says
@@ -272,7 +272,7 @@ class Writer:
 
     # --- What rows say ------------------------------------------------------------------------
 
-    def turn(self, messages: Messages, tools: Tools | None) -> Turn:
+    def turn(self, messages: Messages, tools: Tools | None) -> WrittenTurn:
         """The last turn of a conversation, after proof that it begins where the model would begin it.
 
         Raises:
@@ -300,7 +300,7 @@ class Writer:
             # A call of a tool may end with another one than a text.
             closing = [whole.pop()]
         end = next(token for token in closing if token in self.special)
-        return Turn(whole, len(before), begin, closing, end)
+        return WrittenTurn(whole, len(before), begin, closing, end)
 
     def _apart(self, messages: Messages, tools: Tools | None, before: list[int]) -> list[int] | None:
         """A conversation whose last turn begins with text that the tokenizer joins to the prompt, such as a newline.
@@ -328,7 +328,7 @@ class Writer:
             )
         return "use another template"
 
-    def alpaca(self, prompt: str | Messages, context: str, tools: Tools | None, reply: str) -> Turn:
+    def alpaca(self, prompt: str | Messages, context: str, tools: Tools | None, reply: str) -> WrittenTurn:
         """A reply in Alpaca's form.
 
         Raises:
@@ -337,7 +337,7 @@ class Writer:
         text = _alpaca(prompt, context, tools)
         before = _text_ids(self.tokenizer, text)
         ids = self._going_on(text, before, reply, add_special_tokens=True)
-        return Turn(ids, len(before), len(before), self.closing, self.closing[0])
+        return WrittenTurn(ids, len(before), len(before), self.closing, self.closing[0])
 
     def _going_on(self, text: str, before: list[int], reply: str, *, add_special_tokens: bool) -> list[int]:
         """Tokens of a text and of a reply that goes on right after it.
