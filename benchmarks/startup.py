@@ -57,7 +57,9 @@ def main() -> None:
                 continue
             figures[name] = timed(command, code, asked.times, folder)
             print(f"{name}: {figures[name]}", flush=True)
-    asked.out.write_text(json.dumps({"environment": environment("cpu", "none", 1), "commands": figures}, indent=2) + "\n")
+    asked.out.write_text(
+        json.dumps({"environment": environment("cpu", "none", 1), "commands": figures}, indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":
