@@ -83,9 +83,12 @@ def _options(
 
 
 def _open(source: str, overrides: Sequence[str] | None, out: Path | None) -> "Pipeline":
-    from tasft.run import pipeline, recipe_file
+    from tasft.run import recipe_file
 
+    # Its faults are said before torch is imported, which takes seconds.
     spec = recipe_file.load(source, overrides or ())
+    from tasft.run import pipeline
+
     if out is None:
         out = Path(source) if (Path(source) / "recipe.yaml").is_file() else Path("runs") / spec.name
     return pipeline.Pipeline(spec, out)
@@ -121,11 +124,11 @@ DryRunOption = Annotated[
 def _plan(
     source: str, overrides: Sequence[str] | None, out: Path | None, stages: Sequence[str] | None, as_json: bool = False
 ) -> None:
-    from tasft.run import estimate
-    from tasft.run.stages import STAGES
-
     with _alone(as_json):
         opened = _open(source, overrides, out)
+        from tasft.run import estimate
+        from tasft.run.stages import STAGES
+
         found = estimate.plan(opened, tuple(stages or STAGES))
     if as_json:
         _print_json(found)
