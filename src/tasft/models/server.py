@@ -70,7 +70,7 @@ class ServerEngine:
                     answer.finish,
                     seeds[answer.number],
                     request.sample,
-                    answer.note,
+                    note=answer.note,
                 )
                 for answer in answers
                 for request in [wanted[answer.number]]
