@@ -295,7 +295,10 @@ from dataclasses import asdict
 from pathlib import Path
 from conftest import tiny_tokenizer
 from test_engines import DRAWN, PROMPTS
-from tasft.engines import Server, ServerEngine, TransformersEngine, collect, requests_for
+from tasft.models.engine import collect, requests_for
+from tasft.models.local import TransformersEngine
+from tasft.models.server import ServerEngine
+from tasft.models.server_settings import Server
 from tasft.launch import joined
 from tasft.model import load_model
 
