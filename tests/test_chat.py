@@ -274,22 +274,9 @@ def test_a_new_conversation_forgets_and_blank_lines_are_nothing(talk, monkeypatc
 
 def test_the_command_talks_in_a_terminal(run):
     code = "from tasft.cli.main import main; main()"
-    command = [sys.executable, "-c", code, "chat", str(run), "--terminal", "--judge", "refusal_matching"]
+    command = [sys.executable, "-c", code, "chat", str(run), "--judge", "refusal_matching"]
     done = subprocess.run([*command, "--max-new-tokens", "8"], input=f"{ASKED}\n", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for words in ("small: base", "small: final", f"> {ASKED}", "refusal_matching: "):
         assert words in done.stdout
     assert sum(word.strip("│ ") in WORDS for word in done.stdout.split()) > 8
-
-
-def test_without_gradio_the_command_says_how_to_install_it_and_talks_here(run):
-    code = (
-        "import importlib.util as u; found = u.find_spec\n"
-        "u.find_spec = lambda name, *rest: None if name == 'gradio' else found(name, *rest)\n"
-        "from tasft.cli.main import main; main()"
-    )
-    command = [sys.executable, "-c", code, "chat", str(run), "--judge", "refusal_matching", "--max-new-tokens", "2"]
-    done = subprocess.run(command, input="Hello?\n", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "pip install 'tasft[chat]'" in done.stdout
-    assert "small: final" in done.stdout

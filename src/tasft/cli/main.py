@@ -653,23 +653,14 @@ def chat(
         str | None, typer.Argument(help="Likewise. Without it: base and final model of a run.", show_default=False)
     ] = None,
     judge: Annotated[str, typer.Option("--judge", help="Who judges, by commas.")] = "embedded",
-    terminal: Annotated[bool, typer.Option("--terminal", help="Talk here, not in the browser.")] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest reply.")] = 256,
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 is greedy.")] = 0.0,
     prompt: Annotated[Literal["chat", "alpaca"], typer.Option("--prompt", help="How a model alone is asked.")] = "chat",
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[
-        int | None, typer.Option("--port", help="Default: a free one from 7860.", show_default=False)
-    ] = None,
 ) -> None:
-    """Talk to two models at once, in the browser; each reply with its verdict beside it.
-
-    Nothing that is said is kept. The page is for this machine alone unless --host says otherwise.
+    """Talk to two models at once; each reply has its verdict below it. Nothing that is said is kept.
 
     Example: tasft chat runs/demo
     """
-    from importlib.util import find_spec
-
     from tasft.cli import chat as chats
     from tasft.judges import load_judge
     from tasft.models.engine import Sampling
@@ -678,17 +669,8 @@ def chat(
     if not judges:
         raise UserError("--judge: name at least one")
     sides = chats.sides_of(base, tuned, prompt)
-    if not terminal and find_spec("gradio") is None:
-        print("note: for the browser: pip install 'tasft[chat]'", flush=True)
-        terminal = True
     print("loading ...", flush=True)
-    talk = chats.Talk(sides, judges, Sampling(max_new_tokens, temperature))
-    if terminal:
-        chats.talk_in_terminal(talk)
-        return
-    from tasft.cli.chat.page import serve
-
-    serve(talk, host, port)
+    chats.talk_in_terminal(chats.Talk(sides, judges, Sampling(max_new_tokens, temperature)))
 
 
 @app.command("judge")
@@ -839,7 +821,6 @@ _QUIET = {
     "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # Asked by datasets for local files, too.
     "DO_NOT_TRACK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "GRADIO_ANALYTICS_ENABLED": "False",
 }
 
 

@@ -1,4 +1,4 @@
-"""Two models that are asked the same, side by side: in a terminal or in the browser."""
+"""Two models that are asked the same, side by side, in a terminal."""
 
 from tasft.cli.chat.sides import Side, sides_of
 from tasft.cli.chat.talk import Talk, Turn
