@@ -64,7 +64,7 @@ def atomic_write_text(path: Path, text: str) -> None:
         os.replace(name, path)
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno:
             error.filename = str(path)
         raise
 
@@ -109,7 +109,8 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        error.filename = str(path)
+        if error.errno:
+            error.filename = str(path)
         raise
 
 
