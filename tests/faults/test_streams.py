@@ -46,6 +46,11 @@ SURROUNDINGS = {
 @pytest.mark.parametrize("name", SURROUNDINGS)
 def test_in_any_surroundings_the_work_is_done_and_shown(pairs, name):
     environment = os.environ | SURROUNDINGS[name]
+    if name == "an old locale":
+        done = subprocess.run(judge(pairs), capture_output=True, env=environment)
+        assert done.returncode == 2
+        assert b"cannot be read in this locale: set PYTHONUTF8=1" in done.stderr
+        pairs = pairs.rename(pairs.with_name("pairs.jsonl"))
     done = subprocess.run(judge(pairs), capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert len(verdicts(pairs)) == 3

@@ -894,13 +894,20 @@ def _refuse_bytes(words: Sequence[str]) -> None:
     Raises:
         UserError: Names each.
     """
-    if faults := [f"{word!r:.200} is not UTF-8: rename the file or folder" for word in words if not _is_utf8(word)]:
+    strange = [word for word in words if any("\ud800" <= letter <= "\udfff" for letter in word)]
+    faults = [
+        f"{word!r:.200} cannot be read in this locale: set PYTHONUTF8=1"
+        if _is_utf8(os.fsencode(word))
+        else f"{word!r:.200} is not UTF-8: rename the file or folder"
+        for word in strange
+    ]
+    if faults:
         raise UserError(faults)
 
 
-def _is_utf8(word: str) -> bool:
+def _is_utf8(name: bytes) -> bool:
     try:
-        word.encode()
-    except UnicodeEncodeError:
+        name.decode()
+    except UnicodeDecodeError:
         return False
     return True
