@@ -729,7 +729,7 @@ def judge_file(
 ) -> None:
     """Score a file of prompts and replies with a judge, and the judge by human labels or by another one.
 
-    Example: tasft judge replies.csv --judge embedded --labels harmful
+    Example: tasft judge replies.csv --judge classifier --labels harmful
     """
     one_judge = {"--model": model, "--server": server, "--rubric": rubric, "--labels": labels, "--out": out}
     faults = []
