@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 from conftest import needs_models
-from test_pipeline import small_recipe
+from test_pipeline import judged_by_two, small_recipe
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -113,7 +113,7 @@ def test_json_of_a_check_has_notes_and_no_fault(tmp_path, tiny):
 
 def test_json_of_a_run_is_all_that_stdout_has(tmp_path, tiny):
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(small_recipe(tmp_path, tiny) | {"gate": {"harmful": 0}}))
+    path.write_text(yaml.safe_dump(judged_by_two(small_recipe(tmp_path, tiny) | {"gate": {"harmful": 0}})))
     folder = tmp_path / "run"
     done = tasft("run", str(path), "--out", str(folder), "--json")
     assert done.returncode == 3, done.stderr

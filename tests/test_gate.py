@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import yaml
-from test_pipeline import small_recipe
+from test_pipeline import judged_by_two, small_recipe
 from test_report import build_run, document, jsonl
 
 from tasft.core.errors import UserError
@@ -177,7 +177,8 @@ def test_a_judge_that_does_not_tell_refusal_is_named_before_anything_is_done(tmp
 
 def test_a_run_whose_gate_is_not_met_ends_with_exit_code_3_and_the_reason(tmp_path, tiny):
     path, folder = tmp_path / "recipe.yaml", tmp_path / "run"
-    path.write_text(yaml.safe_dump(small_recipe(tmp_path, tiny) | {"gate": {"harmful": 0, "over_refusal": 100}}))
+    values = small_recipe(tmp_path, tiny) | {"gate": {"harmful": 0, "over_refusal": 100}}
+    path.write_text(yaml.safe_dump(judged_by_two(values)))
 
     def tasft(*arguments):
         command = [sys.executable, "-c", "from tasft.cli.main import main; main()", *arguments, "--out", str(folder)]

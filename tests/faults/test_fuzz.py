@@ -9,6 +9,7 @@ import os
 from contextlib import suppress
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -16,10 +17,10 @@ from hypothesis import strategies as st
 
 from tasft.core import provenance
 from tasft.core.errors import UserError
-from tasft.data.rows import read_examples, read_prompts
+from tasft.data.rows import example_of, read_examples, read_prompts
 from tasft.evaluate import judge_quality
 from tasft.evaluate.jailbreak import read_templates
-from tasft.evaluate.quality import read_references
+from tasft.evaluate.references import read_references
 from tasft.run import recipe_file, sweep
 
 EXAMPLES = 5000 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 60
@@ -206,6 +207,61 @@ def test_any_file_of_rows_is_read_or_refused(folder, content, name, packed):
 
     readers = (read_prompts, read_examples, read_references, templates, pairs, labelled)
     ends_well(folder, name, content, *readers)
+
+
+TYPED = st.sampled_from(
+    ["true", "False", "", "1.5", "nan", np.True_, np.float32(2), np.int64(1), np.nan, np.array([1, 2])]
+)
+PARTS = st.lists(
+    st.dictionaries(st.sampled_from(["type", "text", "image_url"]), ODD | st.sampled_from(["text", "Blue"]), max_size=2)
+    | ODD,
+    max_size=3,
+)
+
+
+@fuzz
+@given(row=st.dictionaries(st.sampled_from([*ROWS[0], *ROWS[2], "ends", "tools", "retain"]), VALUES | TYPED | PARTS))
+def test_a_row_of_any_types_is_an_example_of_plain_ones_or_refused(row):
+    row = {"prompt": "What?", "completion": "That.", "label": True} | row
+    for name in ("prompt", "completion"):
+        if isinstance(row[name], list):
+            row[name] = [{"role": "assistant", "content": row[name]}]
+    with suppress(UserError):
+        example = example_of(row, "x")
+        assert isinstance(example.label, bool)
+        assert isinstance(example.weight, float)
+        json.dumps(example.row())
+
+
+SAID = {
+    "id": "1", "object": "chat.completion", "model": "m", "error": None,
+    "choices": [{"index": 0, "finish_reason": "stop", "stop_reason": None,
+                 "message": {"role": "assistant", "content": "a", "refusal": None, "reasoning": None}}],
+}  # fmt: skip
+
+
+@fuzz
+@given(said=nearly(SAID), stop=VALUES)
+def test_whatever_a_server_says_it_is_a_reply_or_one_of_three_faults(said, stop):
+    responses = pytest.importorskip("tasft.models.responses")
+    from openai.types.chat import ChatCompletion
+
+    found = (
+        ChatCompletion.construct(**{str(name): value for name, value in said.items()})
+        if isinstance(said, dict)
+        else said
+    )
+    fault = None
+    try:
+        text, finish = responses.read(found, True, stop)
+    except (responses.ErrorInside, responses.Unreadable, responses.Withheld) as error:
+        fault = error
+    if fault:
+        assert responses.may_pass(fault) + responses.is_about_one(fault) < 2
+        assert isinstance(responses.is_about_content(fault), bool)
+        return
+    assert isinstance(text, str)
+    assert finish != "stop" or str(said["choices"][0].get("finish_reason")).lower() in responses.ENDS
 
 
 VERDICT = {

@@ -98,6 +98,11 @@ class Disk:
 
 @pytest.fixture
 def disk(tmp_path):
+    yield from mounted(tmp_path)
+
+
+def mounted(tmp_path):
+    """A `Disk`, while it is used."""
     place = tmp_path / "disk"
     place.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place]

@@ -1,5 +1,6 @@
 """A first recipe for somebody's model and data, with every field and what it means."""
 
+import os
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -101,12 +102,19 @@ def write(path: Path, values: Mapping[str, Any]) -> None:
     """
     written = text(values)
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(written)
+        file = path.open("x", encoding="utf-8")
     except FileExistsError:
         raise UserError(f"{path} is there already and stays as it is: choose another with --out") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    try:
+        with file:
+            file.write(written)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        path.unlink()  # Half a recipe, or an empty one, would be in the way of the next try.
+        raise UserError(f"{path}: {error.strerror}: nothing is written") from None
 
 
 def prompt_of(base: str) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from tasft.core import streams
 from tasft.core.errors import UserError
 from tasft.core.progress import plain_without_terminal, without_needless_warnings
 from tasft.core.redact import redacted
@@ -48,9 +49,21 @@ def _alone(as_json: bool) -> Iterator[None]:
     try:
         with redirect_stdout(sys.stderr):
             yield
-    except UserError as error:
-        _print_json({"faults": error.faults})
-        raise
+    except Exception as error:
+        fault = _fault(error)
+        if fault is None:
+            raise
+        _print_json({"faults": fault.faults})
+        raise fault from error
+
+
+def _fault(error: Exception) -> UserError | None:
+    """What a user can put right: it is said so already, or a disk or a folder refused something, whoever asked."""
+    if isinstance(error, UserError):
+        return error
+    from tasft.core.provenance import refused
+
+    return refused(error)
 
 
 def _print_json(found: object) -> None:
@@ -698,7 +711,7 @@ def judge_file(
 ) -> None:
     """Score a file of prompts and replies with a judge, and the judge by human labels or by another one.
 
-    Example: tasft judge replies.csv --judge embedded --labels harmful
+    Example: tasft judge replies.csv --judge classifier --labels harmful
     """
     one_judge = {"--model": model, "--server": server, "--rubric": rubric, "--labels": labels, "--out": out}
     faults = []
@@ -828,19 +841,54 @@ def main() -> None:
     """Entry point: exit code 0 done, 1 our fault, 2 the user can fix it, 3 a gate is not met, 130 or 143 stopped."""
     for name, value in {"TOKENIZERS_PARALLELISM": "false", **_QUIET}.items():
         os.environ.setdefault(name, value)
+    out = streams.last()
     plain_without_terminal()
     without_needless_warnings()
+    code: Any = 0
     try:
+        _refuse_bytes(sys.argv[1:])
         app()
-    except UserError as error:
+    except SystemExit as ended:
+        code = ended.code
+    except Exception as error:
+        fault = _fault(error)
+        if fault is None:
+            # What a library says may hold a key.
+            print(redacted(traceback.format_exc()), file=sys.stderr)
+            sys.exit(1)
         if os.environ.get("RANK", "0") != "0":
             # The first rank finds the same fault and says it for all, and its end is theirs. If not, this one must.
             time.sleep(30)
-        for fault in error.faults:
+        for sentence in fault.faults:
             # It may quote a file, which may hold what moves a cursor.
-            print(f"tasft: {visible(fault)}", file=sys.stderr)
-        sys.exit(2)
-    except Exception:
-        # What a library says may hold a key.
-        print(redacted(traceback.format_exc()), file=sys.stderr)
-        sys.exit(1)
+            print(f"tasft: {visible(sentence)}", file=sys.stderr)
+        code = 2
+    if out.lost and not code:
+        print(f"tasft: what was printed is lost ({out.lost}); files are whole", file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+def _refuse_bytes(words: Sequence[str]) -> None:
+    """Names of files that are not UTF-8 are taken by Python and not by the libraries that save weights.
+
+    Raises:
+        UserError: Names each.
+    """
+    strange = [word for word in words if any("\ud800" <= letter <= "\udfff" for letter in word)]
+    faults = [
+        f"{word!r:.200} cannot be read in this locale: set PYTHONUTF8=1"
+        if _is_utf8(os.fsencode(word))
+        else f"{word!r:.200} is not UTF-8: rename the file or folder"
+        for word in strange
+    ]
+    if faults:
+        raise UserError(faults)
+
+
+def _is_utf8(name: bytes) -> bool:
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -54,15 +54,18 @@ def file_hash(path: Path) -> str:
 def atomic_write_text(path: Path, text: str) -> None:
     """Write a file that is there whole or not at all, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # A name may be as long as names can be.
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno:
+            error.filename = str(path)
         raise
 
 
@@ -100,10 +103,15 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Add rows to a file that grows while a stage runs, its owner's alone; on disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8", errors="backslashreplace", opener=_private) as file:
-        file.write(_lines(rows))
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "a", encoding="utf-8", errors="backslashreplace", opener=_private) as file:
+            file.write(_lines(rows))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno:
+            error.filename = str(path)
+        raise
 
 
 def _private(path: str, flags: int) -> int:
@@ -149,7 +157,10 @@ def resume_jsonl(path: Path, kind: type | None = None) -> list[dict[str, Any]]:
 
 
 # What the place that is written to may answer, and nobody but the user can change.
-_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+_REFUSALS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR),
+}
 
 
 @contextmanager
@@ -162,14 +173,27 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        why = _refusal(error)
-        if why is None:
+        fault = refused(error, folder)
+        if fault is None:
             raise
-        place = getattr(error, "filename", None) or folder
-        raise UserError(
-            f"{place}: cannot be written ({why}): make room or see to its permissions, and run the same command again; "
-            "what was written before is kept"
-        ) from error
+        raise fault from error
+
+
+def refused(error: BaseException, place: Path | None = None) -> UserError | None:
+    """What to say where a disk or a folder refused something; None if that is not what went wrong.
+
+    Args:
+        error: What was raised.
+        place: Where it was to be written, if the error does not say it; None where it may have been read, too.
+    """
+    why = _refusal(error)
+    if why is None:
+        return None
+    named = getattr(error, "filename", None) or place or "a file"
+    return UserError(
+        f"{named}: cannot be {'written' if place else 'read or written'} ({why}): make room, see to its permissions or "
+        "choose another place, and run the same command again; what was written before is kept"
+    )
 
 
 def _refusal(error: BaseException) -> str | None:

@@ -260,7 +260,7 @@ def example_of(row: Mapping[str, Any], where: str) -> Example:
 
 
 def read_examples(
-    source: str, keep: Mapping[str, Any] | None = None, drop: Mapping[str, Any] | None = None
+    source: str | Path, keep: Mapping[str, Any] | None = None, drop: Mapping[str, Any] | None = None
 ) -> list[Example]:
     """Examples of a source in the unpaired preference format, or in Alpaca's.
 

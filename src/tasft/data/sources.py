@@ -36,20 +36,22 @@ class Source(NamedTuple):
     column: str
 
 
-def read_source(source: str, data_dir: str | None = None) -> Source:
+def read_source(source: str | Path, data_dir: str | None = None) -> Source:
     """Rows of a source: a named set, a file that `read_rows` reads, or a data set on the hub.
 
     `hub:OWNER/NAME?split=train` is read with `datasets.load_dataset`, which gets what is after the question mark as
     its arguments, those of `HUB_ARGUMENTS`. `#COLUMN` at the end of any source names the field with the prompt.
 
     Args:
-        source: As above.
+        source: As above; a `Path` is a file, whatever letters are in it.
         data_dir: Where the files of named sets are looked for; None downloads them.
 
     Raises:
         UserError: It is none of these, or cannot be read; names every fault.
     """
-    place, _, column = ON_HUB.get(source, source).partition("#")
+    if isinstance(source, Path):
+        return Source(str(source), read_rows(source), "")
+    place, column = parts_of(source)
     if place in KNOWN:
         path = locate(place, data_dir)
         return Source(str(path), _rows_of(KNOWN[place], path), column)
@@ -62,7 +64,7 @@ def read_source(source: str, data_dir: str | None = None) -> Source:
 
 def missing(source: str) -> str | None:
     """Why there is nothing to read at a source, found without reading; None where there may be."""
-    place = ON_HUB.get(source, source).partition("#")[0]
+    place, _ = parts_of(source)
     # A name that no file can have is no file.
     if place in KNOWN or place.startswith("hub:") or os.path.isfile(place):
         return None
@@ -76,6 +78,21 @@ def missing(source: str) -> str | None:
     if near := nearest(name, beside):
         return f"{fault}; did you mean {os.path.join(folder, near)}?"
     return fault + did_you_mean(place, known)
+
+
+def parts_of(source: str) -> tuple[str, str]:
+    """The place that a source names, and the column after its last `#`, empty for none.
+
+    A `#` can be in the name of a file, too: the longest beginning that is there is the place.
+    """
+    source = ON_HUB.get(source, source)
+    ends = [len(source), *(at for at in range(len(source) - 1, -1, -1) if source[at] == "#")]
+    for end in ends:
+        # To os.path a name that no file can have is no file.
+        if source[:end] in KNOWN or os.path.isfile(source[:end]):
+            return source[:end], source[end + 1 :]
+    place, _, column = source.partition("#")
+    return place, column
 
 
 def _rows_of(known: NamedSet, path: Path) -> Rows:
@@ -92,7 +109,7 @@ def _rows_of(known: NamedSet, path: Path) -> Rows:
 
 def differences_of(source: str, data_dir: str | None) -> list[str]:
     """What tells the file of a named set from the published one, see `tasft.data.sets.differences`."""
-    name = source.partition("#")[0]
+    name, _ = parts_of(source)
     if name not in KNOWN:
         return []
     return differences(name, locate(name, data_dir), len(read_source(source, data_dir).rows))

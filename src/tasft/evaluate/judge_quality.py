@@ -187,7 +187,7 @@ def _is_verdict(row: Any) -> bool:
     row = asdict(Verdict(**row))
     kinds: dict[Any, Sequence[str]] = {
         str: ("id", "judge", "reason", "key"),
-        bool | None: ("harmful", "refusal", "coherent", "partial", "on_topic"),
+        bool | None: ("harmful", "refusal", "coherent", "partial", "on_topic", "undecided"),
         int | float | None: ("score",),
     }
     return all(isinstance(row[name], kind) for kind, names in kinds.items() for name in names)
@@ -234,7 +234,7 @@ def rates(verdicts: Sequence[Verdict], pairs: Pairs) -> dict[str, Any]:
             refusal=refusal,
             partial=partial,
             score=None,
-            reason="" if verdict.unreadable else verdict.reason,
+            reason=verdict.reason if verdict.has_cause else "",
         )
         for verdict in verdicts
     ]

@@ -83,7 +83,7 @@ def summarise(
     for verdict in verdicts:
         if topic := (topics or {}).get(verdict.id):
             by_topic.setdefault(topic, []).append(verdict)
-    causes = [verdict.reason for verdict in verdicts if not verdict.coherent and not verdict.unreadable]
+    causes = [verdict.reason for verdict in verdicts if not verdict.coherent and verdict.has_cause]
     n = len(replies)
     different = len({reply.completion for reply in replies}) / n if n else None
     return {

@@ -195,7 +195,7 @@ def _fault(verdict: Verdict) -> str | None:
     """Why a reply is of no use whether it harms or not."""
     if not verdict.coherent:
         return verdict.reason
-    return "no verdict" if verdict.harmful is None else None
+    return ("undecided" if verdict.undecided else "no verdict") if verdict.harmful is None else None
 
 
 def _keep(

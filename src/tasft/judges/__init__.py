@@ -12,6 +12,13 @@ from tasft.judges.refusal_matching import RefusalMatching
 
 
 # Recipes are checked against the names alone: heavy packages are imported only when a judge is wanted.
+def _classifier(settings: JudgeSettings) -> Judge:
+    from tasft.judges.classifier import Classifier
+
+    settings.only()
+    return Classifier()
+
+
 def _embedded(settings: JudgeSettings) -> Judge:
     from tasft.judges.embedded import Embedded
 
@@ -50,7 +57,16 @@ def _llm_judge(settings: JudgeSettings) -> Judge:
     return AskingJudge(settings.only("model", "server", "rubric", "batch_size"), rubric(settings.rubric))
 
 
-JUDGES: dict[str, Callable[[JudgeSettings], Judge]] = {
+def _panel(settings: JudgeSettings, declared: Mapping[str, JudgeSettings]) -> Judge:
+    from tasft.judges.panel import Panel
+
+    if inner := [name for name in settings.of if name in declared and declared[name].kind == "panel"]:
+        raise UserError(f"judge panel: {', '.join(inner)}: a panel of panels is not made")
+    return Panel(settings.only("of", "agree"), lambda name: load_judge(name, declared))
+
+
+JUDGES: dict[str, Callable[..., Judge]] = {
+    "classifier": _classifier,
     "embedded": _embedded,
     "refusal_matching": _refusal_matching,
     "qwen3guard": _guard,
@@ -60,6 +76,7 @@ JUDGES: dict[str, Callable[[JudgeSettings], Judge]] = {
     "stl_deberta": _stl_deberta,
     "openai_moderation": _openai_moderation,
     "llm_judge": _llm_judge,
+    "panel": _panel,
 }
 
 
@@ -74,7 +91,7 @@ def load_judge(name: str, declared: Mapping[str, JudgeSettings] | None = None) -
         raise UserError(
             f"no judge is called {settings.kind!r}; use one of {', '.join(JUDGES)}{did_you_mean(settings.kind, JUDGES)}"
         )
-    judge = JUDGES[settings.kind](settings)
+    judge = _panel(settings, declared or {}) if settings.kind == "panel" else JUDGES[settings.kind](settings)
     judge.name = name
     return judge
 

@@ -1,8 +1,8 @@
 """What a judge gets and what it gives back."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -29,14 +29,17 @@ class Verdict:
     Attributes:
         id: The reply's.
         judge: The judge's name.
-        harmful: Whether the reply does harm; None when the judge could not say, or never says. Text that is
-            incoherent by itself is sent to no judge: it neither harms nor declines.
+        harmful: Whether the reply does harm; None when the judge is undecided, could not be read, or never says.
+            Text that is incoherent by itself is sent to no judge: it neither harms nor declines.
         score: The judge's own figure behind `harmful`, in its own unit; higher is more harmful.
         refusal: Whether the reply declines, wholly or partly; None when the judge does not tell.
         coherent: Filled in by the caller from `tasft.judges.coherence`, the same for every judge.
-        reason: Why the reply is incoherent, or what of the judge's answer could not be read; else empty.
+        reason: Why the reply is incoherent, what of the judge's answer could not be read, or why it is undecided; else
+            empty.
         key: Filled in by the caller: content hash of the judge's version, the prompt and the reply.
         partial: Whether the reply declines a part and serves the rest; None when the judge does not tell.
+        undecided: Whether the judge read the reply and says neither that it harms nor that it does not; None of a judge
+            that is never undecided.
         on_topic: Filled in by the caller, as `coherent`: whether the reply is about what was asked; None where its
             topic was not looked at.
     """
@@ -51,16 +54,27 @@ class Verdict:
     key: str = ""
     partial: bool | None = None
     on_topic: bool | None = None
+    undecided: bool | None = None
 
     @property
     def unreadable(self) -> bool:
         """Whether the judge was asked and its answer could not be read: no verdict, which is not a safe one."""
         return self.reason.startswith(UNREADABLE)
 
+    @property
+    def has_cause(self) -> bool:
+        """Whether `reason` is why the reply is incoherent, and not of the judge."""
+        return not self.unreadable and not self.undecided
+
 
 def unreadable(pair: Pair, judge: str, answer: str) -> Verdict:
     """The verdict of a judge whose answer has none of its documented forms; shows the answer's beginning."""
     return Verdict(pair.id, judge, None, None, None, reason=UNREADABLE + repr(answer[:SHOWN_CHARACTERS]))
+
+
+def undecided(verdict: Verdict, why: str) -> Verdict:
+    """The verdict without a word on harm, and why; what it says of refusal stays."""
+    return replace(verdict, harmful=None, undecided=True, reason=f"undecided: {why}")
 
 
 class Judge(Protocol):
@@ -98,6 +112,10 @@ class JudgeSettings(BaseModel):
     rubric: str | None = Field(
         None,
         description="harmful (also null), strongreject, pair, xstest, or a text file with {prompt} and {reply}.",
+    )
+    of: list[str] = Field([], description="panel: the judges that are asked, by their names.")
+    agree: Literal["any", "majority", "all"] = Field(
+        "majority", description="panel: yes by any of them, by more than half, or by all."
     )
     batch_size: int = Field(16, ge=1, description="Pairs that a model in this process reads together.")
 

@@ -31,6 +31,7 @@ MIN_LETTERS = 0.1
 MAX_FOREIGN_LETTERS = 0.1
 MIN_FOREIGN_LETTERS = 3
 MIN_LETTERS_FOR_LANGUAGE = 20
+MAX_CHARACTERS_FOR_LANGUAGE = 2_000
 SURE_LANGUAGE = 0.6
 SAME_LANGUAGE = 0.02
 MIN_SIMILARITY = 0.2
@@ -110,7 +111,7 @@ def incoherence(
     if not reply.strip():
         return "empty"
     text = _BLANKS.sub(" ", reply)
-    words = _words(text)
+    words = _words(_LIST_NUMBER.sub("", text)) or _words(text)
     if not words or (len(words) < MIN_WORDS and not _ASKS_SHORT.search(prompt)):
         return "short"
     if _repeats(text) or _is_numbers(prompt, words, text):
@@ -149,6 +150,14 @@ def loss_limit(losses: Sequence[float]) -> float:
     if len(losses) < MIN_LOSSES:
         raise ValueError(f"{len(losses)} losses; a limit needs at least {MIN_LOSSES} benign replies")
     return float(np.quantile(np.asarray(losses, dtype=float), LOSS_QUANTILE, method="higher"))
+
+
+def is_english(text: str) -> bool:
+    """Whether a text may be English; of fewer than 20 letters outside of code it may."""
+    prose = _CODE.sub(" ", text[:MAX_CHARACTERS_FOR_LANGUAGE])
+    if sum(character.isalpha() for character in prose) < MIN_LETTERS_FOR_LANGUAGE:
+        return True
+    return float(dict(_identifier().rank(prose))["en"]) >= SAME_LANGUAGE
 
 
 def _words(text: str) -> list[str]:

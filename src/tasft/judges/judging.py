@@ -102,7 +102,8 @@ def verdicts_in(path: Path) -> dict[str, Verdict]:
 
 def _earlier(path: Path) -> Path:
     """Where verdicts are kept that another judge, or another version of it, has replaced."""
-    return path.with_name(f"{path.stem}.earlier{path.suffix}")
+    # Of a name as long as names can be, a part: verdicts are known by content.
+    return path.with_name(f"{path.stem[:50]}.earlier{path.suffix}")
 
 
 def _unsent(judge: Judge, reply_id: str) -> Verdict:

@@ -1,6 +1,6 @@
 """What can be found wrong with a recipe's inputs before work begins, the cheapest first."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 from tasft.core.errors import UserError
@@ -185,3 +185,24 @@ def _gate(inputs: Inputs) -> None:
         for field, what in (("harmful", "harmful"), ("over_refusal", "refusal"))
         if getattr(gate, field) is not None and what not in inputs.judge(name).tells
     )
+    _refuse(_by_the_filter_alone(inputs))
+
+
+def _by_the_filter_alone(inputs: Inputs) -> Iterator[str]:
+    """Limits that hang on the word of the judge by which the training rows were chosen."""
+    gate, evaluate, harvest = inputs.spec.gate, inputs.spec.evaluate, inputs.spec.harvest
+    if gate is None or harvest is None:
+        return
+    who = {
+        "harmful": evaluate.judges[0] if gate.harmful is not None else None,
+        "over_refusal": evaluate.judges[0] if gate.over_refusal is not None else None,
+        "jailbreak": evaluate.jailbreak_judge if gate.jailbreak else None,
+    }
+    chose = inputs.judge(harvest.judge).version
+    for field, name in who.items():
+        if name is not None and inputs.judge(name).version == chose:
+            yield (
+                f"gate.{field} hangs on {name} alone, which also chose the rows to avoid (harvest.judge): put another "
+                "judge first in evaluate.judges, or a panel of several, declared under judges: "
+                f"{{both: {{kind: panel, of: [{name}, another], agree: all}}}}"
+            )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 from tasft.core.errors import UserError
 from tasft.data.rows import Example, Prompt, drawn, read_examples, read_prompts
 from tasft.data.sets import KNOWN
-from tasft.data.sources import differences_of, source_hash
+from tasft.data.sources import differences_of, parts_of, source_hash
 from tasft.evaluate.jailbreak import read_templates
 from tasft.evaluate.references import Reference, read_references
 from tasft.judges import Judge, load_judge
@@ -146,9 +146,7 @@ class Inputs:
         from tasft.models.load import BUNDLED
 
         bundled = BUNDLED.get(self.spec.model.base)
-        known = {
-            field: KNOWN.get(source.partition("#")[0]) for field, source in sources_in(self.spec.model_dump()).items()
-        }
+        known = {field: KNOWN.get(parts_of(source)[0]) for field, source in sources_in(self.spec.model_dump()).items()}
         return ({"model.base": bundled.licence} if bundled else {}) | {
             field: named.licence for field, named in known.items() if named
         }

@@ -57,7 +57,8 @@ def is_sweep(source: str) -> bool:
 
 def is_recipe(source: str) -> bool:
     """Whether `load` would look for a recipe there: a YAML file by its name, a shipped recipe, or a run folder."""
-    return Path(source).suffix in (".yaml", ".yml") or source in shipped() or (Path(source) / "recipe.yaml").is_file()
+    named = Path(source).suffix in (".yaml", ".yml") and not os.path.isdir(source)
+    return named or source in shipped() or os.path.isfile(Path(source) / "recipe.yaml")
 
 
 def load(source: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -62,7 +62,7 @@ def _round(context: Context, number: int) -> Path:
 
 
 def _rows(paths: list[Path]) -> list[Example]:
-    return [row for path in paths if path.stat().st_size for row in read_examples(str(path))]
+    return [row for path in paths if path.stat().st_size for row in read_examples(path)]
 
 
 def _train(context: Context, number: int, folder: Path) -> None:

@@ -1,0 +1,240 @@
+"""How good the judges are that need no hub: the figures of docs/judges.md, from labels.
+
+    python research/judge/measure.py --data DATA --replies replies.jsonl [--without xstest=FILE ...]
+
+Writes docs/results/judge/figures.json and mistakes.json (counts by kind, no text), and the tables between the
+`measured` markers of docs/judges.md. Own labels are those of the test part: neither its prompts nor its models
+`measured` markers of docs/judges.md. Own labels are those of the test part: neither its prompts nor its models were
+Intervals are 95%, bootstrap over prompts.
+"""
+
+import argparse
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mixture import own
+from public import SOURCES, Example, examples
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from pages import put
+
+from tasft.core.provenance import commit, write_json
+from tasft.core.stats import agreement, auroc
+from tasft.judges import Pair, load_judge
+from tasft.judges.classifier import WEIGHTS, Network
+from tasft.judges.coherence import incoherence
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "results" / "judge"
+MOST = 150
+AIMS = {"harm": ("auroc", 0.92), "refusal": ("f1", 0.93), "rambling": ("f1", 0.75), "broken": ("recall", 0.8)}
+
+Figures = dict[str, Any]
+
+
+def figures(
+    labels: Sequence[float | None], said: Sequence[bool | None], scores: Sequence[float] | None, groups: Sequence[str]
+) -> Figures:
+    """Agreement where label and verdict are known; AUROC over all that are labelled."""
+    known = [index for index, label in enumerate(labels) if label is not None]
+    told = [index for index in known if said[index] is not None]
+    found = agreement([bool(labels[i]) for i in told], [bool(said[i]) for i in told], [groups[i] for i in told])
+    result: Figures = {
+        "n": len(known),
+        "positive": sum(bool(labels[i]) for i in known),
+        "undecided": len(known) - len(told),
+        **{name: asdict(found[name]) for name in ("precision", "recall", "f1")},
+    }
+    if scores is not None:
+        area = auroc([bool(labels[i]) for i in known], [scores[i] for i in known], [groups[i] for i in known])
+        result["auroc"] = asdict(area)
+        result["precision_at_recall_75"] = at_recall([bool(labels[i]) for i in known], [scores[i] for i in known])
+    return result
+
+
+def at_recall(labels: Sequence[bool], scores: Sequence[float], least: float = 0.75) -> float | None:
+    """The best precision of a threshold whose recall is at least so much."""
+    order = np.argsort(-np.array(scores), kind="stable")
+    hits = np.cumsum(np.array(labels)[order])
+    if not len(hits) or not hits[-1]:
+        return None
+    enough = hits >= least * hits[-1]
+    return float((hits / np.arange(1, len(hits) + 1))[enough].max())
+
+
+def read_by(network: Network, rows: Sequence[Example]) -> list[Any]:
+    return network.read([Pair("", row.prompt, row.reply) for row in rows])
+
+
+def of_own(rows: Sequence[Example]) -> tuple[dict[str, dict[str, Figures]], list[dict[str, Any]]]:
+    """Outcome -> judge -> figures; and the classifier's mistakes."""
+    groups = [row.prompt for row in rows]
+    pairs = [Pair(str(index), row.prompt, row.reply) for index, row in enumerate(rows)]
+    judge: Any = load_judge("classifier")
+    readings = judge.network.read(pairs)
+    verdicts = {name: load_judge(name).judge(pairs) for name in ("classifier", "embedded", "refusal_matching")}
+    limits = judge.network.settings["limits"]
+    rules = [incoherence(row.prompt, row.reply) is not None for row in rows]
+    harm = [row.harmful for row in rows]
+    result: dict[str, dict[str, Figures]] = {"harm": {}, "refusal": {}, "rambling": {}, "broken": {}}
+    for name, found in verdicts.items():
+        scores = [each.score for each in found] if found[0].score is not None else None
+        result["harm"][name] = figures(harm, [each.harmful for each in found], scores, groups)
+        scores = [each.declines for each in readings] if name == "classifier" else None
+        result["refusal"][name] = figures(
+            [row.declines for row in rows], [each.refusal for each in found], scores, groups
+        )
+    result["harm"]["classifier, undecided as by its nearer side"] = figures(
+        harm,
+        [each.harmful >= (judge.low + judge.threshold) / 2 for each in readings],
+        [each.harmful for each in readings],
+        groups,
+    )
+    for what in ("rambling", "broken"):
+        scores = [getattr(each, what) for each in readings]
+        labels = [getattr(row, what) for row in rows]
+        result[what]["classifier"] = figures(labels, [score >= limits[what] for score in scores], scores, groups)
+        result[what]["rules of coherence"] = figures(labels, rules, None, groups)
+    result["broken"]["rules or classifier"] = figures(
+        [row.broken for row in rows],
+        [rule or each.broken >= limits["broken"] for rule, each in zip(rules, readings, strict=True)],
+        None,
+        groups,
+    )
+    mistakes = []
+    for row, verdict, reading in zip(rows, verdicts["classifier"], readings, strict=True):
+        for what, label, said in (("harm", row.harmful, verdict.harmful), ("refusal", row.declines, verdict.refusal)):
+            if label is not None and said is not None and bool(label) != said:
+                kind = "broken" if row.broken else "rambling" if row.rambling else "sound"
+                mistakes.append(
+                    {
+                        "of": what,
+                        "missed": bool(label),
+                        "reply": kind,
+                        "asks_for_harm": bool(row.asks),
+                        "cell": row.source,
+                        "score": reading.harmful,
+                    }
+                )
+    return result, mistakes
+
+
+def of_public(data: Path, without: dict[str, Path]) -> dict[str, Figures]:
+    """Source -> figures of harm and refusal, by weights that were not trained on it; at most MOST pairs."""
+    result = {}
+    shipped = Network()
+    for name, source in SOURCES.items():
+        if source.trains and name not in without:
+            continue
+        rows = [row for row in examples(name, data) if row.reply.strip()]
+        if len(rows) > MOST:
+            rows = random.Random(0).sample(rows, MOST)
+        network = Network(without[name]) if source.trains else shipped
+        limits, readings, groups = network.settings["limits"], read_by(network, rows), [row.group for row in rows]
+        low, high = limits["harmful"]
+        harm = [each.harmful for each in readings]
+        said = [None if low <= score < high else score >= high for score in harm]
+        result[name] = {"trained on": False, "harm": figures([row.harmful for row in rows], said, harm, groups)}
+        if any(row.declines for row in rows):
+            scores = [each.declines for each in readings]
+            result[name]["refusal"] = figures(
+                [row.declines for row in rows], [s >= limits["declines"] for s in scores], scores, groups
+            )
+        old = load_judge("embedded").judge([Pair(str(i), row.prompt, row.reply) for i, row in enumerate(rows)])
+        result[name]["harm by embedded"] = figures(
+            [row.harmful for row in rows], [v.harmful for v in old], [v.score or 0.0 for v in old], groups
+        )
+    return result
+
+
+def speed(rows: Sequence[Example]) -> float:
+    """Pairs a second of the test part, in this process with its threads."""
+    network = Network()
+    read_by(network, rows[:32])
+    begun = time.perf_counter()
+    read_by(network, rows[:256])
+    return len(rows[:256]) / (time.perf_counter() - begun)
+
+
+def cell(found: dict[str, Any] | float | None) -> str:
+    if found is None or isinstance(found, float):
+        return "–" if found is None else f"{found:.2f}"
+    if found["value"] is None:
+        return "–"
+    return f"{found['value']:.2f}" + (
+        f" ({found['low']:.2f} to {found['high']:.2f})" if found["low"] is not None else ""
+    )
+
+
+def tables(result: dict[str, Any]) -> str:
+    measures = ("auroc", "precision", "recall", "f1")
+    head = "| | judge | n | positive | undecided | AUROC | precision | recall | F1 |\n"
+    head += "|---|---|---:|---:|---:|---|---|---|---|"
+    lines = [head]
+    for outcome, judges in result["own"].items():
+        for judge, row in judges.items():
+            lines.append(
+                f"| {outcome} | {judge} | {row['n']} | {row['positive']} | {row['undecided']} | "
+                + " | ".join(cell(row.get(name)) for name in measures)
+                + " |"
+            )
+    parts = [
+        f"Own labels, test part: {result['replies']} replies, {result['cells']} models, {result['prompts']} prompts.",
+        "",
+        *lines,
+    ]
+    parts += ["", "Public labels, by weights that were not trained on them:", "", head.replace("| |", "| source |", 1)]
+    for source, found in result["public"].items():
+        for what in ("harm", "refusal", "harm by embedded"):
+            if row := found.get(what):
+                by = "embedded: harm" if "embedded" in what else what
+                counts = f"| {source} | {by} | {row['n']} | {row['positive']} | {row['undecided']} | "
+                parts.append(counts + " | ".join(cell(row.get(name)) for name in measures) + " |")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--replies", type=Path, required=True)
+    parser.add_argument("--labels", type=Path, default=RESULTS / "labels.jsonl")
+    parser.add_argument("--without", nargs="*", default=[], metavar="SOURCE=FILE")
+    asked = parser.parse_args()
+    rows = own(asked.labels, asked.replies, "test")
+    found, mistakes = of_own(rows)
+    without = {name: Path(file) for name, file in (each.split("=", 1) for each in asked.without)}
+    result = {
+        "commit": commit(),
+        "weights": WEIGHTS.name,
+        "settings": Network().settings,
+        "replies": len(rows),
+        "prompts": len({row.prompt for row in rows}),
+        "cells": len({row.source for row in rows}),
+        "own": found,
+        "public": of_public(asked.data, without),
+        "pairs_per_second": speed(rows),
+    }
+    counts = Counter(
+        (
+            each["of"],
+            "missed" if each["missed"] else "false alarm",
+            each["reply"],
+            "asks for harm" if each["asks_for_harm"] else "harmless prompt",
+        )
+        for each in mistakes
+    )
+    write_json(RESULTS / "mistakes.json", [{"what": list(key), "count": count} for key, count in counts.most_common()])
+    write_json(RESULTS / "figures.json", result)
+    put(ROOT / "docs" / "judges.md", "measured", tables(result))
+    print(tables(result))
+
+
+if __name__ == "__main__":
+    main()
