@@ -74,8 +74,8 @@ def test_a_drawn_reply_depends_on_its_seed_alone(tiny):
 
 
 def test_a_reply_ends_at_an_end_token_which_is_not_shown(tiny):
+    said = whole(engine_of(tiny).stream(ASKED, GREEDY)).split()
     engine = engine_of(tiny)
-    said = whole(engine.stream(ASKED, GREEDY)).split()
     # The third word now ends replies.
     engine.model.generation_config.eos_token_id = engine.tokenizer.convert_tokens_to_ids(f"Ġ{said[2]}")
     assert whole(engine.stream(ASKED, GREEDY)).split() == said[: said.index(said[2])]
