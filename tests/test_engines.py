@@ -299,8 +299,8 @@ from tasft.models.engine import collect, requests_for
 from tasft.models.local import TransformersEngine
 from tasft.models.server import ServerEngine
 from tasft.models.server_settings import Server
-from tasft.launch import joined
-from tasft.model import load_model
+from tasft.core.ranks import joined
+from tasft.models.load import load_model
 
 tiny, url, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 with joined():
