@@ -306,6 +306,7 @@ tiny, url, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 with joined():
     model = load_model(tiny)
     engine = TransformersEngine(model, tiny_tokenizer(), "chat", batch_size=4)
+    engine.complete(["a", "b"], DRAWN)  # Once it is tried whether prompts can be answered together.
     passes = []
     model.register_forward_pre_hook(lambda *_: passes.append(1))
     here = collect(engine, requests_for(PROMPTS), DRAWN, folder / "here.jsonl", "s")
@@ -337,6 +338,7 @@ def test_processes_share_the_work_and_all_have_the_same_as_one(tiny, engine, tmp
         assert launch.launch(command, "ddp", 2) == 0
         assert list(server.asked.values()) == [1] * len(PROMPTS)
         assert server.most <= 4
+    engine.complete(["a", "b"], DRAWN)
     passes = []
     hook = engine.model.register_forward_pre_hook(lambda *_: passes.append(1))
     here = collect(engine, requests_for(PROMPTS), DRAWN, tmp_path / "alone.jsonl", "s")

@@ -23,6 +23,7 @@ from tasft.models.engine import Request, Sampling
 from tasft.models.generation import end_tokens
 from tasft.models.load import load_tokenizer
 from tasft.models.local import TransformersEngine
+from tasft.run.checks import check_inputs
 from tasft.run.inputs import Inputs
 from tasft.run.recipe import Recipe
 
@@ -185,9 +186,9 @@ def test_check_is_clean_or_says_what_is_so(family):
     inputs = Inputs(recipe_in(folder, ROWS))
     if name in REFUSED:
         with pytest.raises(UserError, match=REFUSED[name]):
-            inputs.check()
+            check_inputs(inputs)
         return
-    inputs.check()
+    check_inputs(inputs)
     named = [note for note in inputs.warnings() if "flatters" not in note]
     assert bool(named) == (name in THINKS)
     assert all(MERELY_NAMED in note for note in named)
@@ -201,9 +202,9 @@ def test_a_system_message_that_is_refused_has_the_line_of_its_file(family):
     inputs = Inputs(recipe_in(folder, [*ROWS, system]))
     if name in ("llama-2", "mistral-v1", "mistral-v3"):
         with pytest.raises(UserError, match=r"imitate.jsonl:4: the chat template refuses"):
-            inputs.check()
+            check_inputs(inputs)
         return
-    inputs.check()
+    check_inputs(inputs)
     left_out = inputs.encoded["train"].left_out
     assert left_out == ({"a system message": 1} if "system message" in str(left_out) else {})
     tokenizer = load_tokenizer(str(folder / "model"))
