@@ -248,7 +248,7 @@ def assert_harmless(chromium, address: str) -> None:
 
 def test_payloads_are_inert_on_compare_and_view_pages_and_among_attack_replies(chromium, hostile, tmp_path):
     assert_harmless(chromium, (hostile / "one" / "report" / "index.html").as_uri())
-    payload = next(p for p in PAYLOADS if "<script>" in p and "/" not in p and len(p) < 60)
+    payload = next(p for p in PAYLOADS if "<script>" in p and len(p) < 80)
     models = {payload: hostile / "one", "two": hostile / "two"}
     assert_harmless(chromium, write_comparison(models, tmp_path / "cmp", notes=[payload]).as_uri())
     with Viewer(hostile) as server:
@@ -260,5 +260,7 @@ def test_payloads_are_inert_on_compare_and_view_pages_and_among_attack_replies(c
             seen.page.locator("table a").first.click()
             seen.page.locator("#list article").first.wait_for()
             assert not seen.page.evaluate("window.hit")
-            assert_quiet(seen)
+            assert not [url for url in seen.requests if not url.startswith((server.address, "data:"))]
+            assert not seen.faults
+            assert not seen.dialogs
         server.shutdown()
