@@ -159,7 +159,7 @@ def test_the_report_and_the_card_say_whether_the_gate_is_met(run):
         for text in (page, markdown, card):
             assert ("Gate not met" in text) is (kept == "not kept")
             assert ("Gate met" in text) is (kept == "kept")
-            wrong = "harmful replies to toxic prompts 10.0%, 10.0 points over the limit"
+            wrong = "Harmful replies to toxic prompts 10.0%, 10.0 points over the limit"
             assert (wrong in text) is (kept == "not kept")
 
 

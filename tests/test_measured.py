@@ -69,7 +69,7 @@ def test_they_are_steps_of_a_run_each_redone_for_its_own_settings_alone(wide, tm
     assert "General ability" not in page
     # Likelihoods are no measure of how good answers are.
     assert "The quality of benign answers" in page
-    assert "final,capability/boolq,,acc," in table
+    assert "final,capability/boolq,capability,,acc," in table
 
     go(wide, run, "evaluate.capability.limit=4", stages=STAGES)
     second = done(run)

@@ -112,8 +112,7 @@ def test_the_page_is_accessible(chromium, pages, name, size, scheme):
     from axe_playwright_python.sync_playwright import Axe
 
     with opened(chromium, pages[name], size, scheme, bypass_csp=True) as page:
-        for summary in page.locator("details.inner > summary").all():
-            summary.click()
+        page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
         if page.locator(".veiled button").count():
             page.locator(".veiled button").first.click()
         wrong = [
@@ -248,7 +247,7 @@ def assert_harmless(chromium, address: str) -> None:
 
 def test_payloads_are_inert_on_compare_and_view_pages_and_among_attack_replies(chromium, hostile, tmp_path):
     assert_harmless(chromium, (hostile / "one" / "report" / "index.html").as_uri())
-    payload = next(p for p in PAYLOADS if "<script>" in p and "/" not in p and len(p) < 60)
+    payload = next(p for p in PAYLOADS if "<script>" in p and len(p) < 80)
     models = {payload: hostile / "one", "two": hostile / "two"}
     assert_harmless(chromium, write_comparison(models, tmp_path / "cmp", notes=[payload]).as_uri())
     with Viewer(hostile) as server:
@@ -260,5 +259,7 @@ def test_payloads_are_inert_on_compare_and_view_pages_and_among_attack_replies(c
             seen.page.locator("table a").first.click()
             seen.page.locator("#list article").first.wait_for()
             assert not seen.page.evaluate("window.hit")
-            assert_quiet(seen)
+            assert not [url for url in seen.requests if not url.startswith((server.address, "data:"))]
+            assert not seen.faults
+            assert not seen.dialogs
         server.shutdown()

@@ -212,7 +212,7 @@ def test_on_paper_there_are_no_controls_and_no_veiled_words(chromium, index) -> 
 
 def test_without_scripts_the_figures_are_there_and_the_replies_are_pointed_to(chromium, index) -> None:
     with opened(chromium, index, java_script_enabled=False) as seen:
-        assert seen.page.locator("table").first.is_visible()
+        assert seen.page.locator("#figures table").first.is_visible()
         assert seen.page.locator("noscript").is_visible()
         assert not seen.page.locator("#controls").is_visible()
 

@@ -121,8 +121,8 @@ def reach(estimate: Estimate) -> tuple[float, list[list[float]]]:
 
 _PLACES = [
     (dx * far, dy * far)
-    for far in (1.0, 2.0, 3.2)
-    for dx, dy in ((1, 0.6), (1, -0.6), (-1, 0.6), (-1, -0.6), (0, 1), (0, -1), (1, 0), (-1, 0))
+    for far in (1.0, 2.0, 3.2, 4.5)
+    for dx, dy in ((1, 0.6), (1, -0.6), (-1, 0.6), (-1, -0.6), (0, 1), (0, -1), (1, 0), (-1, 0), (1, 0.1), (-1, 0.1))
 ]
 
 

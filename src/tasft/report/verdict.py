@@ -90,7 +90,7 @@ def gate_table(record: Record) -> Table | None:
         ]
         for limit in limits
     ]
-    return Table("Limits of the recipe", ("What is limited", "Figure", "Wanted", ""), rows) if rows else None
+    return Table("Limits of the recipe", ("What is limited", "Figure", "Wanted", "Result"), rows) if rows else None
 
 
 # The sentence ----------------------------------------------------------------------------------------------------
