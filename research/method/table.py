@@ -9,9 +9,11 @@ import argparse
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from tasft.core.provenance import commit
 from tasft.core.stats import rate_of
+from tasft.judges.refusal_matching import declines
 from tasft.report.text import markdown_table
 
 SETS = {
@@ -35,8 +37,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--page", type=Path)
     arguments = parser.parse_args()
-    trials = []
+    trials: list[dict[str, Any]] = []
+    declined = {}
     for folder in arguments.out:
+        for path in sorted([*folder.glob("instructed-*.json"), *folder.glob("greedy-*.json")]):
+            replies = json.loads(path.read_text()).values()
+            declined[path.stem] = {"declined": sum(declines(reply) for reply, _ in replies), "n": len(replies)}
         for row in map(json.loads, (folder / "results.jsonl").read_text().splitlines()):
             if row["rates"].keys() != SETS.keys():
                 continue
@@ -54,7 +60,12 @@ def main() -> None:
             trials.append({"name": row["name"], "settings": row["settings"], **about, "counts": counts})
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        report = {"judge": "embedded, or phrases for refusals", "commit": commit(), "trials": trials}
+        report = {
+            "judge": "embedded, or phrases for refusals",
+            "commit": commit(),
+            "under_instructions": declined,
+            "trials": trials,
+        }
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     head = ["trial", "looks: refused, still harmful"]
     head += [f"{SETS[name]}: harmful" for name in list(SETS)[:2]] + [f"{words}: refused" for words in SETS.values()]
