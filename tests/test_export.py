@@ -23,7 +23,7 @@ from huggingface_hub import HfApi, ModelCard
 from loopback import Handler, Loopback
 from peft import LoraModel
 from test_pipeline import go, small_recipe
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer
 from typer.testing import CliRunner
 
 from tasft.cli.main import app
@@ -197,6 +197,16 @@ def test_a_tokenizer_that_is_read_back_as_another_is_refused(run, tmp_path, monk
     with pytest.raises(UserError, match="in other tokens than the run did"):
         export(run, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_of_the_older_kind_is_saved_as_what_it_is(tmp_path):
+    """Llama 2's, which begins what follows a special token with a space: transformers does not write that."""
+    vocabulary = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", "▁", "H", "i", "▁H"])}
+    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=[("▁", "H")], legacy=True)
+    wanted = tokenizer("<s>Hi", add_special_tokens=False).input_ids
+    assert tokenizer.convert_ids_to_tokens(wanted) == ["<s>", "▁H", "i"]
+    exports._save_tokenizer(tokenizer, tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)("<s>Hi", add_special_tokens=False).input_ids == wanted
 
 
 def test_a_folder_with_something_in_it_is_refused_and_stays_as_it_is(run, tmp_path):

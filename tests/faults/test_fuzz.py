@@ -97,13 +97,13 @@ def nearly(draw, good):
             inner = inner[key]
         what = draw(st.sampled_from(["other", "gone", "more"]))
         if what == "other":
-            inner[path[-1]] = draw(VALUES)
+            inner[path[-1]] = deepcopy(draw(VALUES))
         elif what == "gone":
             del inner[path[-1]]
         elif isinstance(inner, dict):
-            inner[draw(st.text(max_size=6))] = draw(VALUES)
+            inner[draw(st.text(max_size=6))] = deepcopy(draw(VALUES))
         else:
-            inner.append(draw(VALUES))
+            inner.append(deepcopy(draw(VALUES)))
     return value
 
 

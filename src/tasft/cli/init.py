@@ -7,12 +7,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel
 
 from tasft.core.errors import UserError
 from tasft.models.load import BUNDLED, load_tokenizer
 from tasft.run.recipe import Recipe
+from tasft.run.recipe_file import as_yaml
 
 WIDTH = 120
 _HEAD = """\
@@ -89,7 +89,7 @@ def _lines(section: type[BaseModel], values: Mapping[str, Any], indent: str) -> 
 def _yaml(name: str, value: Any) -> list[str]:
     """A field on one line, or on few where it is long."""
     plain = value.model_dump() if isinstance(value, BaseModel) else value
-    written = yaml.safe_dump(plain, default_flow_style=True, sort_keys=False, allow_unicode=True, width=WIDTH - 30)
+    written = as_yaml(plain, default_flow_style=True, width=WIDTH - 30)
     first, *others = written.removesuffix("...\n").splitlines()
     return [f"{name}: {first}", *(f"  {line}" for line in others)]
 

@@ -177,7 +177,7 @@ def _written(
         )
     notes = _set_template(tokenizer, spec)
     # All that it says that it wrote; the path is that of the draft.
-    files |= {Path(path).name for path in tokenizer.save_pretrained(draft)}
+    files |= _save_tokenizer(tokenizer, draft)
     _check_tokenizer(draft, tokenizer, spec)
     if spec.quantize != "none":
         notes.append(
@@ -229,6 +229,19 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, spec: Model) -> list[str]:
         said = ", ".join(f"{key}={value!r}" for key, value in spec.chat_template_kwargs.items())
         notes.append(f"It was tuned and measured with the chat template's settings {said}: give them too.")
     return notes
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> set[str]:
+    """Write a tokenizer; names of its files.
+
+    transformers leaves out `legacy`, by which Llama's and kin begin text after a special token with a space or not.
+    """
+    files = {Path(path).name for path in tokenizer.save_pretrained(folder)}
+    if (legacy := getattr(tokenizer, "legacy", None)) is not None:
+        path = folder / "tokenizer_config.json"
+        settings = provenance.read_json(path) or {}
+        provenance.write_json(path, settings | {"legacy": legacy})
+    return files
 
 
 def _check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, spec: Model) -> None:

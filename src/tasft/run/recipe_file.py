@@ -144,7 +144,16 @@ def _fields(kind: Any) -> Collection[str]:
 
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML; `load` reads it back."""
-    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+    return as_yaml(recipe.model_dump())
+
+
+def as_yaml(value: Any, **options: Any) -> str:
+    """A value as YAML that reads back as the same, in its own letters where that can be."""
+    written = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, **options)
+    # PyYAML writes these as they are and reads them as line breaks: escaped they stay.
+    if re.search("[\x85\u2028\u2029]", written):
+        return yaml.safe_dump(value, sort_keys=False, **options)
+    return written
 
 
 class _Loader(yaml.SafeLoader):
