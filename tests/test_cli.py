@@ -142,11 +142,12 @@ def test_a_fault_that_quotes_what_moves_a_cursor_does_not_move_it(tmp_path):
 
 
 def test_a_missing_model_is_named_before_anything_is_written(tmp_path):
-    done = tasft("run", "demo", "model.base=no/such-model", "data.toxic_prompts=nowhere.jsonl", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "no/such-model" in done.stderr
-    assert "nowhere.jsonl" in done.stderr
-    assert not any(tmp_path.iterdir())
+    # What costs least comes first: the model is looked at when the data is right.
+    for overrides, named in ((["data.toxic_prompts=nowhere.jsonl"], "nowhere.jsonl"), ([], "no/such-model")):
+        done = tasft("run", "demo", "model.base=no/such-model", *overrides, cwd=tmp_path)
+        assert done.returncode == 2
+        assert named in done.stderr
+        assert not any(tmp_path.iterdir())
 
 
 @needs_models

@@ -239,7 +239,7 @@ def test_200_megabytes_on_one_line_are_refused_without_filling_the_memory(tmp_pa
     # The reader alone in a process of 1.5 GB at most.
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_DATA, (3 << 29,) * 2)\n"
-        "from pathlib import Path; from tasft.data.rows import read_rows; from tasft.core.errors import UserError\n"
+        "from pathlib import Path; from tasft.data.files import read_rows; from tasft.core.errors import UserError\n"
         "try: read_rows(Path(sys.argv[1]))\nexcept UserError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], capture_output=True, text=True)

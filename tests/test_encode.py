@@ -520,7 +520,7 @@ def test_a_stream_gives_the_rows_of_the_data_set_as_they_are_asked_for():
             report = end.value
             break
     whole, expected = encode_rows(rows(), TOKENIZER, encoding)
-    assert [{**row, "weight": 1.0} for row in whole] == [first, *rest]
+    assert [{**row, "weight": 1.0, "retain": False} for row in whole] == [first, *rest]
     assert report == expected
     assert (report.rows, report.dropped_overlong, report.dropped_duplicates) == (2, 1, 1)
 

@@ -26,7 +26,7 @@ from tasft.core import ranks
 from tasft.core.errors import UserError
 from tasft.evaluate.safety import summarise
 from tasft.judges import JUDGES, JudgeSettings, Pair, load_judge
-from tasft.judges.base import unreadable
+from tasft.judges.base import SHOWN_CHARACTERS, unreadable
 from tasft.judges.guards import GUARDS, read_llama_guard, read_qwen3guard, read_wildguard
 from tasft.judges.judging import judge_replies
 from tasft.judges.questions import AskingJudge, fill
@@ -263,12 +263,12 @@ def test_any_text_is_a_documented_form_or_unreadable(text):
 
 
 def test_an_unreadable_answer_is_shown_so_that_it_does_nothing_to_a_terminal():
-    verdict = unreadable(PAIR, "g", "\x1b[31m" + "sure \u202e" * 30)
+    verdict = unreadable(PAIR, "g", "\x1b[31m" + "sure \u202e" * 99)
     assert verdict.unreadable
     assert (verdict.harmful, verdict.refusal, verdict.score) == (None, None, None)
     assert verdict.reason.startswith(r"unreadable: '\x1b[31msure \u202e")
     assert verdict.reason.isprintable()
-    assert len(eval(verdict.reason.removeprefix("unreadable: "))) == 60
+    assert len(eval(verdict.reason.removeprefix("unreadable: "))) == SHOWN_CHARACTERS
 
 
 # End to end.

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from contextlib import nullcontext
 
 import pytest
@@ -334,12 +335,16 @@ def spec(tiny, tmp_path):
     (tmp_path / "imitate.jsonl").write_text(
         "".join(json.dumps({"prompt": f"What is {n}?", "completion": "That."}) + "\n" for n in range(4))
     )
+    # An attacker reads what it and the target said before: it needs room.
+    model = shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
     prompts = [{"id": each.id, "prompt": each.prompt} for each in BEHAVIOURS]
     (tmp_path / "toxic.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     (tmp_path / "benign.jsonl").write_text('{"prompt": "What is a compost heap?"}\n')
     return {
         "name": "attacked",
-        "model": {"base": str(tiny), "lora": {"r": 2, "lora_dropout": 0.0}},
+        "model": {"base": str(model), "lora": {"r": 2, "lora_dropout": 0.0}},
         "data": {"imitate": {"source": str(tmp_path / "imitate.jsonl")}},
         "train": {"method": "sft", "penalty": "none", "max_steps": 1, "batch_size": 2, "kl_rows": 0},
         "evaluate": {

@@ -9,7 +9,7 @@ import pytest
 
 import tasft
 
-PROMPTS = Path(tasft.__path__[0]) / "prompts"
+PROMPTS = Path(tasft.__path__[0]) / "data" / "prompts"
 COUNTS = {
     "demo-toxic-harvest": 64,
     "demo-toxic-validation": 40,

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tasft.core.errors import UserError
 from tasft.data.template import encode_prompt
 from tasft.evaluate import quality
-from tasft.evaluate.quality import Reference
+from tasft.evaluate.references import Reference, read_references
 from tasft.models.engine import Reply
 from tasft.models.local import TransformersEngine
 from tasft.models.server_settings import Server
@@ -84,11 +84,11 @@ def test_references_are_read_by_alpaca_evals_names_or_ours_and_every_bad_row_is_
     path.write_text(
         json.dumps([{"instruction": "a", "output": "", "generator": "g"}, {"prompt": "b", "completion": "c"}])
     )
-    assert quality.read_references(str(path)) == [Reference("1", "a", "", "g"), Reference("2", "b", "c", "reference")]
-    assert len(quality.read_references(str(path), 1)) == 1
+    assert read_references(str(path)) == [Reference("1", "a", "", "g"), Reference("2", "b", "c", "reference")]
+    assert len(read_references(str(path), 1)) == 1
     path.write_text(json.dumps([{"instruction": " ", "output": 3}, {"output": "x"}]))
     with pytest.raises(UserError) as caught:
-        quality.read_references(str(path))
+        read_references(str(path))
     assert len(caught.value.faults) == 3
 
 

@@ -125,7 +125,10 @@ class JudgeSettings(BaseModel):
         Raises:
             UserError: It sets something that this kind of judge would not read.
         """
-        if others := sorted(self.model_fields_set - {"kind", *names}):
+        # A recipe that is written down in full names the usual values too.
+        usual = type(self)(kind=self.kind)
+        set_here = {name for name in self.model_fields_set if getattr(self, name) != getattr(usual, name)}
+        if others := sorted(set_here - {"kind", *names}):
             known = f"; it reads {', '.join(names)}" if names else ""
             raise UserError(f"judge {self.kind}: it does not read {', '.join(others)}: leave that out{known}")
         return self

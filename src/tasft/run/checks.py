@@ -41,7 +41,8 @@ def check_inputs(inputs: Inputs) -> None:
         partial(_queries, inputs),
         partial(_gate, inputs),
     )
-    _raise({}, partial(_model, inputs), lambda: inputs.encoded, partial(_lengths, inputs))
+    _raise({}, partial(_model, inputs))
+    _raise({}, lambda: inputs.encoded, partial(_lengths, inputs))
 
 
 def _raise(known: Mapping[str, str], *reads: Callable[[], object]) -> None:
