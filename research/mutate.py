@@ -3,9 +3,9 @@
 Each mutation replaces one piece of a source file in a copy of the package and runs the tests of the losses on it until
 the first failure. A mutation that survives is a hole in the tests.
 
-    python research/mutate.py [--json docs/results/mutations.json] [--jobs 2] [word ...]
+    python research/mutate.py [--json docs/results/mutations.json --page docs/log.md] [--tests NAME] [word ...]
 
-Words choose the mutations whose description holds one of them.
+Words choose the mutations whose description holds one of them; of the others the file keeps what it has.
 """
 
 import argparse
@@ -17,8 +17,11 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from pages import put
 
 ROOT = Path(__file__).parents[1]
 TESTS = ["tests/test_loss.py", "tests/test_tiles.py"]
@@ -275,8 +278,8 @@ MUTATIONS = [
 ]
 
 
-def first_failure(mutation: Mutation | None) -> str | None:
-    """Name of the first test that fails on a mutated copy; None if all pass."""
+def first_failure(mutation: Mutation | None, select: str = "") -> str | None:
+    """Name of the first test that fails on a mutated copy, among those whose name holds `select`; None if all pass."""
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "tasft"
         shutil.copytree(ROOT / "src" / "tasft", package)
@@ -289,7 +292,20 @@ def first_failure(mutation: Mutation | None) -> str | None:
                 )
             path.write_text(text.replace(mutation.old, mutation.new))
         environment = os.environ | {"PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not gpu", *TESTS]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "not gpu",
+            "-k",
+            select,
+            *TESTS,
+        ]
         run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if run.returncode == 0:
         return None
@@ -312,19 +328,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the result here")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument(
+        "--page", type=Path, metavar="PATH", help="put the table of that file between this page's marks"
+    )
+    parser.add_argument("--tests", default="", metavar="NAME", help="run only tests whose name holds this")
     parser.add_argument("words", nargs="*")
     arguments = parser.parse_args()
     chosen = [m for m in MUTATIONS if not arguments.words or any(word in m.what for word in arguments.words)]
-    if (red := first_failure(None)) is not None:
+    if (red := first_failure(None, arguments.tests)) is not None:
         raise SystemExit(f"{red} fails without any mutation")
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        found = pool.map(first_failure, chosen)
+        found = pool.map(partial(first_failure, select=arguments.tests), chosen)
         rows = []
         for mutation, red in zip(chosen, found, strict=True):
             rows.append({"what": mutation.what, "file": mutation.file, "red": red})
             print(f"{'SURVIVED' if red is None else 'red'}: {mutation.what} ({red})", flush=True)
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        kept = json.loads(arguments.json.read_text()) if arguments.json.exists() else []
+        known = {row["what"]: row for row in [*kept, *rows]}
+        rows_of_all = [known[mutation.what] for mutation in MUTATIONS if mutation.what in known]
+        arguments.json.write_text(json.dumps(rows_of_all, indent=1) + "\n")
+        if arguments.page:
+            put(arguments.page, "mutations", table(rows_of_all))
     survived = sum(row["red"] is None for row in rows)
     print(f"{len(rows) - survived} of {len(rows)} turn a test red")
     raise SystemExit(survived > 0)
