@@ -353,7 +353,7 @@ def test_a_sweep_of_which_no_cell_meets_its_gate_ends_with_3(base, tmp_path, mon
     path = write(tmp_path, seeds=[1, 2])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "sweep.json").write_text("{}")
-    monkeypatch.setattr(sweep, "go", lambda *_: [sweep.Outcome(gate=gate) for gate in gates])
+    monkeypatch.setattr(sweep, "go", lambda *_: [sweep.CellOutcome(gate=gate) for gate in gates])
     ended, _, complaint = tasft("sweep", path, "--out", tmp_path / "out")
     assert ended == code, complaint
     assert ("none of 2 cells meets its gate" in complaint) is (code == 3)

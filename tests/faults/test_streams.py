@@ -113,7 +113,7 @@ COMMANDS = {
                  "--out", "DISK/new", "--json"],
     "harvest": ["harvest", "WHOLE/recipe.yaml", "--out", "DISK/new"],
     "train": ["train", "WHOLE/recipe.yaml", "train.max_steps=3", "--out", "DISK/run"],
-    "report": ["report", "DISK/run", "evaluate.limit=2", "--json"],
+    "report": ["report", "DISK/run", "train.save_steps=7", "--json"],  # That concerns the report alone.
     "export": ["export", "WHOLE/run", "DISK/model", "--json"],
     "init": ["init", "--model", "TINY", "--yes", "--out", "DISK/r.yaml"],
     "sweep": ["sweep", "WHOLE/sweep.yaml", "--out", "DISK/sweep", "--json"],
