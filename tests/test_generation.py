@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from tasft.core.errors import UserError
 from tasft.data.rows import Example, Prompt
-from tasft.data.template import Writer, decoded
+from tasft.data.template import THOUGHTS, Writer, answer_in, decoded
 from tasft.evaluate.safety import answer
 from tasft.models.engine import Reply, Sampling, requests_for, thoughts
 from tasft.models.generation import end_tokens, overruled
@@ -324,3 +324,12 @@ def test_a_model_that_batches_change_is_asked_one_at_a_time(capsys, name, togeth
     assert {name: reply.completion for name, reply in found.items()} == {
         name: reply.completion for name, reply in alone.items()
     }
+
+
+@pytest.mark.parametrize(("opening", "closing"), THOUGHTS)
+def test_a_thought_in_what_a_server_says_is_told_from_its_answer(opening, closing):
+    assert answer_in(f"{opening}It asks.{closing}\n\nBlue.") == ("Blue.", f"{opening}It asks.{closing}")
+    # The template opened it in the prompt.
+    assert answer_in(f"It asks.{closing} Blue.") == ("Blue.", f"It asks.{closing}")
+    assert answer_in(f" {opening}It asks, and then") == ("", f" {opening}It asks, and then")
+    assert answer_in(" Blue. ") == ("Blue.", "")

@@ -182,6 +182,20 @@ class Said(NamedTuple):
     thought: str
 
 
+def answer_in(text: str) -> Said:
+    """What is said in a text whose tokenizer is not at hand, as a server's: a thought in known marks comes first.
+
+    A text that is cut within its thought has no answer.
+    """
+    for opening, closing in THOUGHTS:
+        thought, mark, answer = text.partition(closing)
+        if mark:
+            return Said(answer.strip(), thought + mark)
+        if text.lstrip().startswith(opening):
+            return Said("", text)
+    return Said(text.strip(), "")
+
+
 class Writer:
     """Writes prompts and replies in tokens, and reads replies.
 

@@ -24,6 +24,7 @@ from tasft.core.errors import UserError
 from tasft.core.provenance import file_hash, write_json, write_jsonl
 from tasft.core.stats import Estimate, rate
 from tasft.data.files import read_rows
+from tasft.models.generation import sampling_alone
 
 Z = 1.959964  # 97.5% of the normal distribution lie below.
 SEED = 1234  # lm-eval's own.
@@ -228,7 +229,9 @@ def measure(
             each.set_fewshot_seed(SEED)
         torch.manual_seed(SEED)
         # Not `simple_evaluate`: it does the same, but also asks the hub for the model, and pip and git for versions.
-        found = evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), loaded, limit=limit)
+        # What the model's generation_config.json says of drawing is not the task's.
+        with sampling_alone(model):
+            found = evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), loaded, limit=limit)
     items = [_item(name, sample) for name, samples in found["samples"].items() for sample in samples]
     summary = {
         **_estimates(found["results"][task], items),

@@ -8,7 +8,7 @@ from tasft.core import ranks
 from tasft.core.errors import UserError
 from tasft.data.rows import Messages
 from tasft.data.settings import PromptFormat
-from tasft.data.template import ALPACA
+from tasft.data.template import ALPACA, answer_in
 from tasft.models.engine import NoReply, Reply, Request, Sampling, derived_seed
 
 if TYPE_CHECKING:
@@ -61,20 +61,21 @@ class ServerEngine:
             for request, seed in zip(wanted, seeds, strict=True)
         ]
         for answers in self._answers([request.id for request in wanted], bodies):
-            yield [
-                Reply(
-                    request.id,
-                    name,
-                    request.prompt,
-                    "" if answer.note else (request.prefix + answer.text).strip(),
-                    answer.finish,
-                    seeds[answer.number],
-                    request.sample,
-                    note=answer.note,
-                )
-                for answer in answers
-                for request in [wanted[answer.number]]
-            ]
+            yield [self._reply(wanted[answer.number], answer, name, seeds[answer.number]) for answer in answers]
+
+    def _reply(self, request: Request, answer: "Answer", name: str, seed: int) -> Reply:
+        said = answer_in("" if answer.note else request.prefix + answer.text)
+        return Reply(
+            request.id,
+            name,
+            request.prompt,
+            said.answer,
+            answer.finish,
+            seed,
+            request.sample,
+            thought=said.thought,
+            note=answer.note,
+        )
 
     def complete(self, prompts: Sequence[str | Messages], sampling: Sampling) -> list[str]:
         """As `Engine.complete`: messages by chat completions, text by completions.
