@@ -131,7 +131,12 @@ def test_cells_of_a_sweep_take_what_they_share_once(small, tmp_path):
     assert estimate.plan_sweep([]) == {"groups": [], "seconds": 0, "memory_gib": None}
 
 
-def test_rounds_and_instructions_are_counted(small):
+def test_rounds_and_instructions_are_counted(small, monkeypatch):
+    def takes_a_tenth_of_a_second(work):
+        work()
+        return 0.1
+
+    monkeypatch.setattr(estimate, "_timed", takes_a_tenth_of_a_second)
     plain = estimate.plan(Pipeline(recipe_file.load(str(small), ["harvest.anchors=none"]), small.parent / "run"))
     wanted = ["harvest.anchors=instructed", "train.rounds={count: 3, benign: 5}"]
     more = estimate.plan(Pipeline(recipe_file.load(str(small), wanted), small.parent / "run"))
