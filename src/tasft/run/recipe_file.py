@@ -16,7 +16,7 @@ from tasft.core.errors import UserError
 from tasft.core.redact import redacted
 from tasft.core.suggest import did_you_mean, nearest
 from tasft.data.sources import missing
-from tasft.run.recipe import RENAMED, Recipe, renamed, sources_in
+from tasft.run.recipe import LIST, ONE, RENAMED, Recipe, renamed, sources_in
 
 MAX_VALUES = 100_000
 MAX_DEPTH = 50
@@ -89,7 +89,7 @@ def _faults(path: Path, values: dict[str, Any], error: ValidationError) -> list[
     faults = sentences(path, error)
     meant = deepcopy(values)
     # What is wrong between fields shows only when each alone is right: taken as they were probably meant.
-    mended = [_mend(meant, fault) for fault in error.errors()]
+    mended = [_mend(meant, fault) for fault in _errors(error)]
     if all(mended):
         try:
             Recipe.model_validate(meant)
@@ -307,7 +307,12 @@ def _override(values: dict[str, Any], override: str) -> str | None:
 
 def sentences(path: Path, error: ValidationError) -> list[str]:
     """What pydantic found wrong with the fields of a file."""
-    return [sentence for fault in error.errors() for sentence in _sentences(path, fault)]
+    return [sentence for fault in _errors(error) for sentence in _sentences(path, fault)]
+
+
+def _errors(error: ValidationError) -> list[Any]:
+    """Faults, each at the place that the file has it."""
+    return [{**fault, "loc": tuple(part for part in fault["loc"] if part not in (ONE, LIST))} for fault in error.errors()]
 
 
 def _sentences(path: Path, fault: Any) -> list[str]:
