@@ -130,6 +130,8 @@ def _folder(folder: Path) -> Source:
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(path.name for path in folder.iterdir() if path.is_dir())
         raise UserError(f"{folder}: holds several splits: name one, as in {folder / splits[0] if splits else folder}")
+    if (folder / "config.json").is_file():
+        raise UserError(f"{folder}: holds a model, and no rows")
     rows: Rows = []
     places: dict[int, str] = {}
     faults: list[str] = []

@@ -1,5 +1,6 @@
 """One run in one file: every field, its meaning and its default."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
@@ -118,10 +119,16 @@ class Data(Settings):
     )
     heldout: str | None = Field(
         None,
-        pattern=r"^[1-9]\d?(\.\d+)?%$",
         description="Share of each field of data that a set of evaluate names as its source, set aside for it: 10%.",
     )
     data_dir: Place | None = Field(None, description="Folder with the files of public sets; null downloads them.")
+
+    @field_validator("heldout")
+    @classmethod
+    def _share(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[1-9]\d?(\.\d+)?%", value):
+            raise ValueError(f"expected a share such as 10%, found {value!r:.40}")
+        return value
 
     @property
     def mixture(self) -> list[Imitate]:

@@ -3,7 +3,7 @@
 import os
 import re
 import reprlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from copy import deepcopy
 from importlib import resources
 from pathlib import Path
@@ -131,11 +131,19 @@ def _fields_at(path: Sequence[Any]) -> Collection[str]:
     """Names of the fields of a section of a recipe."""
     section: Any = Recipe
     for part in path:
+        if isinstance(part, int):  # Of a list, whose entries are sections too.
+            continue
         # Of a mapping whose entries the user names, each value is a section.
-        inner: Any = section.model_fields[part].annotation if part in _fields(section) else get_args(section)[-1:]
-        kinds: tuple[Any, ...] = inner if isinstance(inner, tuple) else (inner, *get_args(inner))
-        section = next((kind for kind in kinds if _fields(kind) or get_origin(kind) is dict), None)
+        inner = section.model_fields[part].annotation if part in _fields(section) else (get_args(section) or (None,))[-1]
+        section = next((kind for kind in _within(inner) if _fields(kind) or get_origin(kind) is dict), None)
     return _fields(section)
+
+
+def _within(kind: Any) -> Iterator[Any]:
+    """A type, then those that it is made of."""
+    yield kind
+    for inner in get_args(kind):
+        yield from _within(inner)
 
 
 def _fields(kind: Any) -> Collection[str]:
