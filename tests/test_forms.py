@@ -137,7 +137,9 @@ def test_what_is_held_out_has_no_near_duplicate_left_behind():
 def test_a_recipe_mixes_forms_and_holds_prompts_out(tmp_path, tiny, monkeypatch):
     monkeypatch.chdir(tmp_path)
     colours = ["amber", "beige", "cyan", "denim", "ebony", "fuchsia", "green", "hazel", "ivory", "jade"]
-    jsonl(tmp_path / "talk.jsonl", *({"messages": [{**ASK, "content": f"Where is {each}?"}, ANSWER]} for each in colours))
+    jsonl(
+        tmp_path / "talk.jsonl", *({"messages": [{**ASK, "content": f"Where is {each}?"}, ANSWER]} for each in colours)
+    )
     jsonl(tmp_path / "pairs.jsonl", *({"question": f"Who likes {each} most?", "answer": "I."} for each in colours))
     (tmp_path / "toxic.txt").write_text("".join(f"How do I <forbidden {each} act>?\n" for each in colours))
     (tmp_path / "mine.yaml").write_text(

@@ -68,8 +68,7 @@ class Inputs:
         from tasft.data.contamination import held_out
 
         share = float(str(self.spec.data.heldout).rstrip("%")) / 100
-        texts = [row.prompt if isinstance(row, Prompt) else _text(row) for row in rows]
-        chosen = held_out(texts, share, self.spec.seed)
+        chosen = held_out([_text(row) for row in rows], share, self.spec.seed)
         return [row for row, out in zip(rows, chosen, strict=True) if out is aside]
 
     def _uncontaminated(self, field: str, rows: list[T], texts: list[str]) -> list[T]:
@@ -325,8 +324,9 @@ class Inputs:
         return [*self.filters, *self.evaluators]
 
 
-def _text(row: Example) -> str:
-    """The prompt of a row, all turns of a conversation that are not the assistant's."""
+def _text(row: object) -> str:
+    """The prompt of a prompt or a row, all turns of a conversation that are not the assistant's."""
+    assert isinstance(row, Prompt | Example)
     if isinstance(row.prompt, str):
         return row.prompt
     return "\n".join(str(turn.get("content", "")) for turn in row.prompt if turn["role"] == "user")

@@ -134,7 +134,9 @@ def _fields_at(path: Sequence[Any]) -> Collection[str]:
         if isinstance(part, int):  # Of a list, whose entries are sections too.
             continue
         # Of a mapping whose entries the user names, each value is a section.
-        inner = section.model_fields[part].annotation if part in _fields(section) else (get_args(section) or (None,))[-1]
+        inner = (
+            section.model_fields[part].annotation if part in _fields(section) else (get_args(section) or (None,))[-1]
+        )
         section = next((kind for kind in _within(inner) if _fields(kind) or get_origin(kind) is dict), None)
     return _fields(section)
 
@@ -320,7 +322,9 @@ def sentences(path: Path, error: ValidationError) -> list[str]:
 
 def _errors(error: ValidationError) -> list[Any]:
     """Faults, each at the place that the file has it."""
-    return [{**fault, "loc": tuple(part for part in fault["loc"] if part not in (ONE, LIST))} for fault in error.errors()]
+    return [
+        {**fault, "loc": tuple(part for part in fault["loc"] if part not in (ONE, LIST))} for fault in error.errors()
+    ]
 
 
 def _sentences(path: Path, fault: Any) -> list[str]:
