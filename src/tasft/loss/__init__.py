@@ -6,7 +6,6 @@ Every penalty is minimised and called in one way, with the keyword arguments tha
 """
 
 from collections.abc import Callable
-from math import inf
 from typing import NamedTuple
 
 from tasft.loss.likelihood import (
