@@ -2,8 +2,8 @@
 
     python research/fit_embedded.py --data-dir DATA --cache TMP
 
-Writes src/tasft/judges/embedded.json (the heads), docs/evaluation.json (every figure) and the tables between the
-`judge` markers of docs/evaluation.md. Needs scikit-learn and pandas, the encoder's package, one core and about
+Writes src/tasft/judges/embedded.json (the heads), docs/results/embedded.json (every figure) and the tables between the
+`judge` markers of docs/embedded.md. Needs scikit-learn and pandas, the encoder's package, one core and about
 eight minutes; the second time, with the embeddings in the cache, two.
 
 DATA holds judge/xstest/*.csv, judge/gptfuzz/{train,evaluate,question_list}.csv (fitted on, but for evaluate.csv) and
@@ -93,7 +93,7 @@ def gptfuzz(data: Path, name: str, per_question: int) -> pd.DataFrame:
 
 
 def do_not_answer(data: Path) -> pd.DataFrame:
-    """350 of 939 risky questions, six models each; `action` is what a reply does (table in docs/evaluation.md)."""
+    """350 of 939 risky questions, six models each; `action` is what a reply does (table in docs/embedded.md)."""
     rows = pd.read_csv(data / "judge/do_not_answer_en.csv").sample(350, random_state=0)
     return pd.concat(
         [
@@ -303,7 +303,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def tables(report: dict[str, Any]) -> str:
-    """All that stands between the markers of docs/evaluation.md."""
+    """All that stands between the markers of docs/embedded.md."""
     fitted, limits = report["fitted"], report["thresholds"]
     areas = [row["auroc"]["value"] for row in report["harm"] if row["auroc"]]
     alarms = "\n".join(
@@ -633,8 +633,8 @@ def main() -> None:
             "choices": choices(bench, fitted),
         }
     )
-    (ROOT / "docs/evaluation.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    put(ROOT / "docs/evaluation.md", "judge", tables(report))
+    (ROOT / "docs/results/embedded.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    put(ROOT / "docs/embedded.md", "judge", tables(report))
 
 
 if __name__ == "__main__":

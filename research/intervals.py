@@ -1,7 +1,7 @@
 """How often intervals of a paired change hold the true change, by simulation: ours, Newcombe's, and the bootstrap.
 
 Pairs are drawn with a rate before, a rate after, and outcomes that agree as often as independent ones, or more often
-by half of what is possible. Writes a JSON file and puts the table into docs/evaluation.md.
+by half of what is possible. Writes a JSON file and puts the table into docs/numbers.md.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1_000, help="of each size and pair of rates")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "intervals.json")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "evaluation.md")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "numbers.md")
     asked = parser.parse_args()
     rows = [row for n in SIZES for row in simulated(n, asked.samples, asked.seed)]
     about = {"samples": asked.samples, "seed": asked.seed, "level": 0.95, "commit": commit()}

@@ -6,8 +6,8 @@ Rows have `prompt` and `completion`, and `loss_nats` where the model is at hand:
 it. All are replies to benign prompts, so that every flag counts as a false alarm (a small model that really loops
 makes some of them right: read them, they are printed). Those of the last file are also given to the prompt of the row
 after theirs, where they should be flagged. The limit on the loss is taken from SAMPLED.jsonl, which should hold replies
-to other prompts. Writes docs/coherence.json and the table between the `coherence` markers of
-docs/evaluation.md.
+to other prompts. Writes docs/results/coherence.json and the table between the `coherence` markers of
+docs/coherence.md.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def line(name: str, found: dict[str, Any]) -> str:
 
 
 def section(result: dict[str, Any]) -> str:
-    """What docs/evaluation.md says of a measurement."""
+    """What docs/coherence.md says of a measurement."""
     table = [
         "| replies | flagged | rate (95% Wilson interval) | reasons |",
         "|---|---|---|---|",
@@ -109,9 +109,9 @@ def main() -> None:
         "benign": benign,
         "of another prompt": wrong,
     }
-    (ROOT / "docs" / "coherence.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (ROOT / "docs" / "results" / "coherence.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
-    put(ROOT / "docs" / "evaluation.md", "coherence", section(result))
+    put(ROOT / "docs" / "coherence.md", "coherence", section(result))
     print(section(result))
 
 

@@ -14,12 +14,12 @@ from conftest import ROOT, needs_models
 from typer.testing import CliRunner
 
 from tasft.cli.main import app
-from tasft.run import recipe_file
+from tasft.run import recipe_file, sweep
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-PAGES = ("data", "evaluation", "harvest", "judges", "limits", "log", "method", "python", "runs", "sweeps")
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 RUNS = re.findall(r"```(sh)\n(.*?)```", (ROOT / "docs" / "runs.md").read_text(), re.DOTALL)
 SHELL = [line for kind, text in BLOCKS + RUNS if kind == "sh" for line in text.splitlines() if line and line[0] != "#"]
 
@@ -79,14 +79,17 @@ def write_the_readmes_recipe(folder, model):
     (folder / "mine.yaml").write_text(yaml.safe_dump(values))
 
 
-@pytest.mark.parametrize("page", ["data", "evaluation", "harvest", "judges", "method"])
+@pytest.mark.parametrize("page", PAGES)
 def test_the_recipe_parts_of_the_pages_are_recipes(page, tmp_path):
-    parts = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.DOTALL)
-    assert parts
+    parts = re.findall(r"```yaml\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     for number, part in enumerate(parts):
-        path = tmp_path / f"{number}.yaml"
-        path.write_text(yaml.safe_dump({"extends": str(ROOT / "recipes" / "demo.yaml")} | yaml.safe_load(part)))
-        recipe_file.load(str(path))
+        path, values = tmp_path / f"{number}.yaml", yaml.safe_load(part)
+        if "base" in values:
+            path.write_text(part)
+            assert sweep.load(str(path))[1]
+        else:
+            path.write_text(yaml.safe_dump({"extends": str(ROOT / "recipes" / "demo.yaml")} | values))
+            recipe_file.load(str(path))
 
 
 def test_the_python_of_the_readme_runs(tiny, tmp_path):
@@ -104,8 +107,7 @@ def test_the_python_of_the_readme_runs(tiny, tmp_path):
     [
         "README.md",
         "CONTRIBUTING.md",
-        "docs/results/README.md",
-        *(f"docs/{name}.md" for name in PAGES),
+        *PAGES,
     ],
 )
 def test_links_and_named_files_exist(path):
@@ -156,7 +158,7 @@ def test_the_benchmarks_page_has_the_tables_of_its_results(monkeypatch):
 
 def test_the_method_page_has_the_table_of_the_collapse():
     result = json.loads((ROOT / "docs" / "results" / "collapse.json").read_text())
-    assert script("collapse").table(result) in (ROOT / "docs" / "method.md").read_text()
+    assert script("collapse").table(result) in (ROOT / "docs" / "collapse.md").read_text()
 
 
 def test_the_tables_are_those_of_the_committed_results():
@@ -180,7 +182,7 @@ def test_the_tables_are_those_of_the_committed_results():
 def test_the_evaluation_page_has_the_agreement_with_the_labels():
     result = json.loads((ROOT / "docs" / "results" / "labels.json").read_text())
     labels = (ROOT / "docs" / "results" / "labelled.jsonl").read_text().splitlines()
-    assert script("label").table(result) in (ROOT / "docs" / "evaluation.md").read_text()
+    assert script("label").table(result) in (ROOT / "docs" / "embedded.md").read_text()
     assert result["n"] == len(labels)
     assert {key for line in labels for key in json.loads(line)} == {"key", "harmful", "refusal", "coherent", "method"}
 
@@ -205,8 +207,8 @@ def test_the_log_has_the_table_of_the_pull():
 
 
 def test_the_page_of_evaluation_has_what_was_measured_of_coherence():
-    result = json.loads((ROOT / "docs" / "coherence.json").read_text())
-    page = (ROOT / "docs" / "evaluation.md").read_text()
+    result = json.loads((ROOT / "docs" / "results" / "coherence.json").read_text())
+    page = (ROOT / "docs" / "coherence.md").read_text()
     assert script("pages").placed(page, "coherence", script("measure_coherence").section(result)) == page
 
 

@@ -106,7 +106,7 @@ def test_a_name_that_yaml_would_read_otherwise_is_written_so_that_it_comes_back(
 
 
 def test_questions_are_asked_where_there_is_a_terminal(tiny, files, monkeypatch):
-    monkeypatch.setattr("tasft.cli.main._asks", lambda yes: not yes)
+    monkeypatch.setattr("tasft.cli.start._asks", lambda yes: not yes)
     out = files / "asked.yaml"
     said = f"{tiny}\n{files / 'mine.jsonl'}\n\n\n\n\n"
     done = CliRunner().invoke(app, ["init", "--out", str(out)], input=said)

@@ -183,5 +183,5 @@ def test_refusals_agree_with_human_labels_as_measured(embedded: Judge) -> None:
     declined = [score for score, (_, label) in zip(refusal, sample, strict=True) if label]
     answered = [score for score, (_, label) in zip(refusal, sample, strict=True) if not label]
     wins = sum((d > a) + 0.5 * (d == a) for d in declined for a in answered)
-    # 0.97 on the larger sample of docs/evaluation.md.
+    # 0.97 on the larger sample of docs/embedded.md.
     assert wins / (len(declined) * len(answered)) > 0.93

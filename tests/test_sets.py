@@ -146,7 +146,7 @@ def test_the_published_files_are_what_their_entries_say():
 
 
 def test_the_page_has_every_set_with_its_number_kind_and_licence():
-    page = (ROOT / "docs" / "evaluation.md").read_text()
+    page = (ROOT / "docs" / "guides" / "prompt-sets.md").read_text()
     rows = re.findall(
         r"^\| `([\w-]+)` \| ([\d,]+) \| (toxic|benign|templates) \| ([^|]+) \| \[(\S+)\]\((\S+)\)( †)? \|", page, re.M
     )

@@ -172,7 +172,7 @@ def test_every_shipped_sweep_is_valid(name):
 
 
 def test_the_sweep_of_the_page_has_as_many_cells_as_it_says(tmp_path):
-    page = (ROOT / "docs" / "sweeps.md").read_text()
+    page = (ROOT / "docs" / "guides" / "sweeps.md").read_text()
     path = tmp_path / "sweep.yaml"
     path.write_text(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1])
     assert f"= {len(sweep.load(str(path))[1])} cells" in page

@@ -4,7 +4,7 @@ A model that was pushed away from harmful answers can end in a collapse: nothing
 again, another language, a fine sentence about something else. Judges of harm call that safe, so it is counted
 here: from the text alone and, where they are measured, the loss of the reply under the untouched model
 and its similarity to the prompt. The limits below were chosen on benign replies of a small model and
-of people; docs/evaluation.md says what they catch and what not.
+of people; docs/coherence.md says what they catch and what not.
 """
 
 import re

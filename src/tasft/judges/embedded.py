@@ -1,7 +1,7 @@
 """The judge of the demo: logistic regression over the sentence embeddings of prompt and reply.
 
 It needs no model hub and a few milliseconds for a reply, and its quality is that of its price: see
-docs/evaluation.md. Numbers to publish need a guard model.
+docs/embedded.md. Numbers to publish need a guard model.
 """
 
 import json
