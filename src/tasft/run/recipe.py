@@ -52,6 +52,9 @@ class Lora(Settings):
     lora_alpha: int = Field(16, ge=1, description="Scale: the adapter's output is multiplied by lora_alpha / r.")
     lora_dropout: Number = Field(0.05, ge=0, lt=1, description="Dropout before the adapter.")
     target_modules: list[str] = Field(["q_proj", "v_proj"], min_length=1, description="Names of the linear layers.")
+    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, min_length=1, description="Numbers of the transformer's layers that are adapted, from 0; null: all."
+    )
 
 
 class Model(PromptSettings):
