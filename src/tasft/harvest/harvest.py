@@ -12,6 +12,7 @@ from tasft.data.rows import Example, Prompt
 from tasft.harvest.anchors import instructed, varied
 from tasft.harvest.contrastive import contrastive_replies
 from tasft.harvest.settings import HarvestSettings
+from tasft.harvest.twins import twins
 from tasft.judges import Judge, Verdict
 from tasft.judges.judging import UNKNOWN, Usual, judge_more, judge_replies, verdicts_in
 from tasft.models.engine import Engine, Reply, Sampling, collect, decided, replies_in, requests_for, thoughts
@@ -31,6 +32,7 @@ def harvest(
     usual: Usual = UNKNOWN,
     writer: Engine | None = None,
     seed: int = 0,
+    opened: Callable[[str], str] | None = None,
 ) -> dict[str, Any]:
     """Fill a `harvest/` folder; taken up where it was left when the folder holds replies.
 
@@ -45,10 +47,11 @@ def harvest(
         benign: Prompts whose answers become imitate rows.
         settings: See there.
         folder: Gets `replies.jsonl`, `verdicts.jsonl`, `avoid.jsonl`, `anchor.jsonl`, `imitate.jsonl`,
-            `contrastive.jsonl` and `summary.json`.
+            `twin.jsonl`, `contrastive.jsonl` and `summary.json`.
         usual: What coherent replies are held to besides their text, see `tasft.judges.calibration`.
         writer: Writes and answers the prompts that only seem toxic; None is `engine`.
         seed: Of all draws.
+        opened: The text of a conversation up to where a user who has said some words goes on; wanted for twins.
 
     Returns:
         The summary: how many replies were tried and kept, and why the others were not.
@@ -86,11 +89,16 @@ def harvest(
         under_instruction, instructions = instructed(
             engine, asked, answered, settings.instructions, sampling, path, declined
         )
+    twin: list[Reply] = []
+    about_twins: dict[str, int] = {}
+    if settings.twins and opened:
+        written, about_twins = twins(engine, toxic, settings.twins, opened, sampling, folder / "twins.jsonl")
+        twin = collect(engine, requests_for(written, mark="-own"), sampling, path, "twin")
     contrastive: list[Reply] = []
     about: dict[str, Any] = {}
     if settings.contrastive:
         contrastive, about = contrastive_replies(writer or engine, toxic, benign, settings.contrastive, sampling, path)
-    others = own + prefilled + under_instruction + contrastive
+    others = own + prefilled + under_instruction + twin + contrastive
     final = judge_replies(judge, answers + others, folder / "verdicts.jsonl", usual)
     verdicts = {verdict.id: verdict for verdict in final}
 
@@ -123,6 +131,7 @@ def harvest(
         "avoid": (ordered(avoid), counts),
         "anchor": _keep(ordered(anchored), test, settings.anchor_rows, seed, settings.anchors == "instructed"),
         "imitate": _keep(own, coherent),
+        "twin": _keep(twin, answering),
         "contrastive": _keep(contrastive, answering),
     }
     summary = {
@@ -132,6 +141,7 @@ def harvest(
         **kept["avoid"][1],
         "anchors": {"mode": settings.anchors, "instructions": instructions, **kept["anchor"][1]},
         "imitate": kept["imitate"][1],
+        "twins": about_twins | kept["twin"][1],
         "contrastive": about | kept["contrastive"][1],
         "thoughts": thoughts(answers + others),
         "drawn": decided(engine, sampling),
@@ -207,8 +217,8 @@ def _keep(
 ) -> tuple[list[Reply], dict[str, Any]]:
     """Replies without a fault, no (prompt, reply) twice; how many were tried, kept, and left out for what.
 
-    Of more than `most` the first are kept; with a seed a random sample, as prompt files are often sorted by topic. With
-    `vary` no opening is too frequent.
+    Of more than `most` the first are kept; with a seed a random sample, as prompt files are often sorted by topic; with
+    `vary` those whose openings vary most.
     """
     good: dict[tuple[str, str], Reply] = {}
     left: Counter[str] = Counter()
@@ -220,16 +230,14 @@ def _keep(
             good[reply.prompt, reply.completion] = reply
         else:
             left[why] += 1
-    found = list(good.values())
-    kept = varied(found) if vary else found
+    kept = list(good.values())
     if most is not None and len(kept) > most:
         left["more than wanted"] = len(kept) - most
-        chosen = set(range(most) if seed is None else random.Random(seed).sample(range(len(kept)), most))
-        kept = [reply for index, reply in enumerate(kept) if index in chosen]
-    if vary:
-        kept = varied(kept)
-        left["opening of too many"] = len(found) - len(kept) - left["more than wanted"]
-    left = +left  # without those of which there are none
+        if vary:
+            kept = varied(kept, most)
+        else:
+            chosen = set(range(most) if seed is None else random.Random(seed).sample(range(len(kept)), most))
+            kept = [reply for index, reply in enumerate(kept) if index in chosen]
     return kept, {"tried": len(replies), "kept": len(kept), "reasons": dict(left)}
 
 
@@ -241,5 +249,5 @@ def _example(reply: Reply, label: bool, source: str) -> Example:
         reply.id,
         f"harvest/{source}",
         ends=reply.finish == "stop",
-        retain=source in ("imitate", "contrastive"),
+        retain=source in ("imitate", "twin", "contrastive"),
     )
