@@ -129,7 +129,7 @@ def _hub_rows(place: str) -> Rows:
     try:
         import datasets
     except ImportError:
-        raise UserError(f"{place} needs the package datasets: pip install 'tasft[hub]'") from None
+        raise UserError(f"{place} needs the package datasets: pip install '.[hub]'") from None
     try:
         found = datasets.load_dataset(name, **arguments)
     except Exception as error:  # hub, cache and parsing errors share no base class

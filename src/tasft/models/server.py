@@ -127,7 +127,7 @@ class ServerEngine:
             if (error.name or "tasft").startswith("tasft"):
                 raise
             raise UserError(
-                f"a server is asked with {error.name}, which is missing: pip install 'tasft[server]'"
+                f"a server is asked with {error.name}, which is missing: pip install '.[server]'"
             ) from None
         return Asker(self.server, self.server.key(), Tally(self.server.max_refused))
 
