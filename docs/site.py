@@ -58,12 +58,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return text if text.startswith("`") else f"{text} (`{path}`)"
         return f"[{text}]({posixpath.relpath(site, posixpath.dirname(here) or '.')}{anchor or ''})"
 
-    return re.sub(r"(?<!!)\[([^\]]+)\]\((?![a-z]+:)([^)#\s]+)(#[^)]*)?\)", led, markdown)
+    return re.sub(r"\[([^\]]+)\]\((?![a-z]+:)([^)#\s]+)(#[^)]*)?\)", led, markdown)
 
 
 def on_post_build(config: Any, **_: Any) -> None:
     """Say how easy the words read; refuse a page that loads anything from elsewhere."""
-    loaded = re.compile(r"<(?:script|img|iframe|link(?! rel=\"(?:canonical|alternate)))[^>]*(?:src|href)=\"?(?:https?:)?//")
+    loaded = re.compile(
+        r"<(?:script|img|iframe|link(?! rel=\"(?:canonical|alternate)))[^>]*(?:src|href)=\"?(?:https?:)?//"
+    )
     for path in Path(config["site_dir"]).rglob("*.html"):
         if found := loaded.search(path.read_text(encoding="utf-8")):
             raise PluginError(f"{path}: loads something from elsewhere: {found[0]}")
@@ -172,7 +174,10 @@ def api() -> str:
 
 def penalties() -> str:
     """Each penalty by its docstring."""
-    parts = ["# Penalties", "Which to take: [Choose a penalty](../guides/penalty.md). Formulas: [Method](../method.md)."]
+    parts = [
+        "# Penalties",
+        "Which to take: [Choose a penalty](../guides/penalty.md). Formulas: [Method](../method.md).",
+    ]
     for name in PENALTIES:
         home = "transport" if name.startswith("emd") else "likelihood"
         parts.append(f"## `{name}`\n\n::: tasft.loss.{home}.{name}\n    options: {{show_root_heading: false}}")
@@ -199,7 +204,7 @@ def files() -> str:
     parts = ["# Files", _FILES]
     for title, names, schema in formats():
         text = json.dumps(schema, indent=2, ensure_ascii=False)
-        parts.append(f"## {title}\n\n{names}\n\n??? note \"JSON schema\"\n\n" + _indented(f"```json\n{text}\n```"))
+        parts.append(f'## {title}\n\n{names}\n\n??? note "JSON schema"\n\n' + _indented(f"```json\n{text}\n```"))
     measures = "\n".join(f"| `{name}` | {_cell(each.meaning)} |" for name, each in MEASURES.items())
     parts.append(f"## Measures\n\n| | |\n|---|---|\n{measures}")
     return "\n\n".join(parts) + "\n"
@@ -216,7 +221,7 @@ def formats() -> list[tuple[str, str, dict[str, Any]]]:
     kept = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(SCHEMAS.glob("*.json"))]
     return [
         *((title, names, TypeAdapter(kind).json_schema()) for title, names, kind in typed),
-        *((each["title"], each["description"], each) for each in kept),
+        *((each["title"], f"`{each['files']}`", each) for each in kept),
     ]
 
 

@@ -3,7 +3,8 @@
 Each mutation replaces one piece of a source file in a copy of the package and runs the tests of the losses on it until
 the first failure. A mutation that survives is a hole in the tests.
 
-    python research/mutate.py [--json docs/results/mutations.json --page docs/log.md] [--tests NAME] [word ...]
+    python research/mutate.py [--json docs/results/mutations.json] [--page docs/results/mutations.md] [--tests NAME]
+        [word ...]
 
 Words choose the mutations whose description holds one of them; of the others the file keeps what it has.
 """
@@ -45,8 +46,6 @@ MUTATIONS = [
     ),
     Mutation("accept a label that is no token", "tokens.py", "(kept < 0) | (kept >= vocabulary)", "kept != kept"),
     Mutation("shift the wrong way", "tokens.py", "labels[..., 1:], (0, 1)", "labels[..., :-1], (1, 0)"),
-    Mutation("forget the temperature", "tokens.py", "return self.scale / self.temperature", "return self.scale"),
-    Mutation("cap logits before the temperature", "tokens.py", "self.softcap / self.temperature", "self.softcap"),
     Mutation("emd: flip the sign", "transport.py", "penalty = -(-log_odds)", "penalty = (-log_odds)"),
     Mutation(
         "emd: forget the square of the share", "transport.py", ".sigmoid().square() * distance", ".sigmoid() * distance"

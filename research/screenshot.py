@@ -1,6 +1,6 @@
 """The head of a run's page as a picture, for README: the verdict and what became of the replies; no reply is in it.
 
-    python research/screenshot.py runs/demo docs/img/report.png    # needs Chromium
+python research/screenshot.py runs/demo docs/img/report.png    # needs Chromium
 """
 
 import argparse

@@ -104,7 +104,7 @@ def write_the_readmes_recipe(folder, model):
     values["data"]["imitate"]["rows"] = 1
     (folder / "mine.yaml").write_text(yaml.safe_dump(values))
     (folder / "sweep.yaml").write_text(
-        yaml.safe_dump({"base": "mine.yaml", "grid": {"train.penalty": ["emd", "nlcl"]}})
+        yaml.safe_dump({"name": "mine", "base": "mine.yaml", "grid": {"train.penalty": ["emd", "nlcl"]}})
     )
 
 
@@ -169,7 +169,7 @@ def script(name, folder="research"):
 def test_every_planted_fault_was_found():
     rows = json.loads((ROOT / "docs" / "results" / "mutations.json").read_text())
     mutate = script("mutate")
-    assert mutate.table(rows) in (ROOT / "docs" / "log.md").read_text()
+    assert mutate.table(rows) in (ROOT / "docs" / "results" / "mutations.md").read_text()
     assert [row["what"] for row in rows] == [mutation.what for mutation in mutate.MUTATIONS], (
         "run research/mutate.py again"
     )
@@ -196,11 +196,11 @@ def test_the_tables_are_those_of_the_committed_results():
         name: json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
         for name in ("demo", "tries", "control", "labelled-runs")
     }
-    log = (ROOT / "docs" / "log.md").read_text()
+    demo = (ROOT / "docs" / "results" / "demo.md").read_text()
     assert script("collect").before_after(results["demo"][0]) in README
-    assert script("collect").tries(results["tries"]) in log
-    assert script("collect").tries(results["labelled-runs"]) in log
-    assert script("control").table(results["control"], [0, 1]) in log
+    assert script("collect").tries(results["tries"]) in demo
+    assert script("collect").tries(results["labelled-runs"]) in demo
+    assert script("control").table(results["control"], [0, 1]) in demo
     told = (ROOT / "docs" / "results" / "README.md").read_text()
     pooled = results["control"]["penalty_minus_none"]
     for key in ("toxic safe_coherent", "benign refusal", "toxic incoherent"):
@@ -231,9 +231,9 @@ def test_what_is_said_of_kills_and_of_the_soak_is_what_their_files_say():
     assert all(25 < row["cpu_s"] < 35 and row["peak_mib"] < 740 for row in largest.values())
 
 
-def test_the_log_has_the_table_of_the_pull():
+def test_the_page_of_the_demo_has_the_table_of_the_pull():
     result = json.loads((ROOT / "docs" / "results" / "pull.json").read_text())
-    assert script("pull").table(result) in (ROOT / "docs" / "log.md").read_text()
+    assert script("pull").table(result) in (ROOT / "docs" / "results" / "demo.md").read_text()
 
 
 def test_the_page_of_evaluation_has_what_was_measured_of_coherence():
