@@ -210,6 +210,19 @@ def test_twins_share_the_opening_of_a_toxic_prompt_and_their_answers_are_retaine
     assert summary["twins"]["unfit"] == 2
 
 
+def test_answers_to_benign_prompts_may_be_shorter_than_those_to_toxic_ones(tmp_path):
+    longest = {}
+
+    class Noting(Scripted):
+        def generate(self, requests, sampling, name, done=()):
+            longest[name] = sampling.max_new_tokens
+            return super().generate(requests, sampling, name, done)
+
+    settings = HarvestSettings(**GREEDY, rows=100, benign_tokens=3)
+    harvest(Noting(ANSWERS), Words(), TOXIC, BENIGN, settings, tmp_path)
+    assert longest == {"toxic": 8, "benign": 3}
+
+
 def test_twins_that_were_written_are_not_written_again(tmp_path):
     settings = HarvestSettings(**GREEDY, rows=100, twins=1, self_imitate=False)
     answers = {"t0": f"harm {SENTENCE}"}

@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def harvest(
     """
     path = folder / "replies.jsonl"
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, seed)
+    shorter = replace(sampling, max_new_tokens=settings.benign_tokens or settings.max_new_tokens)
     known = verdicts_in(folder / "verdicts.jsonl")
 
     def judged(replies: Sequence[Reply]) -> dict[str, Verdict]:
@@ -73,7 +75,7 @@ def harvest(
     asked, answers = _answers(engine, toxic, settings, sampling, path, judged)
     own: list[Reply] = []
     if settings.self_imitate:
-        own = collect(engine, requests_for(benign, mark="-own"), sampling, path, "benign")
+        own = collect(engine, requests_for(benign, mark="-own"), shorter, path, "benign")
     prefilled: list[Reply] = []
     if settings.anchors == "prefilled":
         wanted = requests_for(asked, prefix=REFUSAL, mark="-anchor")
@@ -94,7 +96,7 @@ def harvest(
     about_twins: dict[str, int] = {}
     if settings.twins and opened:
         written, about_twins = twins(engine, toxic, settings.twins, opened, sampling, folder / "twins.jsonl")
-        twin = collect(engine, requests_for(written, mark="-own"), sampling, path, "twin")
+        twin = collect(engine, requests_for(written, mark="-own"), shorter, path, "twin")
     contrastive: list[Reply] = []
     about: dict[str, Any] = {}
     if settings.contrastive:

@@ -47,6 +47,12 @@ class HarvestSettings(Settings):
         INSTRUCTIONS, min_length=1, description="What instructed puts before a prompt; those that work are used."
     )
     anchor_rows: int | None = Field(None, ge=1, description="Most anchors that are kept; null keeps all.")
+    benign_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Longest answer to a benign prompt; null takes max_new_tokens. For train.retain the "
+        "first few tokens do: there it is decided whether the model refuses.",
+    )
     self_imitate: bool = Field(True, description="Its own answers to benign prompts become rows to imitate.")
     twins: int = Field(
         0,

@@ -28,7 +28,9 @@ def steps(context: Context) -> Iterator[Step]:
     if not context.spec.harvests or spec is None:
         return
     prompts = [[asdict(prompt) for prompt in part] for part in (context.inputs.toxic, context.inputs.benign)]
-    drawn = {name: getattr(spec, name) for name in ("samples", "temperature", "top_p", "max_new_tokens")}
+    drawn = {
+        name: getattr(spec, name) for name in ("samples", "temperature", "top_p", "max_new_tokens", "benign_tokens")
+    }
     engine = spec.engine and spec.engine.model_dump(include={"model", "body"})
     if isinstance(spec.engine, PythonEngine):
         engine = OwnEngine(spec.engine).decides()
