@@ -208,8 +208,8 @@ class Inputs:
         return {name: self.judge(name).version for name in self.judges}
 
     @cached_property
-    def sketch(self) -> "PreTrainedModel | None":
-        """The base model without weights; None where its configuration cannot be had."""
+    def sketch(self) -> "PreTrainedModel":
+        """The base model without weights."""
         from tasft.models.load import sketch
 
         return sketch(self.spec.model.base, self.spec.model.trust_remote_code)
@@ -245,8 +245,7 @@ class Inputs:
                 chat_template_kwargs=spec.chat_template_kwargs,
             )
             encoded, reports[stage] = encode_rows(rows, self.tokenizer, encoding)
-            if self.sketch is not None:
-                check_rows(self.sketch, self.tokenizer, [row["input_ids"] for row in encoded], f"{stage}.max_length")
+            check_rows(self.sketch, self.tokenizer, [row["input_ids"] for row in encoded], f"{stage}.max_length")
         return reports
 
     def warnings(self) -> list[str]:

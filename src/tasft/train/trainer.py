@@ -451,6 +451,11 @@ class TASFTTrainer(FiniteSteps):
         """`_counts` of the whole optimizer step, and its micro-batches."""
         if not batch_samples:
             return None
+        if isinstance(self.train_dataset, RowStream):
+            for batch in batch_samples:
+                ids, rows = batch["input_ids"], batch["segments"]
+                read = [ids[rows == row].tolist() for row in torch.unique(rows[rows >= 0])]
+                check_rows(self.model, self.processing_class, read, "max_length")
         counts = torch.stack([self._counts(batch) for batch in batch_samples]).sum(0).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
