@@ -14,8 +14,9 @@ from tasft.data.sets import KNOWN
 from tasft.data.sources import differences_of, parts_of, read_source, source_hash
 from tasft.evaluate.jailbreak import read_templates
 from tasft.evaluate.references import Reference, read_references
+from tasft.evaluate.settings import HELD_OUT
 from tasft.judges import Judge, load_judge
-from tasft.run.recipe import HELD_OUT, Recipe, sources_in
+from tasft.run.recipe import Recipe, sources_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
