@@ -16,7 +16,8 @@ class TASFTConfig(TrainingArguments):
     """transformers' `TrainingArguments` and what TA-SFT adds; defaults are those of a recipe's `train`.
 
     Attributes:
-        penalty: A name in `tasft.loss.PENALTIES`, or `none`: avoid rows are left out.
+        penalty: A name in `tasft.loss.PENALTIES`; `python`: `own_penalty`; or `none`: avoid rows are left out.
+        own_penalty: A penalty of one's own, `{"target": "mypkg.losses:mine"}`, see `tasft.train.penalties.penalty_of`.
         penalty_weight: lambda, the weight of the mean penalty beside the mean imitate loss.
         normalization: What each sum is divided by over one optimizer step, all micro-batches and ranks.
             `per_group`: imitate tokens and avoid tokens (responses for `nlcl`), each by its own count;
@@ -44,6 +45,7 @@ class TASFTConfig(TrainingArguments):
     """
 
     penalty: str = setting(Train, "penalty")
+    own_penalty: dict[str, Any] | None = setting(Train, "own_penalty")
     penalty_weight: float = setting(Train, "penalty_weight")
     normalization: Literal["per_group", "shared", "paper"] = setting(Train, "normalization")
     sampling: Literal["stratified", "uniform"] = setting(Train, "sampling")

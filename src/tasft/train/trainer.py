@@ -25,7 +25,6 @@ from tasft.core.provenance import require
 from tasft.data.encode import EncodingReport, Row, encode_rows
 from tasft.loss import (
     IGNORE_INDEX,
-    PENALTIES,
     TokenSum,
     avoid_statistics,
     divergence,
@@ -39,6 +38,7 @@ from tasft.train.arguments import refuse_unheeded
 from tasft.train.collate import Batch, collate
 from tasft.train.config import TASFTConfig
 from tasft.train.metrics import MetricsFile, peak_mib
+from tasft.train.penalties import penalty_of
 from tasft.train.sampler import FilledSampler, StratifiedSampler, UniformSampler
 from tasft.train.start import REFERENCE, KnowsItsStart, Rows, head_calls, model_inputs
 from tasft.train.stream import RowStream
@@ -103,8 +103,7 @@ class TASFTTrainer(KnowsItsStart):
         **kwargs: Any,
     ) -> None:
         refuse_unheeded(args, kwargs)
-        if args.penalty not in ("none", *PENALTIES):
-            raise UserError(f"penalty is {args.penalty!r}; use none or one of {', '.join(PENALTIES)}")
+        self.penalty = penalty_of(args.penalty, args.own_penalty)
         if args.log_term_gradients and args.world_size > 1:
             raise UserError("log_term_gradients looks at the gradients of one process: run it in one")
         tokenizer = processing_class or load_tokenizer(model if isinstance(model, str) else model.config.name_or_path)
@@ -117,7 +116,6 @@ class TASFTTrainer(KnowsItsStart):
             tokenizer.pad_token = tokenizer.eos_token
         if args.retain:
             _refuse_to_retain(model, args)
-        self.penalty = PENALTIES.get(args.penalty)
         self.encoding: EncodingReport | None = None
         rows, self.encoding = self._encode(train_dataset, tokenizer, args)
         named = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
