@@ -370,7 +370,7 @@ def _on_ray(
 ) -> Iterator[tuple[SweepCell, CellOutcome]]:
     """As tasks of a cluster, those that draw what others share first; as they end."""
     if find_spec("ray") is None:
-        raise UserError("--ray needs Ray: pip install 'tasft[ray]'")
+        raise UserError("--ray needs Ray: pip install '.[ray]'")
     import ray
 
     try:
