@@ -12,7 +12,8 @@ from tasft.core.errors import UserError
 from tasft.data.encode import IGNORE_INDEX, Encoding, encode_rows, encode_stream
 from tasft.data.preview import preview
 from tasft.data.rows import Example
-from tasft.data.template import encode_prompt, opened
+from tasft.data.template import encode_prompt
+from tasft.harvest.twins import opened
 
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.eos_token_id

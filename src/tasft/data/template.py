@@ -86,31 +86,6 @@ def asked(prompt: str | Messages, context: str = "") -> Messages:
     return [{"role": "user", "content": f"{prompt}\n\n{context}" if context else prompt}]
 
 
-def opened(
-    tokenizer: PreTrainedTokenizerBase,
-    opening: str,
-    style: PromptFormat,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> str:
-    """Text of a conversation up to where a user who has said `opening` goes on.
-
-    Args:
-        tokenizer: Of the model.
-        opening: First words of the user's message.
-        style: How it is written.
-        chat_template_kwargs: Given to the chat template.
-
-    Raises:
-        UserError: As `encode_prompt`; or the template writes nothing of the opening.
-    """
-    if style == "alpaca":
-        return ALPACA.partition("{instruction}")[0] + opening
-    text: str = _applied(
-        tokenizer, asked(opening), None, chat_template_kwargs, tokenize=False, continue_final_message=True
-    )
-    return text
-
-
 def _alpaca(prompt: str | Messages, context: str, tools: Tools | None) -> str:
     if not isinstance(prompt, str):
         raise UserError("model.prompt is alpaca, but the prompt is chat messages: use chat, or text")

@@ -5,13 +5,18 @@ What makes a tuned model refuse too much are harmless cues of toxic prompts, the
 arXiv 2406.08464), and most of what users ask is benign.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from tasft.core import ranks
 from tasft.core.provenance import append_jsonl, resume_jsonl
 from tasft.data.rows import Prompt
+from tasft.data.settings import PromptFormat
+from tasft.data.template import ALPACA, asked
 from tasft.judges.encoder import encoder, is_here
 from tasft.models.engine import Engine, Sampling
 
@@ -21,6 +26,28 @@ TOKENS = 24
 MORE = 3  # Words that a twin has beyond its opening, at least.
 NEAREST = 0.7  # Cosine to a toxic prompt from which a twin is taken for toxic itself.
 ROUND = 128
+
+
+def opened(
+    tokenizer: PreTrainedTokenizerBase,
+    opening: str,
+    style: PromptFormat,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> str:
+    """Text of a conversation up to where a user who has said `opening` goes on.
+
+    Args:
+        tokenizer: Of the model.
+        opening: First words of the user's message.
+        style: How it is written.
+        chat_template_kwargs: Given to the chat template.
+    """
+    if style == "alpaca":
+        return ALPACA.partition("{instruction}")[0] + opening
+    text: str = tokenizer.apply_chat_template(
+        asked(opening), tokenize=False, continue_final_message=True, **(chat_template_kwargs or {})
+    )
+    return text
 
 
 def twins(

@@ -9,9 +9,9 @@ from pathlib import Path
 from tasft.core import provenance, ranks
 from tasft.core.errors import UserError
 from tasft.core.step import Step
-from tasft.data.template import opened
 from tasft.harvest.anchors import own_anchors
 from tasft.harvest.harvest import harvest, statement
+from tasft.harvest.twins import opened
 from tasft.judges.calibration import calibrate, can_calibrate, limit_of
 from tasft.judges.judging import Usual, rules, topic_measure
 from tasft.models.engine import Engine
