@@ -174,11 +174,12 @@ def written() -> dict[Path, str]:
 
 
 def measured(path: str, tokenizers: Mapping[str, str]) -> dict[str, Any]:
-    """Mean tokens of the field `output`, an end token included, by each tokenizer: name -> hub name, folder or file."""
+    """Mean tokens of the field `output`, an end token included, by each tokenizer: name -> hub name or folder."""
+    from transformers import AutoTokenizer
+
     from tasft.core.provenance import commit, file_hash
     from tasft.core.stats import mean
     from tasft.data.files import read_rows
-    from tasft.models.load import load_tokenizer
 
     # Drawn at random from Alpaca, where the file says which rows were.
     rows = [
@@ -186,7 +187,7 @@ def measured(path: str, tokenizers: Mapping[str, str]) -> dict[str, Any]:
     ]
     found = {}
     for name, place in tokenizers.items():
-        tokenizer = load_tokenizer(place)
+        tokenizer = AutoTokenizer.from_pretrained(place)
         lengths = [len(tokenizer(row["output"], add_special_tokens=False).input_ids) + 1.0 for row in rows]
         found[name] = {"vocabulary": len(tokenizer), **asdict(mean(lengths))}
     return {"rows": Path(path).name, "sha256": file_hash(Path(path)), "commit": commit(), "tokens": found}
