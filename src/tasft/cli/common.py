@@ -89,15 +89,9 @@ def print_table(found: "Table") -> None:
 
 def open_run(source: str, overrides: Sequence[str] | None, out: Path | None) -> "Pipeline":
     """The run of a recipe: in `out`, else where the recipe itself is a run, else `runs/` and its name."""
-    from tasft.run import recipe_file
+    from tasft.run.doors import opened_run
 
-    # Its faults are said before torch is imported, which takes seconds.
-    spec = recipe_file.load(source, overrides or ())
-    from tasft.run import pipeline
-
-    if out is None:
-        out = Path(source) if (Path(source) / "recipe.yaml").is_file() else Path("runs") / spec.name
-    return pipeline.Pipeline(spec, out)
+    return opened_run(source, out, overrides or ())
 
 
 @contextmanager
