@@ -132,7 +132,7 @@ def evaluate(
     from tasft.judges import load_judge
     from tasft.report.results import results
 
-    asked, _ = asked_of(list(sets), data_dir and str(data_dir), limit)
+    asked, _ = asked_of(list(sets), str(data_dir) if data_dir else None, limit)
     folder = Path(out or Path("runs") / f"evaluate-{Path(model).name}")
     Alone(str(model)).evaluate(asked, [load_judge(name) for name in judges], max_new_tokens, folder)
     return results(folder)
