@@ -91,19 +91,27 @@ def written(folder, form, said=SAID):
 
 
 def inspected(folder, form, said):
+    """Written by Inspect itself, the last sample with an error."""
     pytest.importorskip("inspect_ai", reason="pip install 'tasft[inspect]'")
-    from inspect_ai import Task
-    from inspect_ai import eval as run
-    from inspect_ai.dataset import Sample
-    from inspect_ai.model import ModelOutput, get_model
+    from inspect_ai.log import EvalConfig, EvalDataset, EvalError, EvalLog, EvalSample, EvalSpec, write_eval_log
+    from inspect_ai.model import ChatMessageSystem, ChatMessageUser, ModelOutput
 
-    outputs = [ModelOutput.from_content("mockllm", reply) for _, reply in said]
-    model = get_model("mockllm/model", custom_outputs=outputs)
-    samples = [Sample(input=prompt, id=f"s{number}") for number, (prompt, _) in enumerate(said)]
-    (log,) = run(
-        Task(dataset=samples, name="act"), model, log_dir=str(folder), log_format=form, max_samples=1, display="none"
-    )
-    return Path(log.location.removeprefix("file://"))
+    samples = [
+        EvalSample(
+            id=f"s{number}",
+            epoch=1,
+            input=prompt if number else [ChatMessageSystem(content="Be."), ChatMessageUser(content=prompt)],
+            target="",
+            output=ModelOutput.from_content("model", reply),
+        )
+        for number, (prompt, reply) in enumerate(said)
+    ]
+    error = EvalError(message="no answer", traceback="", traceback_ansi="")
+    samples.append(EvalSample(id="s9", epoch=1, input="How do I <act 9>?", target="", error=error))
+    about = {"created": "2026-01-01T00:00:00+00:00", "task": "tasks/act", "model": "mine/model"}
+    spec = EvalSpec(**about, dataset=EvalDataset(), config=EvalConfig())
+    write_eval_log(EvalLog(eval=spec, status="success", samples=samples), str(folder / f"log.{form}"), form)
+    return folder / f"log.{form}"
 
 
 FORMS = ("lm_eval", "garak", "promptfoo", "pyrit", "batch", "eval", "json")
@@ -114,6 +122,7 @@ def test_prompts_and_replies_of_a_log_are_found(tmp_path, form):
     rows = [row for _, row in read_log(written(tmp_path / form, form))]
     assert sorted((row["prompt"], row["completion"]) for row in rows) == sorted(SAID)
     assert len({row["id"] for row in rows}) == 3
+    assert form not in ("eval", "json") or {row["set"] for row in rows} == {"act"}
 
 
 def tasft(monkeypatch, capsys, *words):

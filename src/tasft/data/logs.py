@@ -104,6 +104,8 @@ def _inspect(path: Path) -> Rows:
     task = log.eval.task.rpartition("/")[2]
 
     def pairs(sample: Any) -> _Pairs:
+        if sample.error is not None:  # It did not come to a reply.
+            return []
         asked = sample.input if isinstance(sample.input, str) else [turn.model_dump() for turn in sample.input]
         name = f"{sample.id}" + (f"#{sample.epoch}" if sample.epoch > 1 else "")
         return [_pair(name, asked, sample.output.completion, task)]
