@@ -13,6 +13,7 @@ import typer
 
 from tasft.core.errors import UserError
 from tasft.core.text import visible
+from tasft.run.doors import opened_run
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -88,9 +89,7 @@ def print_table(found: "Table") -> None:
 
 
 def open_run(source: str, overrides: Sequence[str] | None, out: Path | None) -> "Pipeline":
-    """The run of a recipe: in `out`, else where the recipe itself is a run, else `runs/` and its name."""
-    from tasft.run.doors import opened_run
-
+    """The run of a recipe, in its folder."""
     return opened_run(source, out, overrides or ())
 
 

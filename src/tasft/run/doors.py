@@ -141,12 +141,18 @@ def evaluate(
 def opened_run(
     recipe: str | Path | Mapping[str, Any], out: str | Path | None = None, overrides: Sequence[str] = ()
 ) -> "Pipeline":
-    """The run of a recipe: in `out`, else where the recipe itself is a run, else `runs/` and its name."""
+    """The run of a recipe, in its folder."""
     from tasft.run import recipe_file
 
+    source = recipe if isinstance(recipe, Mapping) else str(recipe)
     # Its faults are said before torch is imported, which takes seconds.
-    spec = recipe_file.load(recipe if isinstance(recipe, Mapping) else str(recipe), overrides)
+    spec = recipe_file.load(source, overrides)
     from tasft.run.pipeline import Pipeline
 
-    is_run = not isinstance(recipe, Mapping) and (Path(recipe) / "recipe.yaml").is_file()
-    return Pipeline(spec, Path(out or (str(recipe) if is_run else Path("runs") / spec.name)))
+    return Pipeline(spec, folder_of(source, spec.name, out))
+
+
+def folder_of(source: str | Mapping[str, Any], name: str, out: str | Path | None) -> Path:
+    """The run folder of a recipe: `out`, else the recipe itself where it is a run, else `runs/` and its name."""
+    is_run = isinstance(source, str) and (Path(source) / "recipe.yaml").is_file()
+    return Path(out or (str(source) if is_run else Path("runs") / name))
