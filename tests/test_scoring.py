@@ -40,7 +40,12 @@ def pair(completion=ANSWER, prompt=PROMPT, **fields):
 
 def scored(path, label_of="harm", out=None, show=0, **columns):
     return judge_quality.score(
-        path, lambda: judge_quality.read_pairs(path, label_of=label_of, **columns), SETTINGS, label_of, out, show
+        path,
+        lambda: judge_quality.read_pairs(path, label_of=label_of, **columns),
+        SETTINGS,
+        label_of,
+        judge_quality.Files(out),
+        show,
     )
 
 
@@ -448,7 +453,12 @@ def test_scores_of_a_real_judge_have_an_auroc(tmp_path):
     )
     settings = JudgeSettings(kind="embedded")
     result = judge_quality.score(
-        path, lambda: judge_quality.read_pairs(path, label_column="label"), settings, "harm", None, show=0
+        path,
+        lambda: judge_quality.read_pairs(path, label_column="label"),
+        settings,
+        "harm",
+        judge_quality.Files(),
+        show=0,
     )
     assert result["labels"]["auroc"]["value"] > 0.5
     assert result["labels"]["auroc"]["n"] == 6

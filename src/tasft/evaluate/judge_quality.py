@@ -1,5 +1,7 @@
 """How far a judge can be trusted: what it says of the pairs in a file, beside labels or another judge."""
 
+import csv
+import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -9,12 +11,13 @@ from typing import Any, Literal, TypeVar
 
 from tasft.core.errors import UserError
 from tasft.core.measures import MEASURES, in_words
+from tasft.core.provenance import atomic_write_text, write_json
 from tasft.core.stats import Estimate, agreement, auroc
 from tasft.core.text import visible
 from tasft.data.files import read_rows
 from tasft.data.rows import repeated_ids
 from tasft.evaluate.safety import summarise
-from tasft.judges import Judge, JudgeSettings, Verdict, load_judge
+from tasft.judges import Judge, JudgeSettings, Pair, Verdict, load_judge
 from tasft.judges.judging import judge_replies
 from tasft.models.engine import Reply
 
@@ -25,7 +28,7 @@ Outcome = Literal["harm", "refusal"]
 _PROMPTS = ("prompt", "instruction", "question", "query", "goal", "behavior", "user", "input")
 _REPLIES = ("completion", "response", "reply", "output", "answer", "generation", "assistant")
 _YES, _NO = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no"}
-_WORDS = {"harm": ("harmful", "safe"), "refusal": ("refusal", "compliance")}
+YES_NO = {"harm": ("harmful", "safe"), "refusal": ("refusal", "compliance")}
 _FIELDS = {"harm": "harmful", "refusal": "refusal"}
 _SHOWN = 20  # Characters of a label that cannot be read.
 _NAMED = 20  # Differences that are named.
@@ -131,7 +134,7 @@ def _fault_of_text(row: Mapping[str, Any], column: str, empty: bool) -> str | No
 
 def _label(value: object, label_of: Outcome) -> bool | None:
     said = str(value).strip().lower()
-    yes, no = _WORDS[label_of]
+    yes, no = YES_NO[label_of]
     return True if said in {*_YES, yes} else False if said in {*_NO, no} else None
 
 
@@ -141,7 +144,7 @@ def _bad_label(row: Mapping[str, Any], column: str, label_of: Outcome) -> str:
     shown = repr(row[column])
     if len(shown) > _SHOWN + 2:  # May be a reply, if the column is not the one that was meant.
         shown = f"{type(row[column]).__name__} of {len(str(row[column]))} characters"
-    return f"{column!r} is {shown}; use 0 or 1, true or false, yes or no, {' or '.join(_WORDS[label_of])}"
+    return f"{column!r} is {shown}; use 0 or 1, true or false, yes or no, {' or '.join(YES_NO[label_of])}"
 
 
 # Verdicts --------------------------------------------------------------------------------------------------------
@@ -338,8 +341,25 @@ def differences(
 # The command -----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Files:
+    """What `tasft judge --judge` writes; None is not written, but verdicts go beside the pairs.
+
+    Attributes:
+        verdicts: JSONL, a verdict on a line.
+        table: CSV, a pair and its verdict on a line.
+        page: HTML, how the judge agrees with labels.
+        fit: JSON, calibration and thresholds by labels, which recipes name.
+    """
+
+    verdicts: Path | None = None
+    table: Path | None = None
+    page: Path | None = None
+    fit: Path | None = None
+
+
 def score(
-    path: Path, read: Callable[[], Pairs], settings: JudgeSettings, label_of: Outcome, out: Path | None, show: int
+    path: Path, read: Callable[[], Pairs], settings: JudgeSettings, label_of: Outcome, files: Files, show: int
 ) -> dict[str, Any]:
     """What `tasft judge --judge` reports of a file.
 
@@ -348,13 +368,13 @@ def score(
         read: Gives its pairs.
         settings: The judge's.
         label_of: What labels say, if there are any.
-        out: Where verdicts go; None for a file beside the pairs.
+        files: What is written.
         show: How many differences from the labels have their texts.
 
     Raises:
-        UserError: Names all faults, of the pairs, of the judge and of `out`.
+        UserError: Names all faults, of the pairs, of the judge and of files.
     """
-    out = out or verdicts_beside(path, settings.kind)
+    out = files.verdicts or verdicts_beside(path, settings.kind)
     faults: list[str] = []
     pairs = attempt(faults, read)
     judge = attempt(faults, lambda: load_judge(settings.kind, {settings.kind: settings}))
@@ -364,19 +384,49 @@ def score(
     if pairs.labels is not None and _FIELDS[label_of] not in judge.tells and (label_of == "refusal" or judge.tells):
         raise UserError(f"judge {judge.name}: it does not tell {label_of}; use another --label-of")
     verdicts = judged(judge, pairs, out)
-    result = {
-        "file": str(path),
-        "pairs": len(verdicts),
-        "judges": [{"name": judge.name, "version": judge.version, "verdicts": str(out), **rates(verdicts, pairs)}],
-    }
+    about = {"name": judge.name, "version": judge.version, "threshold": judge.threshold, "verdicts": str(out)}
+    result = {"file": str(path), "pairs": len(verdicts), "judges": [{**about, **rates(verdicts, pairs)}]}
+    if files.table:
+        write_table(files.table, pairs, verdicts)
     if pairs.labels is None:
         return result
     found = differences(pairs, pairs.labels, verdicts, label_of, judge.threshold)
-    return {
-        **result,
-        "labels": against_labels(pairs.labels, verdicts, pairs.prompts, label_of),
-        "differences": _with_texts(found, pairs, show),
-    }
+    result["labels"] = against_labels(pairs.labels, verdicts, pairs.prompts, label_of)
+    if files.page:
+        from tasft.evaluate.judge_page import write_page
+
+        write_page(files.page, {**result, "differences": found}, pairs, verdicts)
+    if files.fit:
+        from tasft.judges.fitted import fit
+
+        scores = [verdict.score for verdict in verdicts]
+        fitted = fit(
+            judge,
+            settings.kind,
+            [Pair(each.id, each.prompt, each.completion) for each in pairs.replies],
+            scores,
+            pairs.labels,
+        )
+        write_json(files.fit, fitted.model_dump())
+        result["fit"] = {"file": str(files.fit), **fitted.model_dump()}
+    return {**result, "differences": _with_texts(found, pairs, show)}
+
+
+def write_table(path: Path, pairs: Pairs, verdicts: Sequence[Verdict]) -> None:
+    """A pair on each line, with what the judge says of it: undecided ones first, for a person to read."""
+    names = ("harmful", "score", "refusal", "partial", "undecided", "coherent", "reason")
+    rows = [
+        {"line": line, "id": reply.id, "prompt": reply.prompt, "completion": reply.completion}
+        | {name: getattr(verdict, name) for name in names}
+        | ({} if pairs.labels is None else {"label": pairs.labels[index]})
+        for index, (line, reply, verdict) in enumerate(zip(pairs.lines, pairs.replies, verdicts, strict=True))
+    ]
+    rows.sort(key=lambda row: not row["undecided"])
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write_text(path, buffer.getvalue())
 
 
 def compare(path: Path, read: Callable[[], Pairs], names: Sequence[str], show: int) -> dict[str, Any]:
@@ -441,17 +491,21 @@ def rendered(result: Mapping[str, Any]) -> str:
             rate = Estimate(*(judge[key][part] for part in ("value", "low", "high", "n")))
             parts.append(f"  {MEASURES[key].label.lower():<18} {in_words(rate, usual_n=-1)}")
         if judge["score"]["n"]:
-            parts.append(f"  {'mean score':<18} {_figure(judge['score'])}, n = {judge['score']['n']:,}")
+            parts.append(f"  {'mean score':<18} {figure(judge['score'])}, n = {judge['score']['n']:,}")
         parts.append(f"  {'unreadable':<18} {judge['unreadable']:,}")
     for about in [result["labels"]] if "labels" in result else result.get("between", ()):
         if about["n"] or "labels" in result:
             parts += ["", *_agreement(about, [judge["name"] for judge in result["judges"]])]
+    if fitted := result.get("fit"):
+        parts += ["", f"calibration by {fitted['n']:,} labels in {fitted['file']}: harmful from {fitted['high']:.2f}, "]
+        parts[-1] += f"undecided from {fitted['low']:.2f} on; name it in a recipe: judges.NAME.calibration"
     if rows := result.get("differences"):
         parts += ["", *_differences(rows, "label" if "labels" in result else result["judges"][0]["name"])]
     return visible("\n".join(parts))
 
 
-def _figure(found: Mapping[str, Any] | None) -> str:
+def figure(found: Mapping[str, Any] | None) -> str:
+    """An estimate in words."""
     if found is None or found["value"] is None:
         return "-"
     between = "no interval" if found["low"] is None else f"{found['low']:.2f} to {found['high']:.2f}"
@@ -460,7 +514,7 @@ def _figure(found: Mapping[str, Any] | None) -> str:
 
 def _agreement(about: Mapping[str, Any], judges: Sequence[str]) -> list[str]:
     down, across = (judges[0], judges[1]) if len(judges) == 2 else ("label", judges[0])
-    yes, no = _WORDS[about["of"]]
+    yes, no = YES_NO[about["of"]]
     heads = [f"{across}: {word}" for word in (yes, no)]
     untold = f", {about['untold']:,} left out without a verdict" if about["untold"] else ""
     positives = f", {about['positives']:,} {yes} by label" if "positives" in about else ""
@@ -473,7 +527,7 @@ def _agreement(about: Mapping[str, Any], judges: Sequence[str]) -> list[str]:
             f"  {f'{down}: {word}':<{side}}  {row[0]:>{len(heads[0])},}  {row[1]:>{len(heads[1])},}"
             for word, row in zip((yes, no), about["table"], strict=True)
         ),
-        *(f"  {name:<10} {_figure(about[name])}" for name in measures if name in about),
+        *(f"  {name:<10} {figure(about[name])}" for name in measures if name in about),
         "  95% intervals: bootstrap over prompts",
     ]
 
@@ -486,7 +540,7 @@ def _differences(rows: Sequence[Mapping[str, Any]], first: str) -> list[str]:
         parts.append(f"{outcome}: {len(ids):,} differences, by id: {', '.join(ids[:_NAMED])}{more}")
     for row in rows:
         if "prompt" in row:
-            yes, no = _WORDS[row["of"]]
+            yes, no = YES_NO[row["of"]]
             said = [yes if row[key] else no for key in ("first", "second")]
             score = "" if row["score"] is None else f", score {row['score']:.3g}"
             parts += [

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from tasft.core.errors import UserError
 from tasft.core.suggest import did_you_mean
@@ -93,6 +94,10 @@ def load_judge(name: str, declared: Mapping[str, JudgeSettings] | None = None) -
         )
     judge = _panel(settings, declared or {}) if settings.kind == "panel" else JUDGES[settings.kind](settings)
     judge.name = name
+    if settings.calibration is not None:
+        from tasft.judges.fitted import Fitted
+
+        return Fitted(judge, settings.kind, Path(settings.calibration))
     return judge
 
 

@@ -199,9 +199,14 @@ def _by_the_filter_alone(inputs: Inputs) -> Iterator[str]:
         "over_refusal": evaluate.judges[0] if gate.over_refusal is not None else None,
         "jailbreak": evaluate.jailbreak_judge if gate.jailbreak else None,
     }
-    chose = inputs.judge(harvest.judge).version
+
+    def behind(name: str) -> str:
+        # Fitted to labels it is the same judge still.
+        judge = inputs.judge(name)
+        return str(getattr(judge, "inner", judge).version)
+
     for field, name in who.items():
-        if name is not None and inputs.judge(name).version == chose:
+        if name is not None and behind(name) == behind(harvest.judge):
             yield (
                 f"gate.{field} hangs on {name} alone, which also chose the rows to avoid (harvest.judge): put another "
                 "judge first in evaluate.judges, or a panel of several, declared under judges: "
