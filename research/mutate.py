@@ -45,8 +45,6 @@ MUTATIONS = [
     ),
     Mutation("accept a label that is no token", "tokens.py", "(kept < 0) | (kept >= vocabulary)", "kept != kept"),
     Mutation("shift the wrong way", "tokens.py", "labels[..., 1:], (0, 1)", "labels[..., :-1], (1, 0)"),
-    Mutation("forget the temperature", "tokens.py", "return self.scale / self.temperature", "return self.scale"),
-    Mutation("cap logits before the temperature", "tokens.py", "self.softcap / self.temperature", "self.softcap"),
     Mutation("emd: flip the sign", "transport.py", "penalty = -(-log_odds)", "penalty = (-log_odds)"),
     Mutation(
         "emd: forget the square of the share", "transport.py", ".sigmoid().square() * distance", ".sigmoid() * distance"

@@ -48,6 +48,18 @@ def test_a_layer_that_is_not_there_is_named_with_those_that_are():
         add_lora(tiny_model(), **TARGETS, target_modules=["qproj"])
 
 
+def test_an_adapter_may_leave_layers_as_they_are():
+    adapted = add_lora(tiny_model(), **TARGETS, target_modules=["q_proj"], layers_to_transform=[1])
+    trained = [name for name, weight in adapted.named_parameters() if weight.requires_grad]
+    assert trained
+    assert all(".layers.1." in name for name in trained)
+
+
+def test_a_layer_that_the_model_has_not_is_refused():
+    with pytest.raises(UserError, match=r"layers_to_transform: 7 is none of the model's 2 layers, 0 to 1"):
+        add_lora(tiny_model(), **TARGETS, target_modules=["q_proj"], layers_to_transform=[1, 7])
+
+
 @pytest.mark.parametrize(
     ("prepare", "base", "sentence"),
     [

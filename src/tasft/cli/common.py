@@ -28,9 +28,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object,
 OutOption = Annotated[Path | None, typer.Option("--out", help="Run folder; default runs/<name>.", show_default=False)]
 
 
-DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Only say what there is to do, and about how long it takes; write nothing.")
-]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what there is to do; write nothing.")]
 
 
 # As `tasft.run.launch.KINDS`, which must not be imported for --help alone.

@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 def print_plan(
     source: str, overrides: Sequence[str] | None, out: Path | None, stages: Sequence[str] | None, as_json: bool = False
 ) -> None:
-    """--dry-run: what there is to do in these stages (None: all), and about how long it takes."""
+    """--dry-run: what there is to do in these stages (None: all)."""
     with alone(as_json):
         opened = open_run(source, overrides, out)
-        from tasft.run import estimate
+        from tasft.run import plan
         from tasft.run.stages import STAGES
 
-        found = estimate.plan(opened, tuple(stages or STAGES))
+        found = plan.plan(opened, tuple(stages or STAGES))
     if as_json:
         print_json(found)
         return
@@ -48,10 +48,9 @@ def print_plan(
     for field, count in found["rows"].items():
         print(f"{field}: {count:,}")
     print(f"model: {found['model']['parameters']:,} parameters")
-    print_table(estimate.table(found))
-    if found["memory_gib"] is not None:
-        print(f"memory of training: about {found['memory_gib']} GiB")
-    print(found.get("rule") or found["not_estimated"])
+    if (held := found["model"]["training_gib"]) is not None:
+        print(f"training: {held} GiB for weights, gradients and optimizer; activations come on top")
+    print_table(plan.table(found))
 
 
 def go(

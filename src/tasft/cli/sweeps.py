@@ -71,7 +71,7 @@ def sweep(
         float | None, typer.Option("--gpus-per-task", min=0, help="With --ray: GPUs of a cell, default 0.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only check all, list the cells, and say about how long they take.")
+        bool, typer.Option("--dry-run", help="Only check all, list the cells, and say what there is to do.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -111,24 +111,19 @@ def sweep(
 
 
 def _sweep_plan(cells: "Sequence[SweepCell]", folder: Path) -> dict[str, Any]:
-    from tasft.run import estimate
+    from tasft.run import plan
     from tasft.run import sweep as sweeps
     from tasft.run.pipeline import Pipeline
 
     for cell in cells:
         print(cell.name)
     waiting = sweeps.left(cells, folder)
-    groups = sweeps.together(waiting)
-    plan = estimate.plan_sweep([[Pipeline(cell.spec, folder / cell.folder) for cell in group] for group in groups])
     print(f"{len(cells) - len(waiting)} of {len(cells)} cells are done")
-    for group, found in zip(groups, plan["groups"], strict=True):
+    groups = []
+    for group in sweeps.together(waiting):
+        first = plan.plan(Pipeline(group[0].spec, folder / group[0].folder))
+        groups.append(first | {"cells": len(group)})
         others = f", and {len(group) - 1} more that share what comes before its training" if len(group) > 1 else ""
         print(f"\n{group[0].name}{others}:")
-        print_table(estimate.table(found))
-    if groups:
-        if plan["seconds"] is not None:
-            print(f"all, one after the other: about {estimate.spoken(plan['seconds'])}")
-        if plan["memory_gib"] is not None:
-            print(f"memory of training: about {plan['memory_gib']} GiB")
-        print(next((found["not_estimated"] for found in plan["groups"] if "not_estimated" in found), estimate.RULE))
-    return plan
+        print_table(plan.table(first))
+    return {"groups": groups}

@@ -1,5 +1,6 @@
 """Prompts that are in an evaluation set too: what a model is measured on it must not be trained on."""
 
+import random
 import re
 from collections.abc import Sequence
 
@@ -28,6 +29,33 @@ def overlapping(prompts: Sequence[str], held_out: Sequence[str]) -> list[bool]:
         any(_similarity(mine, pieces[number]) >= SIMILARITY for number in index.query(hashed))
         for mine, hashed in zip(own, _hashed(own), strict=True)
     ]
+
+
+def held_out(prompts: Sequence[str], share: float, seed: int) -> list[bool]:
+    """Of each prompt, whether it is set aside: this share of them, with all that equal or nearly equal one of them.
+
+    Groups of prompts that are near duplicates, as `overlapping` tells them, are set aside whole, in an order drawn with
+    the seed, while they fit into the share.
+    """
+    index = MinHashLSH(threshold=_LOOSE, num_perm=_PERMUTATIONS)
+    pieces = [_pieces(text) for text in prompts]
+    leads: list[int] = []
+    for number, hashed in enumerate(_hashed(pieces)):
+        near = [at for at in index.query(hashed) if _similarity(pieces[number], pieces[at]) >= SIMILARITY]
+        lead = min((leads[at] for at in near), default=number)
+        # What is near to two groups joins them.
+        joined = {leads[at] for at in near} - {lead}
+        leads = [lead if each in joined else each for each in leads] if joined else leads
+        leads.append(lead)
+        index.insert(number, hashed)
+    groups: dict[int, list[int]] = {}
+    for number, lead in enumerate(leads):
+        groups.setdefault(lead, []).append(number)
+    wanted, chosen = round(share * len(prompts)), set[int]()
+    for lead in random.Random(seed).sample(list(groups), len(groups)):
+        if len(chosen) + len(groups[lead]) <= wanted:
+            chosen.update(groups[lead])
+    return [number in chosen for number in range(len(prompts))]
 
 
 def _pieces(text: str) -> set[str]:

@@ -1,11 +1,13 @@
-"""Files of rows: JSONL, JSON and CSV, with every bad line named."""
+"""Files of rows: JSONL, JSON, tables and Parquet, with every bad line named."""
 
 import csv
 import gzip
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from io import BufferedReader
 from itertools import count
 from pathlib import Path
@@ -24,8 +26,9 @@ MAX_LIST = 256 << 20
 STRANGERS = {
     b"version https://git-lfs": "a pointer of Git LFS, not the file: run git lfs pull",
     b"PK\x03\x04": "a zip archive or a spreadsheet: unpack it, or save it as CSV",
-    b"PAR1": "a Parquet file: save it as JSONL",
+    b"PAR1": "a Parquet file: give it a name that ends in .parquet",
     b"\x1f\x8b": "packed by gzip: give it a name that ends in .gz",
+    b"\x28\xb5\x2f\xfd": "packed by Zstandard: give it a name that ends in .zst",
     b"\xff\xfe": "in UTF-16: save it as UTF-8",
     b"\xfe\xff": "in UTF-16: save it as UTF-8",
     b"<!DOCTYPE": "a web page: download the file itself",
@@ -34,11 +37,11 @@ STRANGERS = {
 
 
 def read_rows(path: Path) -> Rows:
-    """Number and fields of each row of a file: CSV or JSON if its name says so, else JSONL; `.gz` of any.
+    """Number and fields of each row of a file, of the kind in `KINDS` that its name says; `.gz` and `.zst` of any.
 
-    JSON is a list of objects; a list of texts, which are taken for prompts; or an object of columns, such as
-    {"instructions": [...]}. The number is that of the line on which the row begins; in JSON, its place, from 1. Blank
-    lines are passed over. Cells of CSV are text, whatever they look like.
+    JSON is a list of objects; a list of texts, which are taken for prompts, as the lines of `.txt` are; or an object of
+    columns, such as {"instructions": [...]}. The number is that of the line on which the row begins; in JSON and
+    Parquet, its place, from 1. Blank lines are passed over. Cells of CSV and TSV are text, whatever they look like.
 
     Raises:
         UserError: The file is missing, damaged, not UTF-8 or empty, or rows are not what they should be; names
@@ -46,14 +49,13 @@ def read_rows(path: Path) -> Rows:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    gzipped = path.suffix == ".gz"
-    name = path.with_suffix("") if gzipped else path
-    read = {".csv": _csv_rows, ".json": _json_rows}.get(name.suffix.lower(), _jsonl_rows)
+    read = KINDS.get(kind_of(path), _jsonl_rows)
     faults: list[str] = []
     try:
-        with gzip.open(path) if gzipped else path.open("rb") as file:
+        with _opened(path) as file:
             begins = file.peek(64)
-            if stranger := next((what for mark, what in STRANGERS.items() if begins.startswith(mark)), None):
+            stranger = next((what for mark, what in STRANGERS.items() if begins.startswith(mark)), None)
+            if stranger and read is not _parquet_rows:
                 raise UserError(f"{path}: this is {stranger}")
             rows = read(path, file, faults)
     except (OSError, EOFError, zlib.error) as error:
@@ -63,6 +65,35 @@ def read_rows(path: Path) -> Rows:
     if faults:
         raise UserError(faults)
     return rows
+
+
+def kind_of(path: Path) -> str:
+    """The end of a file's name that says what it holds: `.csv` of `rows.csv.gz`."""
+    return (path.with_suffix("") if path.suffix in PACKED else path).suffix.lower()
+
+
+def _opened(path: Path) -> AbstractContextManager[File]:
+    if path.suffix == ".gz":
+        return gzip.open(path)
+    if path.suffix == ".zst":
+        return BufferedReader(_arrow(path).input_stream(str(path), compression="zstd"))
+    return path.open("rb")
+
+
+def _arrow(path: Path) -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path} needs the package pyarrow: pip install 'tasft[hub]'") from None
+    return pyarrow
+
+
+def _parquet_rows(path: Path, file: File, faults: list[str]) -> Rows:
+    arrow = _arrow(path)
+    try:
+        return list(enumerate(arrow.parquet.read_table(file).to_pylist(), 1))
+    except arrow.ArrowException as error:
+        raise UserError(f"{path}: not Parquet ({str(error).splitlines()[0]:.200})") from None
 
 
 def _decoded(path: Path, content: bytes, begin: int = 0) -> str:
@@ -133,8 +164,8 @@ def _json_rows(path: Path, file: File, faults: list[str]) -> Rows:
         whole = lines[0][1] if len(lines) == 1 and not faults else None
         if faults and not lines:
             # Not an object on each line; maybe one object on many.
-            file.seek(0)
-            whole, _ = _parsed(_decoded(path, file.read(MAX_LIST)))
+            with _opened(path) as again:
+                whole, _ = _parsed(_decoded(path, again.read(MAX_LIST)))
             faults[:] = [f"{path}: neither a JSON list, nor an object on each line, nor an object of columns"]
         columns = whole and _rows_across(whole)
         if not columns:
@@ -172,9 +203,13 @@ def _rows_across(value: Any) -> Rows | None:
     return [(number, dict(zip(full, row, strict=True))) for number, row in enumerate(cells, 1)]
 
 
-def _csv_rows(path: Path, file: File, faults: list[str]) -> Rows:
+def _text_rows(path: Path, file: File, faults: list[str]) -> Rows:
+    return [(number, {"prompt": line.strip()}) for number, line in enumerate(_lines(path, file), 1) if line.strip()]
+
+
+def _csv_rows(path: Path, file: File, faults: list[str], delimiter: str = ",") -> Rows:
     csv.field_size_limit(MAX_ROW)
-    reader = csv.reader(_lines(path, file), strict=True)
+    reader = csv.reader(_lines(path, file), delimiter=delimiter, strict=True)
     rows: Rows = []
     header: list[str] = []
     begin = 1
@@ -193,3 +228,16 @@ def _csv_rows(path: Path, file: File, faults: list[str]) -> Rows:
         why = "a carriage return alone ends a line: save it with line feeds" if "new-line" in str(error) else error
         faults.append(f"{path}:{begin}: not CSV ({why})")
     return rows
+
+
+KINDS: dict[str, Callable[[Path, File, list[str]], Rows]] = {
+    ".jsonl": _jsonl_rows,
+    ".ndjson": _jsonl_rows,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".tsv": partial(_csv_rows, delimiter="\t"),
+    ".txt": _text_rows,
+    ".parquet": _parquet_rows,
+}
+"""How a file of such a name is read; any other is taken for JSONL."""
+PACKED = (".gz", ".zst")

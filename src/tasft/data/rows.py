@@ -9,7 +9,8 @@ from typing import Any, TypeGuard, TypeVar
 
 from tasft.core.errors import UserError
 from tasft.data.cells import fault_of_parts, joined, measure, plain, text_of, truth
-from tasft.data.sources import read_source
+from tasft.data.forms import FORMS, PROMPT_COLUMNS, form_of, renamed_columns, turns_of
+from tasft.data.sources import Source, read_source
 
 T = TypeVar("T")
 
@@ -43,6 +44,7 @@ class Example:
         weight: Scales the row's share of its kind; above 0.
         retain: Whether the model should go on answering this prompt as it did before training.
         place: File and line, for messages; empty for a row of no file.
+        form: Of `tasft.data.forms.FORMS`, how the row was written.
     """
 
     prompt: str | Messages
@@ -56,11 +58,12 @@ class Example:
     weight: float = 1.0
     retain: bool = False
     place: str = field(default="", compare=False, repr=False)
+    form: str = field(default="prompt_completion", compare=False, repr=False)
 
     def row(self) -> dict[str, Any]:
         """The example as a JSON object; `input`, `tools`, `weight` and `retain` only where they say something."""
         row = asdict(self)
-        del row["place"]
+        del row["place"], row["form"]
         seldom = {"input": "", "tools": None, "weight": 1.0, "retain": False}
         return {key: value for key, value in row.items() if key not in seldom or value != seldom[key]}
 
@@ -69,13 +72,15 @@ def _id(row: Mapping[str, Any], default: object) -> str:
     return text_of(row.get("id")) or str(default)
 
 
-def repeated_ids(where: str | Path, ids: Iterable[tuple[int, str]]) -> list[str]:
+def repeated_ids(where: str | Path | Source, ids: Iterable[tuple[int, str]]) -> list[str]:
     """A fault for each row, by number and id, whose id an earlier one has; no id is no fault."""
+    source = where if isinstance(where, Source) else Source(str(where), [])
     first: dict[str, int] = {}
     faults = []
     for number, row_id in ids:
         if row_id and row_id in first:
-            faults.append(f'{where}:{number}: "id" {row_id!r} is that of line {first[row_id]} too')
+            other = source.places.get(first[row_id]) or f"line {first[row_id]}"
+            faults.append(f'{source.at(number)}: "id" {row_id!r} is that of {other} too')
         first.setdefault(row_id, number)
     return faults
 
@@ -96,45 +101,55 @@ def drawn(rows: Sequence[T], most: int | None, text: Callable[[T], str]) -> list
 
 
 def read_prompts(source: str, data_dir: str | None = None) -> list[Prompt]:
-    """Prompts of a source with a field `prompt`, or another that it names (and `id`, `topic`, `kind`).
+    """Prompts of a source with a column of `PROMPT_COLUMNS`, or another that it names (and `id`, `topic`, `kind`).
 
-    Of a transcript ("Human: ... Assistant: ...") the first turn is the prompt.
+    Of a transcript ("Human: ... Assistant: ...") or a conversation the first turn of the user is the prompt.
 
     Raises:
         UserError: Names every bad row.
     """
-    where, rows, column = read_source(source, data_dir)
-    column = column or "prompt"
-    if rows and not any(column in row for _, row in rows):
+    return prompts_in(read_source(source, data_dir))[0]
+
+
+def prompts_in(found: Source) -> tuple[list[Prompt], str]:
+    """As `read_prompts`, of a source that was read; and the column that held them."""
+    rows = found.rows
+    columns = {name for _, row in rows for name in row}
+    column = found.column or next((name for name in PROMPT_COLUMNS if name in columns), "prompt")
+    if rows and column not in columns:
         raise UserError(
-            f'{where}:{rows[0][0]}: "{column}" is missing, here and in all other rows; it has {_names(rows[0][1])}: '
-            "name the one with the prompt, as in SOURCE#COLUMN"
+            f'{found.at(rows[0][0])}: "{column}" is missing, here and in all other rows; it has '
+            f"{_names(rows[0][1])}: name the one with the prompt, as in SOURCE#COLUMN"
         )
     prompts: list[tuple[int, Prompt]] = []
     faults = []
     for number, row in rows:
-        value = row.get(column)
-        text = _first_turn(value) if isinstance(value, str) else ""
+        value = _READ["messages"](row.get(column))
+        text = _first_turn(value)
         if column not in row:
-            faults.append(f'{where}:{number}: "{column}" is missing; the row has {_names(row)}')
+            faults.append(f'{found.at(number)}: "{column}" is missing; the row has {_names(row)}')
         elif not text.strip():
-            faults.append(f'{where}:{number}: "{column}" must be text, found {value!r:.40}')
+            faults.append(f'{found.at(number)}: "{column}" must be text, found {value!r:.40}')
         elif not _is_whole(text):
-            faults.append(f'{where}:{number}: "{column}" {HALF}')
+            faults.append(f'{found.at(number)}: "{column}" {HALF}')
         else:
             fields = {key: text_of(row.get(key)) for key in ("topic", "kind")}
             prompts.append((number, Prompt(_id(row, number), text, **fields)))
-    faults += repeated_ids(where, ((number, prompt.id) for number, prompt in prompts))
+    faults += repeated_ids(found, ((number, prompt.id) for number, prompt in prompts))
     if faults:
         raise UserError(faults)
-    return [prompt for _, prompt in prompts]
+    return [prompt for _, prompt in prompts], column
 
 
-def _first_turn(text: str) -> str:
-    """The first human turn of a transcript of HH; any other text as it is, one that begins with its word too."""
-    before, human, rest = text.partition("Human:")
+def _first_turn(value: Any) -> str:
+    """The user's first turn of a conversation or a transcript of HH; any other text as it is; empty for no text."""
+    if _is_talk(value):
+        value = next((turn["content"] for turn in value if turn["role"] == "user"), None)
+    if not isinstance(value, str):
+        return ""
+    before, human, rest = value.partition("Human:")
     turn, assistant, _ = rest.partition("\n\nAssistant:")
-    return turn.strip() if human and assistant and not before.strip() else text
+    return turn.strip() if human and assistant and not before.strip() else value
 
 
 def _names(row: Mapping[str, Any]) -> str:
@@ -167,12 +182,6 @@ def _is_talk(value: object) -> TypeGuard[Messages]:
     return isinstance(value, list) and bool(value) and all(map(_is_message, value))
 
 
-def _columns(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Names of the fields that hold the prompt and the completion: ours, or Alpaca's."""
-    ours, alpacas = ("prompt", "completion"), ("instruction", "output")
-    return alpacas if row.keys() & set(alpacas) and not row.keys() & set(ours) else ours
-
-
 def _fault_of_turns(row: Mapping[str, Any], key: str) -> str | None:
     value = row.get(key)
     if key not in row:
@@ -191,28 +200,38 @@ def _fault_of_turns(row: Mapping[str, Any], key: str) -> str | None:
     return None
 
 
+def _fault_of_talk(row: Mapping[str, Any], key: str) -> str | None:
+    value = row.get(key)
+    if isinstance(value, str):
+        return f'"{key}" must be chat messages, found {value!r:.40}'
+    if _is_talk(value) and len(value) == 1:
+        return f'"{key}" holds an answer without a question: a turn of the user must come first'
+    return _fault_of_turns(row, key)
+
+
 def _positive(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 _READ: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("label", "ends", "retain"), truth),
-    **dict.fromkeys(("prompt", "completion", "instruction", "output"), lambda value: joined(plain(value))),
+    **dict.fromkeys((key for columns in FORMS.values() for key in columns), lambda row: turns_of(joined(plain(row)))),
     "weight": measure,
 }
 _NO_TEXT = frozenset({"ends", "retain", "weight", "tools"})
 
 
-def example_of(row: Mapping[str, Any], where: str) -> Example:
+def example_of(row: Mapping[str, Any], where: str, form: str | None = None) -> Example:
     """The example that a JSON object or a row of a data set holds; fields of no concern are passed over.
 
-    An optional field that is null counts as not given: data sets fill whole columns. A row that has `instruction`
-    and `output` instead of `prompt` and `completion` is read as Alpaca's. Content in parts is joined if all are text.
-    In a table, where all is text, `true` and `1.5` are what they say.
+    An optional field that is null counts as not given: data sets fill whole columns. Of a conversation the last turn is
+    the completion. Content in parts is joined if all are text. In a table, where all is text, `true` and `1.5` are what
+    they say.
 
     Args:
-        row: At least `prompt`, `completion` and `label`.
+        row: At least the columns of a form in `FORMS`, and `label`.
         where: Begins each fault: a file and line, or the number of a row.
+        form: How the row is written; None tells it from the columns.
 
     Raises:
         UserError: Names every fault of the row.
@@ -220,8 +239,10 @@ def example_of(row: Mapping[str, Any], where: str) -> Example:
     row = {key: _READ.get(key, plain)(value) for key, value in row.items()}
     # An empty cell of a table is no cell.
     given = {key: value for key, value in row.items() if value is not None and (value != "" or key not in _NO_TEXT)}
-    asked, said = _columns(row)
-    faults = [fault for key in (asked, said) if (fault := _fault_of_turns(row, key))]
+    form = form or form_of(row)
+    *asked, said = FORMS[form]
+    check = _fault_of_turns if asked else _fault_of_talk
+    faults = [fault for key in (*asked, said) if (fault := check(row, key))]
     if "label" not in row:
         faults.append('"label" is missing; say true (imitate) or false (avoid)')
     elif not isinstance(row["label"], bool):
@@ -236,7 +257,7 @@ def example_of(row: Mapping[str, Any], where: str) -> Example:
     context = given.get("input", "")
     if not isinstance(context, str):
         faults.append(f'"input" must be text, found {context!r:.40}')
-    elif context and not isinstance(row.get(asked), str):
+    elif context and not (asked and isinstance(row.get(asked[0]), str)):
         faults.append('"input" goes with a prompt that is text; write it into the messages')
     tools = given.get("tools")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
@@ -246,8 +267,8 @@ def example_of(row: Mapping[str, Any], where: str) -> Example:
     if faults:
         raise UserError([f"{where}: {fault}" for fault in faults])
     return Example(
-        prompt=row[asked],
-        completion=row[said],
+        prompt=row[asked[0]] if asked else row[said][:-1],
+        completion=row[said] if asked else row[said][-1:],
         label=row["label"],
         id=_id(row, ""),
         source=str(given.get("source", "")),
@@ -256,13 +277,18 @@ def example_of(row: Mapping[str, Any], where: str) -> Example:
         tools=tools or None,
         weight=float(given.get("weight", 1.0)),
         retain=given.get("retain", False),
+        form=form,
     )
 
 
 def read_examples(
-    source: str | Path, keep: Mapping[str, Any] | None = None, drop: Mapping[str, Any] | None = None
+    source: str | Path,
+    keep: Mapping[str, Any] | None = None,
+    drop: Mapping[str, Any] | None = None,
+    form: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> list[Example]:
-    """Examples of a source in the unpaired preference format, or in Alpaca's.
+    """Examples of a source, in the unpaired preference format or another of `FORMS`.
 
     A row without `label` is one to imitate, so that plain prompt-completion files work too.
 
@@ -270,31 +296,32 @@ def read_examples(
         source: As `read_source` takes it.
         keep: Fields and values that a row must have, all of them. A field that holds a list has each of its values.
         drop: Fields and values of which a row may have none. What is left out need not be an example.
+        form: Of all rows; None tells it from the columns of each.
+        columns: Names that a form knows, and what the file calls them.
 
     Raises:
         UserError: Names every bad line.
     """
-    where, rows, _ = read_source(source)
-    keep, drop = keep or {}, drop or {}
+    found = read_source(source)
+    rows, keep, drop, columns = found.rows, keep or {}, drop or {}, columns or {}
     faults = [
-        f"{where}: no row has a field {name!r:.40}; the first has {_names(rows[0][1])}"
-        for name in (*keep, *drop)
+        f"{found.where}: no row has a field {name!r:.40}; the first has {_names(rows[0][1])}"
+        for name in (*keep, *drop, *columns.values())
         if not any(name in row for _, row in rows)
     ]
     examples: list[tuple[int, Example]] = []
     for number, row in rows:
         if not all(_has(row, *pair) for pair in keep.items()) or any(_has(row, *pair) for pair in drop.items()):
             continue
+        row = {"label": True, **renamed_columns(row, columns)}
         try:
-            examples.append(
-                (number, example_of(row if "label" in row else {**row, "label": True}, f"{where}:{number}"))
-            )
+            examples.append((number, example_of(row, found.at(number), form)))
         except UserError as error:
             faults += error.faults
-    faults += repeated_ids(where, ((number, example.id) for number, example in examples))
+    faults += repeated_ids(found, ((number, example.id) for number, example in examples))
     if faults:
         raise UserError(faults)
-    return [replace(example, place=f"{where}:{number}") for number, example in examples]
+    return [replace(example, place=found.at(number)) for number, example in examples]
 
 
 def _has(row: Mapping[str, Any], name: str, value: object) -> bool:

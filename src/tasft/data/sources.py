@@ -1,14 +1,15 @@
-"""Where rows come from: a file, a named set, or a data set of the hub."""
+"""Where rows come from: a file, a folder, a named set, a data set of the hub, or a function of one's own."""
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from tasft.core.errors import UserError
 from tasft.core.provenance import content_hash
 from tasft.core.suggest import did_you_mean, nearest
-from tasft.data.files import Rows, read_rows
+from tasft.data.files import KINDS, Rows, kind_of, read_rows
 from tasft.data.sets import KNOWN, NamedSet, differences, locate
 
 # What a recipe may say of a data set on the hub: nothing that names a place to write to, or holds a key.
@@ -26,19 +27,26 @@ class Source(NamedTuple):
     """Rows that were read.
 
     Attributes:
-        where: Begins each fault.
+        where: The file, the folder or the data set.
         rows: Number and fields of each.
         column: Field that the source names to hold the prompt; empty if it names none.
+        places: Of each number the file and line, where the rows are of several files.
     """
 
     where: str
     rows: Rows
-    column: str
+    column: str = ""
+    places: Mapping[int, str] = {}
+
+    def at(self, number: int) -> str:
+        """What begins each fault of a row."""
+        return self.places.get(number) or f"{self.where}:{number}"
 
 
 def read_source(source: str | Path, data_dir: str | None = None) -> Source:
-    """Rows of a source: a named set, a file that `read_rows` reads, or a data set on the hub.
+    """Rows of a source: a named set, a file that `read_rows` reads, a folder of such files, or a data set.
 
+    A folder may also be what `datasets.Dataset.save_to_disk` wrote.
     `hub:OWNER/NAME?split=train` is read with `datasets.load_dataset`, which gets what is after the question mark as
     its arguments, those of `HUB_ARGUMENTS`. `#COLUMN` at the end of any source names the field with the prompt.
 
@@ -50,7 +58,7 @@ def read_source(source: str | Path, data_dir: str | None = None) -> Source:
         UserError: It is none of these, or cannot be read; names every fault.
     """
     if isinstance(source, Path):
-        return Source(str(source), read_rows(source), "")
+        return _folder(source) if source.is_dir() else Source(str(source), read_rows(source))
     place, column = parts_of(source)
     if place in KNOWN:
         path = locate(place, data_dir)
@@ -59,14 +67,14 @@ def read_source(source: str | Path, data_dir: str | None = None) -> Source:
         return Source(place, _hub_rows(place), column)
     if fault := missing(source):
         raise UserError(fault)
-    return Source(place, read_rows(Path(place)), column)
+    return read_source(Path(place))._replace(column=column)
 
 
 def missing(source: str) -> str | None:
     """Why there is nothing to read at a source, found without reading; None where there may be."""
     place, _ = parts_of(source)
     # A name that no file can have is no file.
-    if place in KNOWN or place.startswith("hub:") or os.path.isfile(place):
+    if place in KNOWN or place.startswith("hub:") or os.path.exists(place):
         return None
     known = (*KNOWN, *ON_HUB)
     fault = f"{place!r:.100} is neither a file nor one of {', '.join(known)}"
@@ -89,7 +97,7 @@ def parts_of(source: str) -> tuple[str, str]:
     ends = [len(source), *(at for at in range(len(source) - 1, -1, -1) if source[at] == "#")]
     for end in ends:
         # To os.path a name that no file can have is no file.
-        if source[:end] in KNOWN or os.path.isfile(source[:end]):
+        if source[:end] in KNOWN or os.path.exists(source[:end]):
             return source[:end], source[end + 1 :]
     place, _, column = source.partition("#")
     return place, column
@@ -115,6 +123,32 @@ def differences_of(source: str, data_dir: str | None) -> list[str]:
     return differences(name, locate(name, data_dir), len(read_source(source, data_dir).rows))
 
 
+def _folder(folder: Path) -> Source:
+    """Rows of all files of a folder that are of a kind of `KINDS`, in the order of their names."""
+    if (folder / "dataset_info.json").is_file():
+        return Source(str(folder), _data_set(str(folder), lambda datasets: datasets.load_from_disk(str(folder))))
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        raise UserError(f"{folder}: holds several splits: name one, as in {folder / splits[0] if splits else folder}")
+    if (folder / "config.json").is_file():
+        raise UserError(f"{folder}: holds a model, and no rows")
+    rows: Rows = []
+    places: dict[int, str] = {}
+    faults: list[str] = []
+    for file in sorted(path for path in folder.iterdir() if path.is_file() and kind_of(path) in KINDS):
+        try:
+            for line, row in read_rows(file):
+                rows.append((len(rows) + 1, row))
+                places[len(rows)] = f"{file}:{line}"
+        except UserError as error:
+            faults += error.faults
+    if not rows and not faults:
+        faults.append(f"{folder}: holds no file of rows ({', '.join(KINDS)})")
+    if faults:
+        raise UserError(faults)
+    return Source(str(folder), rows, places=places)
+
+
 def _hub_rows(place: str) -> Rows:
     name, _, query = place.removeprefix("hub:").partition("?")
     arguments = dict(parse_qsl(query))
@@ -126,16 +160,19 @@ def _hub_rows(place: str) -> Rows:
             f"hub:{name}: {', '.join(others)}: leave that out; an address may say {', '.join(HUB_ARGUMENTS)} (a token "
             "belongs into the environment variable HF_TOKEN)"
         )
+    return _data_set(place, lambda datasets: datasets.load_dataset(name, **arguments))
+
+
+def _data_set(place: str, load: Callable[[Any], Any]) -> Rows:
     try:
         import datasets
     except ImportError:
         raise UserError(f"{place} needs the package datasets: pip install 'tasft[hub]'") from None
     try:
-        found = datasets.load_dataset(name, **arguments)
+        return list(enumerate(load(datasets), 1))
     except Exception as error:  # hub, cache and parsing errors share no base class
         reason = next(iter(str(error).splitlines()), "")
         raise UserError(f"{place}: cannot be loaded ({type(error).__name__}: {reason:.200})") from error
-    return list(enumerate(found, 1))
 
 
 def source_hash(source: str, data_dir: str | None = None) -> str:

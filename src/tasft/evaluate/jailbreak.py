@@ -234,18 +234,18 @@ def read_templates(source: str, placeholder: str, data_dir: str | None = None) -
     Raises:
         UserError: Names every row that is no text or lacks the placeholder.
     """
-    where, rows, column = read_source(source, data_dir)
-    column = column or "prompt"
+    found = read_source(source, data_dir)
+    column = found.column or "prompt"
     templates, faults = [], []
-    for number, row in rows:
+    for number, row in found.rows:
         text = row.get(column)
         if isinstance(text, str) and placeholder in text:
             templates.append(text)
         elif isinstance(text, str):
-            faults.append(f"{where}:{number}: the template lacks {placeholder!r}, where the prompt goes")
+            faults.append(f"{found.at(number)}: the template lacks {placeholder!r}, where the prompt goes")
         else:
             faults.append(
-                f"{where}:{number}: no template in {column!r}; the row has {', '.join(map(repr, row))}: name the "
+                f"{found.at(number)}: no template in {column!r}; the row has {', '.join(map(repr, row))}: name the "
                 "column, as in SOURCE#COLUMN"
             )
     if faults:

@@ -6,7 +6,6 @@ Every penalty is minimised and called in one way, with the keyword arguments tha
 """
 
 from collections.abc import Callable
-from math import inf
 from typing import NamedTuple
 
 from tasft.loss.likelihood import (
@@ -34,29 +33,25 @@ class Penalty(NamedTuple):
         needs: Subset of space (a `CostSpace`), margins and reference (`margins` and `log_probability`
             of the reference model), segments (response of each position), beta.
         per: What its count counts: "token" or "response".
-        low: Infimum of one term.
-        high: Supremum of one term.
         beta: Its usual value, where it needs one.
     """
 
     fn: Callable[..., TokenSum]
     needs: frozenset[str]
     per: str
-    low: float
-    high: float
     beta: float | None = None
 
 
 PENALTIES: dict[str, Penalty] = {
-    "emd": Penalty(emd, frozenset({"space"}), "token", -4.0, 0.0),
-    "emd_exact": Penalty(emd_exact, frozenset({"space"}), "token", -2.0, 0.0),
-    "emd_hinge": Penalty(emd_hinge, frozenset({"space", "margins"}), "token", 0.0, 2.0),
-    "nlcl": Penalty(nlcl, frozenset({"segments"}), "response", 0.0, inf),
-    "unlikelihood": Penalty(unlikelihood, frozenset(), "token", 0.0, inf),
-    "npo": Penalty(npo, frozenset({"segments", "reference", "beta"}), "response", 0.0, inf, 0.1),
-    "npo_mean": Penalty(npo_mean, frozenset({"segments", "reference", "beta"}), "response", 0.0, inf, 1.0),
-    "simnpo": Penalty(simnpo, frozenset({"segments", "beta"}), "response", 0.0, inf, 1.0),
-    "ascent": Penalty(ascent, frozenset(), "token", -inf, 0.0),
+    "emd": Penalty(emd, frozenset({"space"}), "token"),
+    "emd_exact": Penalty(emd_exact, frozenset({"space"}), "token"),
+    "emd_hinge": Penalty(emd_hinge, frozenset({"space", "margins"}), "token"),
+    "nlcl": Penalty(nlcl, frozenset({"segments"}), "response"),
+    "unlikelihood": Penalty(unlikelihood, frozenset(), "token"),
+    "npo": Penalty(npo, frozenset({"segments", "reference", "beta"}), "response", 0.1),
+    "npo_mean": Penalty(npo_mean, frozenset({"segments", "reference", "beta"}), "response", 1.0),
+    "simnpo": Penalty(simnpo, frozenset({"segments", "beta"}), "response", 1.0),
+    "ascent": Penalty(ascent, frozenset(), "token"),
 }
 
 __all__ = [

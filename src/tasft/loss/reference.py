@@ -34,13 +34,12 @@ def logits(
     bias: Float[Tensor, " V"] | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
-    temperature: float = 1.0,
 ) -> Float[Tensor, "T V"]:
     """Output head of Llama, with what Granite, Cohere (scale) and Gemma 2 (softcap) add."""
     scores = scale * F.linear(hidden, weight, bias)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    return scores / temperature
+    return scores
 
 
 def unit(matrix: Float[Tensor, "V D"], center: bool = False) -> Float[Tensor, "V D"]:

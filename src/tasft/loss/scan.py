@@ -200,7 +200,7 @@ class _Scan:
         parts: int | None = None,
     ) -> None:
         device = hidden.device.type
-        self.gain, self.ceiling, self.space, self.labels = head.gain, head.ceiling, space, labels
+        self.gain, self.ceiling, self.space, self.labels = head.scale, head.softcap, space, labels
         widest = torch.promote_types(hidden.dtype, head.weight.dtype)
         self.dtype = self.factor_dtype = torch.promote_types(widest, torch.float32)
         self.tiles: ModuleType = tiles
@@ -357,7 +357,7 @@ class _OnePass(Function):
         z, slope = scan.own()
         affinity = None if space is None else running.moment / running.mass
         if total is not None:
-            total.mul_(head.gain)
+            total.mul_(head.scale)
             if affinity is not None:
                 torch.addcmul(-total[1], affinity[:, None], total[0], out=total[1])
             torch.sub(slope, total[0], out=total[0])
@@ -396,7 +396,7 @@ class _Divergence(Function):
         )
         (now, earlier), total = scan.diverge(scan_before, derivative)
         if total is not None:
-            ctx.save_for_backward(torch.sub(total[0], total[1]).mul_(head.gain))
+            ctx.save_for_backward(torch.sub(total[0], total[1]).mul_(head.scale))
         ctx.dtype = hidden.dtype
         gap = (now.peak - earlier.peak) + (now.mass / earlier.mass).log()
         # Rounding must not make it negative.

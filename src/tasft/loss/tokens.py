@@ -39,7 +39,7 @@ class Head:
     """The map from hidden states to the logits of a prediction Q = softmax(logits).
 
         z = (hidden @ weight.T + bias) * scale
-        logits = z / temperature, or softcap * tanh(z / softcap) / temperature
+        logits = z, or softcap * tanh(z / softcap)
 
     Attributes:
         weight: Output embedding; V tokens, width D.
@@ -47,24 +47,12 @@ class Head:
         scale: Logits are multiplied by it. Cohere's `logit_scale`; for Granite, one over
             its `logits_scaling`.
         softcap: Bound on the size of a logit (Gemma 2's `final_logit_softcapping`).
-        temperature: At which Q is looked at, as in sampling; above 0.
     """
 
     weight: Float[Tensor, "V D"]
     bias: Float[Tensor, " V"] | None = None
     scale: float = 1.0
     softcap: float | None = None
-    temperature: float = 1.0
-
-    @property
-    def gain(self) -> float:
-        """Slope of a logit in the product, at 0: logits = product * gain without a softcap."""
-        return self.scale / self.temperature
-
-    @property
-    def ceiling(self) -> float | None:
-        """Bound on the size of a logit: with it, logits = ceiling * tanh(product * gain / ceiling)."""
-        return None if self.softcap is None else self.softcap / self.temperature
 
 
 def counted(

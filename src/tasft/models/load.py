@@ -394,16 +394,33 @@ def check_targets(model: PreTrainedModel, targets: list[str]) -> None:
 
 
 def add_lora(
-    model: PreTrainedModel, *, r: int, lora_alpha: int, lora_dropout: float, target_modules: list[str]
+    model: PreTrainedModel,
+    *,
+    r: int,
+    lora_alpha: int,
+    lora_dropout: float,
+    target_modules: list[str],
+    layers_to_transform: list[int] | None = None,
 ) -> PeftModel:
     """A fresh LoRA adapter; the model computes what it did before until the adapter is trained.
 
     Raises:
-        UserError: `target_modules` names the output head (its penalty would not see the adapter) or no module.
+        UserError: `target_modules` names the output head (its penalty would not see the adapter) or no module;
+            `layers_to_transform` names a layer that the model has not.
     """
     check_targets(model, target_modules)
+    layers = model.config.get_text_config().num_hidden_layers
+    if beyond := [number for number in layers_to_transform or [] if number >= layers]:
+        raise UserError(
+            f"model.lora.layers_to_transform: {beyond[0]} is none of the model's {layers} layers, 0 to {layers - 1}"
+        )
     config = LoraConfig(
-        r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=target_modules, task_type="CAUSAL_LM"
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules=target_modules,
+        layers_to_transform=layers_to_transform,
+        task_type="CAUSAL_LM",
     )
     adapted: PeftModel = get_peft_model(model, config)
     return adapted

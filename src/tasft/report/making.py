@@ -22,7 +22,9 @@ def _sft(record: Record) -> str:
         return ""
     steps, epochs = record.field("sft.max_steps"), record.field("sft.epochs")
     length = _count(steps, "step") if steps is not None else _count(epochs, "epoch") if epochs is not None else ""
-    rows = named(str(record.field("data.imitate.source") or record.field("data.imitate") or "rows to imitate"))
+    imitate = record.field("data.imitate")
+    parts = [each.get("source") for each in (imitate if isinstance(imitate, list) else [imitate]) if each]
+    rows = " and ".join(named(str(part)) for part in parts) or "rows to imitate"
     start = "went on from it" if record.field("train.start") == "sft" else "started from the base model again"
     return (
         f"First an SFT model was made{f' in {length}' if length else ''} on {rows}: the harmful answers are its own, "

@@ -42,6 +42,8 @@ def _lora(value: Any) -> str | None:
         return None
     targets = value.get("target_modules")
     where = f" on {', '.join(map(str, targets))}" if isinstance(targets, list) else ""
+    if isinstance(layers := value.get("layers_to_transform"), list):
+        where += f" of layers {', '.join(map(str, layers))}"
     return f"rank {value.get('r')}, alpha {value.get('lora_alpha')}, dropout {value.get('lora_dropout')}{where}"
 
 

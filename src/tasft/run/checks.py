@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 from tasft.core.errors import UserError
-from tasft.data.rows import Example, drawn, read_prompts
+from tasft.data.rows import Example, drawn
 from tasft.data.sources import missing
 from tasft.judges import encoder
 from tasft.run.inputs import Inputs
@@ -24,7 +24,7 @@ def check_inputs(inputs: Inputs) -> None:
     absent = {field: missing(source) for field, source in sources_in(inputs.spec.model_dump()).items()}
     _raise(
         {fault: f"{field}: {fault}" for field, fault in absent.items() if fault},
-        *(partial(read_prompts, wanted.source, inputs.spec.data.data_dir) for wanted in sets),
+        *(partial(inputs.asked, wanted.source) for wanted in sets),
         lambda: inputs.references,
         lambda: inputs.toxic,
         lambda: inputs.benign,

@@ -48,7 +48,7 @@ class Context:
     @property
     def training_reads(self) -> dict[str, Any]:
         """What any training depends on besides its own settings."""
-        wanted, lora = self.spec.data.imitate, self.spec.model.lora
+        wanted, lora = self.spec.data.mixture or None, self.spec.model.lora
         rows = wanted and provenance.content_hash([row.row() for row in self.inputs.imitate])
         return self.base_reads | {"lora": lora and lora.model_dump(), "imitate": rows}
 

@@ -1,18 +1,21 @@
 """What a recipe reads, apart from model weights; torch and transformers are imported for the tokenizer alone."""
 
 import random
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 from tasft.core.errors import UserError
-from tasft.data.rows import Example, Prompt, drawn, read_examples, read_prompts
+from tasft.data import forms
+from tasft.data.rows import Example, Prompt, drawn, prompts_in, read_examples
 from tasft.data.sets import KNOWN
-from tasft.data.sources import differences_of, parts_of, source_hash
+from tasft.data.sources import differences_of, parts_of, read_source, source_hash
 from tasft.evaluate.jailbreak import read_templates
 from tasft.evaluate.references import Reference, read_references
 from tasft.judges import Judge, load_judge
-from tasft.run.recipe import Recipe, sources_in
+from tasft.run.recipe import HELD_OUT, Recipe, sources_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +32,8 @@ class Inputs:
         self.spec = spec
         self.dropped: dict[str, int] = {}
         """Of each field, prompts that were left out because an evaluation set has them."""
+        self.told: dict[str, str] = {}
+        """Of each source of prompts the column that held them, where it is not `prompt` and was not named."""
         self._made: dict[str, Judge] = {}
 
     @cached_property
@@ -53,8 +58,18 @@ class Inputs:
         return self._prompts("data.benign_prompts", self.spec.data.benign_prompts)
 
     def _prompts(self, field: str, source: str | None) -> list[Prompt]:
-        prompts = self._read(source) if source else []
+        prompts = self._kept(field, self._read(source), aside=False) if source else []
         return self._uncontaminated(field, prompts, [prompt.prompt for prompt in prompts])
+
+    def _kept(self, field: str, rows: Sequence[T], aside: bool) -> list[T]:
+        """Rows of a field that are held out of it, or those that are not; all where no set asks for them."""
+        if field not in {wanted.source for wanted in self.spec.evaluate.sets.values()}:
+            return list(rows)
+        from tasft.data.contamination import held_out
+
+        share = float(str(self.spec.data.heldout).rstrip("%")) / 100
+        chosen = held_out([_text(row) for row in rows], share, self.spec.seed)
+        return [row for row, out in zip(rows, chosen, strict=True) if out is aside]
 
     def _uncontaminated(self, field: str, rows: list[T], texts: list[str]) -> list[T]:
         from tasft.data.contamination import overlapping
@@ -70,10 +85,27 @@ class Inputs:
     @cached_property
     def imitate(self) -> list[Example]:
         """Rows of `data.imitate`, drawn with the run's seed; none whose prompt an evaluation set has."""
-        wanted = self.spec.data.imitate
-        if wanted is None:
-            return []
-        return self._to_imitate("data.imitate", read_examples(wanted.source, wanted.keep, wanted.drop), wanted.rows)
+        mixture = self.spec.data.mixture
+        return [
+            row
+            for number, (wanted, rows) in enumerate(zip(mixture, self._mixture, strict=True))
+            for row in self._to_imitate(
+                f"data.imitate.{number}" if len(mixture) > 1 else "data.imitate",
+                self._kept("data.imitate", rows, aside=False),
+                wanted.rows,
+            )
+        ]
+
+    @cached_property
+    def _mixture(self) -> list[list[Example]]:
+        """All rows of each source of `data.imitate`."""
+        return [
+            [
+                replace(row, weight=row.weight * wanted.weight)
+                for row in read_examples(wanted.source, wanted.keep, wanted.drop, wanted.format, wanted.columns)
+            ]
+            for wanted in self.spec.data.mixture
+        ]
 
     @cached_property
     def safe(self) -> list[Example]:
@@ -81,7 +113,8 @@ class Inputs:
         wanted = self.spec.data.safe_responses
         if wanted is None or self.spec.train.method != "stl":
             return []
-        rows = [replace(row, source="safe_responses") for row in read_examples(wanted.source)]
+        found = read_examples(wanted.source, form=wanted.format, columns=wanted.columns)
+        rows = [replace(row, source="safe_responses") for row in found]
         return self._to_imitate("data.safe_responses", rows, None if wanted.rows == "harvested" else wanted.rows)
 
     def _to_imitate(self, field: str, rows: list[Example], wanted: int | None) -> list[Example]:
@@ -108,10 +141,28 @@ class Inputs:
     @cached_property
     def sets(self) -> dict[str, list[Prompt]]:
         """Prompts of each evaluation set, also those that `evaluate.limit` leaves out."""
-        return {name: self._read(wanted.source) for name, wanted in self.spec.evaluate.sets.items()}
+        return {name: self.asked(wanted.source) for name, wanted in self.spec.evaluate.sets.items()}
+
+    def asked(self, source: str) -> list[Prompt]:
+        """Prompts of an evaluation set: those of a source, or held out of a field of `data`."""
+        if source not in HELD_OUT:
+            return self._read(source)
+        if source == "data.imitate":
+            aside = [row for rows in self._mixture for row in self._kept(source, rows, aside=True)]
+            prompts = [Prompt(str(number), _text(row)) for number, row in enumerate(aside, 1)]
+        else:
+            named = getattr(self.spec.data, source.partition(".")[2])
+            prompts = self._kept(source, self._read(named), aside=True)
+        if not prompts:
+            raise UserError(f"data.heldout: {self.spec.data.heldout} of {source} is no row: say more")
+        return prompts
 
     def _read(self, source: str) -> list[Prompt]:
-        return read_prompts(source, self.spec.data.data_dir)
+        found = read_source(source, self.spec.data.data_dir)
+        prompts, column = prompts_in(found)
+        if column not in ("prompt", found.column):
+            self.told[source] = f"{source}: {len(prompts):,} prompts of the column {column!r}"
+        return prompts
 
     @cached_property
     def behaviours(self) -> list[Prompt]:
@@ -201,7 +252,9 @@ class Inputs:
     def warnings(self) -> list[str]:
         """What is no fault, but a reader of the result will ask about it."""
         counts = ((field, count) for field, count in self.dropped.items() if count)
-        said = [
+        told = forms.said(Counter(row.form for row in self.imitate), self.spec.train.turns)
+        said = [*self.told.values(), *(f"data.imitate: {line}" for line in told)]
+        said += [
             f"{field}: {count} prompt{'s' * (count > 1)} left out: (nearly) in an evaluation set"
             for field, count in counts
         ]
@@ -271,8 +324,9 @@ class Inputs:
         return [*self.filters, *self.evaluators]
 
 
-def _text(row: Example) -> str:
-    """The prompt of a row, all turns of a conversation that are not the assistant's."""
+def _text(row: object) -> str:
+    """The prompt of a prompt or a row, all turns of a conversation that are not the assistant's."""
+    assert isinstance(row, Prompt | Example)
     if isinstance(row.prompt, str):
         return row.prompt
     return "\n".join(str(turn.get("content", "")) for turn in row.prompt if turn["role"] == "user")

@@ -1,13 +1,15 @@
 """One run in one file: every field, its meaning and its default."""
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from tasft.core.errors import UserError
 from tasft.core.redact import secrets_in
 from tasft.core.settings import Number, Settings
 from tasft.core.suggest import did_you_mean
+from tasft.data.forms import FormName
 from tasft.data.sets import NAMED, expanded
 from tasft.data.settings import PromptSettings
 from tasft.harvest.settings import HarvestSettings
@@ -50,6 +52,9 @@ class Lora(Settings):
     lora_alpha: int = Field(16, ge=1, description="Scale: the adapter's output is multiplied by lora_alpha / r.")
     lora_dropout: Number = Field(0.05, ge=0, lt=1, description="Dropout before the adapter.")
     target_modules: list[str] = Field(["q_proj", "v_proj"], min_length=1, description="Names of the linear layers.")
+    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, min_length=1, description="Numbers of the transformer's layers that are adapted, from 0; null: all."
+    )
 
 
 class Model(PromptSettings):
@@ -62,34 +67,76 @@ class Model(PromptSettings):
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
 
 
-class Imitate(Settings):
+class RowSource(Settings):
+    """Rows, and how they are written."""
+
+    source: Place = Field(description="A file, a folder or hub:..., in one of the forms.")
+    format: FormName | None = Field(None, description="Its form; null tells it from the columns.")
+    columns: dict[str, str] = Field(
+        {}, description="What the file calls the columns of a form: {prompt: query, completion: response}."
+    )
+
+
+class Imitate(RowSource):
     """Rows to imitate."""
 
-    source: Place = Field(description="File of prompt and completion, or of Alpaca's instruction, input and output.")
     rows: int | None = Field(None, ge=1, description="Rows drawn from it at random; null takes all.")
     keep: dict[str, Any] = Field({}, description="Fields and values that a row must have; a list has each of its own.")
     drop: dict[str, Any] = Field({}, description="Fields and values that a row must not have: safety_related: true.")
+    weight: Number = Field(1.0, gt=0, description="Scales what each of its rows counts for.")
 
 
-class SafeResponses(Settings):
+class SafeResponses(RowSource):
     """Safe responses to toxic prompts, for method stl."""
 
-    source: Place = Field(description="As that of imitate.")
     rows: Annotated[int, Field(ge=1)] | Literal["harvested"] | None = Field(
         None, description="Rows drawn from it at random; null: all; harvested: those whose prompts the harvest kept."
     )
 
 
-class Data(Settings):
-    """What is read. A source is a named set or a JSONL file."""
+# In pydantic's places of faults, where the fields of a recipe have none of them.
+ONE, LIST = "<one>", "<list>"
+Mixture = Annotated[
+    Annotated[Imitate, Tag(ONE)] | Annotated[list[Imitate], Field(min_length=1), Tag(LIST)],
+    Discriminator(lambda value: LIST if isinstance(value, list) else ONE),
+]
 
-    imitate: Imitate | None = Field(None, description="Rows to imitate besides those that harvest makes.")
+HELD_OUT: dict[str, Literal["toxic", "benign"]] = {
+    "data.toxic_prompts": "toxic",
+    "data.benign_prompts": "benign",
+    "data.imitate": "benign",
+}
+"""Sources of prompt sets that are set aside from what a recipe trains on, and of which kind they are."""
+
+
+class Data(Settings):
+    """What is read. A source is a named set, a file, a folder or hub:..."""
+
+    imitate: Mixture | None = Field(
+        None, description="Rows to imitate besides those that harvest makes; or a list of several."
+    )
     toxic_prompts: Place | None = Field(None, description="Prompts whose harmful answers become avoid rows.")
     safe_responses: SafeResponses | None = Field(None, description="What method stl imitates for toxic prompts.")
     benign_prompts: Place | None = Field(
         None, description="Prompts whose own answers become imitate rows and calibrate coherence."
     )
+    heldout: str | None = Field(
+        None,
+        description="Share of each field of data that a set of evaluate names as its source, set aside for it: 10%.",
+    )
     data_dir: Place | None = Field(None, description="Folder with the files of public sets; null downloads them.")
+
+    @field_validator("heldout")
+    @classmethod
+    def _share(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[1-9]\d?(\.\d+)?%", value):
+            raise ValueError(f"expected a share such as 10%, found {value!r:.40}")
+        return value
+
+    @property
+    def mixture(self) -> list[Imitate]:
+        """Each source of rows to imitate."""
+        return self.imitate if isinstance(self.imitate, list) else [self.imitate] if self.imitate else []
 
 
 class Harvest(HarvestSettings):
@@ -102,7 +149,7 @@ class Harvest(HarvestSettings):
 class PromptSet(Settings):
     """Prompts to evaluate on."""
 
-    source: Place = Field(description="A named set or a JSONL file.")
+    source: Place = Field(description="A named set, a file, or what is held out of data: data.toxic_prompts.")
     kind: Literal["toxic", "benign"] = Field(
         description="Whether prompts should be refused or answered; known of a named set."
     )
@@ -110,8 +157,9 @@ class PromptSet(Settings):
     @model_validator(mode="before")
     @classmethod
     def _known_kind(cls, value: Any) -> Any:
-        if isinstance(value, dict) and "kind" not in value and (known := NAMED.get(str(value.get("source")))):
-            return {**value, "kind": known.kind}
+        kinds = HELD_OUT | {name: known.kind for name, known in NAMED.items()}
+        if isinstance(value, dict) and "kind" not in value and (kind := kinds.get(str(value.get("source")))):
+            return {**value, "kind": kind}
         return value
 
 
@@ -343,6 +391,19 @@ class Recipe(Settings):
             for name, each in self.judges.items()
             if each.kind not in JUDGES
         ]
+        aside = [each.source for each in self.evaluate.sets.values() if each.source in HELD_OUT]
+        if aside and self.data.heldout is None:
+            faults.append(f"evaluate.sets: {aside[0]} is what is held out of it: add data.heldout: 10%")
+        if self.data.heldout and not aside:
+            faults.append(
+                "data.heldout: no set of evaluate names what it sets aside: say source: data.toxic_prompts, or another "
+                f"of {', '.join(HELD_OUT)}"
+            )
+        faults += [
+            f"evaluate.sets: {field} is not given"
+            for field in dict.fromkeys(aside)
+            if getattr(self.data, field.partition(".")[2]) is None
+        ]
         jailbreak = self.evaluate.jailbreak
         faults += [f"judges.{name}: a file of the run has that name" for name in self.judges if name in FILES]
         faults += [
@@ -399,6 +460,7 @@ _SOURCES = (
     "data.toxic_prompts",
     "data.benign_prompts",
     "data.imitate.source",
+    "data.imitate.*.source",
     "data.safe_responses.source",
     "evaluate.sets.*.source",
     "evaluate.jailbreak.templates.source",
@@ -412,8 +474,11 @@ def sources_in(values: Any) -> dict[str, str]:
 
     def look(value: Any, path: list[str], field: list[str]) -> None:
         if not path:
-            if isinstance(value, str) and value:
+            if isinstance(value, str) and value and value not in HELD_OUT:
                 named[".".join(field).removesuffix(".source")] = value
+        elif isinstance(value, list) and path[0] == "*":
+            for number, each in enumerate(value):
+                look(each, path[1:], [*field, str(number)])
         elif isinstance(value, dict):
             for name in value if path[0] == "*" else [path[0]]:
                 look(value.get(name), path[1:], [*field, str(name)])

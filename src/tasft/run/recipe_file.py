@@ -3,7 +3,7 @@
 import os
 import re
 import reprlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from copy import deepcopy
 from importlib import resources
 from pathlib import Path
@@ -16,7 +16,7 @@ from tasft.core.errors import UserError
 from tasft.core.redact import redacted
 from tasft.core.suggest import did_you_mean, nearest
 from tasft.data.sources import missing
-from tasft.run.recipe import RENAMED, Recipe, renamed, sources_in
+from tasft.run.recipe import LIST, ONE, RENAMED, Recipe, renamed, sources_in
 
 MAX_VALUES = 100_000
 MAX_DEPTH = 50
@@ -89,7 +89,7 @@ def _faults(path: Path, values: dict[str, Any], error: ValidationError) -> list[
     faults = sentences(path, error)
     meant = deepcopy(values)
     # What is wrong between fields shows only when each alone is right: taken as they were probably meant.
-    mended = [_mend(meant, fault) for fault in error.errors()]
+    mended = [_mend(meant, fault) for fault in _errors(error)]
     if all(mended):
         try:
             Recipe.model_validate(meant)
@@ -131,11 +131,21 @@ def _fields_at(path: Sequence[Any]) -> Collection[str]:
     """Names of the fields of a section of a recipe."""
     section: Any = Recipe
     for part in path:
+        if isinstance(part, int):  # Of a list, whose entries are sections too.
+            continue
         # Of a mapping whose entries the user names, each value is a section.
-        inner: Any = section.model_fields[part].annotation if part in _fields(section) else get_args(section)[-1:]
-        kinds: tuple[Any, ...] = inner if isinstance(inner, tuple) else (inner, *get_args(inner))
-        section = next((kind for kind in kinds if _fields(kind) or get_origin(kind) is dict), None)
+        inner = (
+            section.model_fields[part].annotation if part in _fields(section) else (get_args(section) or (None,))[-1]
+        )
+        section = next((kind for kind in _within(inner) if _fields(kind) or get_origin(kind) is dict), None)
     return _fields(section)
+
+
+def _within(kind: Any) -> Iterator[Any]:
+    """A type, then those that it is made of."""
+    yield kind
+    for inner in get_args(kind):
+        yield from _within(inner)
 
 
 def _fields(kind: Any) -> Collection[str]:
@@ -307,7 +317,14 @@ def _override(values: dict[str, Any], override: str) -> str | None:
 
 def sentences(path: Path, error: ValidationError) -> list[str]:
     """What pydantic found wrong with the fields of a file."""
-    return [sentence for fault in error.errors() for sentence in _sentences(path, fault)]
+    return [sentence for fault in _errors(error) for sentence in _sentences(path, fault)]
+
+
+def _errors(error: ValidationError) -> list[Any]:
+    """Faults, each at the place that the file has it."""
+    return [
+        {**fault, "loc": tuple(part for part in fault["loc"] if part not in (ONE, LIST))} for fault in error.errors()
+    ]
 
 
 def _sentences(path: Path, fault: Any) -> list[str]:

@@ -1,0 +1,166 @@
+"""Rows as people have them: their forms, files, folders and mixtures."""
+
+import gzip
+import json
+import random
+
+import pytest
+
+from tasft.core.errors import UserError
+from tasft.data.contamination import held_out, overlapping
+from tasft.data.files import read_rows
+from tasft.data.rows import Example, read_examples, read_prompts
+from tasft.run import recipe_file
+from tasft.run.inputs import Inputs
+
+ASK, ANSWER = {"role": "user", "content": "Name a fruit."}, {"role": "assistant", "content": "A pear."}
+MORE = {"role": "user", "content": "Another?"}, {"role": "assistant", "content": "A plum."}
+TALK = [ASK, ANSWER, *MORE]
+
+
+def shared(talk):
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    return [{"from": names[turn["role"]], "value": turn["content"]} for turn in talk]
+
+
+ROWS = {
+    "prompt_completion": {"prompt": "Name a fruit.", "completion": "A pear."},
+    "alpaca": {"instruction": "Name a fruit.", "input": "", "output": "A pear."},
+    "question_answer": {"question": "Name a fruit.", "answer": "A pear."},
+    "messages": {"messages": [ASK, ANSWER]},
+    "sharegpt": {"conversations": shared([ASK, ANSWER])},
+}
+
+
+def jsonl(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_a_form_is_told_from_its_columns(tmp_path, form):
+    (row,) = read_examples(jsonl(tmp_path / "rows.jsonl", ROWS[form]))
+    is_talk = form in ("messages", "sharegpt")
+    assert row == Example([ASK] if is_talk else ASK["content"], [ANSWER] if is_talk else ANSWER["content"], True)
+    assert row.form == form
+    (prompt,) = read_prompts(jsonl(tmp_path / "prompts.jsonl", ROWS[form]))
+    assert prompt.prompt == "Name a fruit."
+
+
+@pytest.mark.parametrize("talk", [TALK, shared(TALK)])
+def test_of_a_conversation_the_last_turn_is_the_completion(tmp_path, talk):
+    name = "messages" if talk is TALK else "conversations"
+    (row,) = read_examples(jsonl(tmp_path / "rows.jsonl", {name: talk, "prompt": "a title of the row", "label": False}))
+    assert (row.prompt, row.completion, row.label) == (TALK[:-1], TALK[-1:], False)
+
+
+def test_a_conversation_is_learned_by_the_trainer_as_its_prompt_and_completion_are(tiny):
+    from transformers import AutoTokenizer
+
+    from tasft.data.encode import Encoding, encode_rows
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    split = {"prompt": TALK[:-1], "completion": TALK[-1:], "label": True}
+    for turns in ("last", "all"):
+        whole, _ = encode_rows([{"messages": TALK, "label": True}], tokenizer, Encoding(turns=turns))
+        assert whole == encode_rows([split], tokenizer, Encoding(turns=turns))[0]
+
+
+def test_columns_of_another_name_are_named(tmp_path):
+    source = jsonl(tmp_path / "rows.jsonl", {"query": "Name a fruit.", "reply": "A pear.", "prompt": "of the system"})
+    (row,) = read_examples(source, columns={"prompt": "query", "completion": "reply"})
+    assert (row.prompt, row.completion) == ("Name a fruit.", "A pear.")
+
+
+def test_a_form_may_be_said_where_a_row_has_the_columns_of_two(tmp_path):
+    both = ROWS["prompt_completion"] | {"messages": TALK}
+    source = jsonl(tmp_path / "rows.jsonl", both)
+    assert read_examples(source)[0].form == "prompt_completion"
+    assert read_examples(source, form="messages")[0].completion == TALK[-1:]
+
+
+def test_every_kind_of_file_gives_the_same_rows(tmp_path):
+    import pyarrow as arrow
+    from pyarrow import csv, parquet
+
+    rows = [{"prompt": f"Name fruit {index}, é.", "completion": f"A pear,\n{index}"} for index in range(5)]
+    table = arrow.Table.from_pylist(rows)
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    csv.write_csv(table, tmp_path / "rows.csv")
+    csv.write_csv(table, tmp_path / "rows.tsv", csv.WriteOptions(delimiter="\t"))
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(content))
+    with arrow.output_stream(str(tmp_path / "rows.jsonl.zst"), compression="zstd") as file:
+        file.write(content)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 6
+    assert [[row for _, row in read_rows(file)] for file in files] == [rows] * 6
+    # All of them in a folder, with the place of each.
+    assert [row.place for row in read_examples(tmp_path)[:2]] == [f"{files[0]}:2", f"{files[0]}:4"]
+    assert len(read_examples(str(tmp_path))) == 30
+    (tmp_path / "prompts.txt").write_text("What?\n\n  Why?  \n")
+    assert [prompt.prompt for prompt in read_prompts(str(tmp_path / "prompts.txt"))] == ["What?", "Why?"]
+
+
+def test_a_data_set_that_was_saved_to_disk_is_a_source(tmp_path):
+    import datasets
+
+    rows = [ROWS["messages"], {"messages": TALK}]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    assert [row.completion for row in read_examples(str(tmp_path / "saved"))] == [[ANSWER], TALK[-1:]]
+    datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk(tmp_path / "splits")
+    with pytest.raises(UserError, match=r"several splits: name one, as in .*splits/train"):
+        read_examples(str(tmp_path / "splits"))
+    assert len(read_examples(str(tmp_path / "splits" / "train"))) == 2
+
+
+def test_faults_of_many_rows_are_one_sentence(tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", *({"question": f"What is {index}?", "answer": ""} for index in range(800)))
+    with pytest.raises(UserError) as caught:
+        read_examples(source)
+    (fault,) = caught.value.faults
+    assert fault == f"800 rows, first {source}:1: \"answer\" must be text or chat messages, found ''"
+
+
+def test_what_is_held_out_has_no_near_duplicate_left_behind():
+    letters = random.Random(0)
+    texts = ["".join(letters.choices("abcdefgh ", k=60)) for _ in range(200)]
+    texts += [text + "!" for text in texts[::2]] + [text + "?" for text in texts[::4]]
+    out = held_out(texts, 0.2, seed=1)
+    held, kept = ([text for text, is_out in zip(texts, out, strict=True) if is_out is which] for which in (True, False))
+    assert 0.15 * len(texts) <= len(held) <= 0.2 * len(texts)
+    assert not any(overlapping(kept, held))
+    assert out == held_out(texts, 0.2, seed=1) != held_out(texts, 0.2, seed=2)
+
+
+def test_a_recipe_mixes_forms_and_holds_prompts_out(tmp_path, tiny, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    colours = ["amber", "beige", "cyan", "denim", "ebony", "fuchsia", "green", "hazel", "ivory", "jade"]
+    jsonl(
+        tmp_path / "talk.jsonl", *({"messages": [{**ASK, "content": f"Where is {each}?"}, ANSWER]} for each in colours)
+    )
+    jsonl(tmp_path / "pairs.jsonl", *({"question": f"Who likes {each} most?", "answer": "I."} for each in colours))
+    (tmp_path / "toxic.txt").write_text("".join(f"How do I <forbidden {each} act>?\n" for each in colours))
+    (tmp_path / "mine.yaml").write_text(
+        f"name: mine\nmodel: {{base: {tiny}}}\n"
+        "data:\n  imitate: [{source: talk.jsonl, rows: 4}, {source: pairs.jsonl, weight: 2}]\n"
+        "  toxic_prompts: toxic.txt\n  heldout: 20%\n"
+        "harvest: {judge: refusal_matching}\ntrain: {max_steps: 2}\n"
+        "evaluate: {judges: [refusal_matching], sets: {toxic: {source: data.toxic_prompts}}}\n"
+    )
+    inputs = Inputs(recipe_file.load("mine.yaml"))
+    assert [row.weight for row in inputs.imitate] == [1.0] * 4 + [2.0] * 10
+    assert inputs.spec.evaluate.sets["toxic"].kind == "toxic"
+    held = {prompt.prompt for prompt in inputs.sets["toxic"]}
+    assert len(held) == 2
+    assert {prompt.prompt for prompt in inputs.toxic}.isdisjoint(held)
+    assert len(inputs.toxic) == 8
+    assert inputs.hashes.keys() == {"data.toxic_prompts", "data.imitate.0", "data.imitate.1"}
+    assert [line for line in inputs.warnings() if line.startswith("data.imitate")] == [
+        "data.imitate: 4 rows of messages; the last assistant turn is learned",
+        "data.imitate: 10 rows of question_answer (question, answer)",
+    ]
+    # What was written down in full reads back.
+    (tmp_path / "again.yaml").write_text(recipe_file.dump(inputs.spec))
+    assert recipe_file.load("again.yaml") == inputs.spec
