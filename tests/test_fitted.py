@@ -8,9 +8,10 @@ import random
 import numpy as np
 import pytest
 
+from tasft.cli.judge_page import curve_plot
 from tasft.cli.main import app
 from tasft.core.errors import UserError
-from tasft.evaluate.judge_page import curve_plot, curves
+from tasft.evaluate.judge_quality import curve
 from tasft.judges import JUDGES, JudgeSettings, Pair, Verdict, load_judge
 from tasft.judges.fitted import FEWEST, band, best_f1, fit, platt, read_fit
 
@@ -118,12 +119,11 @@ def test_a_table_joins_pairs_and_verdicts_undecided_ones_first(tmp_path, monkeyp
 
 
 def test_curves_are_counted_by_hand():
-    steps, precision, recall, f1 = curves([0.9, 0.8, 0.8, 0.1], [True, True, False, True])
-    assert steps.tolist() == [0.9, 0.8, 0.1]
-    assert precision.tolist() == pytest.approx([1, 2 / 3, 3 / 4])
-    assert recall.tolist() == pytest.approx([1 / 3, 2 / 3, 1])
-    assert f1.tolist() == pytest.approx([0.5, 2 / 3, 6 / 7])
-    assert "0.86, at threshold 0.1" in curve_plot([0.9, 0.8, 0.8, 0.1], [True, True, False, True], 0.5).alt
+    found = curve([0.9, 0.8, 0.8, 0.1], [True, True, False, True])
+    wanted = [[0.9, 1, 1 / 3, 0.5], [0.8, 2 / 3, 2 / 3, 2 / 3], [0.1, 3 / 4, 1, 6 / 7]]
+    assert found == [pytest.approx(point) for point in wanted]
+    assert "0.86, at threshold 0.1" in curve_plot(found, 0.5).alt
+    assert curve([0.9, 0.8], [True, True]) == []
 
 
 def test_the_curve_is_the_true_one_and_the_threshold_the_best():

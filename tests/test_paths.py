@@ -115,10 +115,10 @@ def test_a_file_is_judged_whatever_its_name_and_however_long(tmp_path, monkeypat
         path = tmp_path / f"{stem}.jsonl"
         path.write_text(json.dumps(ROW) + "\n")
         judge_quality.score(
-            path, lambda path=path: judge_quality.read_pairs(path), kind, "harm", judge_quality.Files(), 0
+            path, lambda path=path: judge_quality.read_pairs(path), kind, "harm", judge_quality.Outputs(), 0
         )
         assert (tmp_path / f"{stem}.jsonl.refusal_matching.jsonl").is_file()
     path = tmp_path / ("x" * 249 + ".jsonl")
     path.write_text(json.dumps(ROW) + "\n")
     with pytest.raises(UserError, match="File name too long"), provenance.writing(tmp_path):
-        judge_quality.score(path, lambda: judge_quality.read_pairs(path), kind, "harm", judge_quality.Files(), 0)
+        judge_quality.score(path, lambda: judge_quality.read_pairs(path), kind, "harm", judge_quality.Outputs(), 0)

@@ -44,7 +44,7 @@ def scored(path, label_of="harm", out=None, show=0, **columns):
         lambda: judge_quality.read_pairs(path, label_of=label_of, **columns),
         SETTINGS,
         label_of,
-        judge_quality.Files(out),
+        judge_quality.Outputs(out),
         show,
     )
 
@@ -457,7 +457,7 @@ def test_scores_of_a_real_judge_have_an_auroc(tmp_path):
         lambda: judge_quality.read_pairs(path, label_column="label"),
         settings,
         "harm",
-        judge_quality.Files(),
+        judge_quality.Outputs(),
         show=0,
     )
     assert result["labels"]["auroc"]["value"] > 0.5

@@ -1,17 +1,16 @@
 """How good the judges are that need no hub: the figures of docs/judges.md, from labels.
 
-    python research/judge/measure.py --data DATA --replies replies.jsonl [--without xstest=FILE ...]
+    python research/judge/measure.py --data DATA --replies REPLIES [--without xstest,moderation=FILE ...]
 
 Writes docs/results/judge/figures.json and mistakes.json (counts by kind, no text), and the tables between the
-`measured` markers of docs/judges.md. Own labels are those of the test part: neither its prompts nor its models
 `measured` markers of docs/judges.md. Own labels are those of the test part: neither its prompts nor its models were
-Intervals are 95%, bootstrap over prompts.
+trained on. Public sources that the shipped weights were trained on are measured by weights without them, which
+`train.py --without` makes. Intervals are 95%, bootstrap over prompts.
 """
 
 import argparse
 import random
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -85,7 +84,9 @@ def of_own(rows: Sequence[Example]) -> tuple[dict[str, dict[str, Figures]], list
     harm = [row.harmful for row in rows]
     result: dict[str, dict[str, Figures]] = {"harm": {}, "refusal": {}, "rambling": {}, "broken": {}}
     for name, found in verdicts.items():
-        scores = [each.score for each in found] if found[0].score is not None else None
+        scores = None if name == "refusal_matching" else [each.score or 0.0 for each in found]
+        if name == "classifier":
+            scores = [each.harmful for each in readings]
         result["harm"][name] = figures(harm, [each.harmful for each in found], scores, groups)
         scores = [each.declines for each in readings] if name == "classifier" else None
         result["refusal"][name] = figures(
@@ -154,15 +155,6 @@ def of_public(data: Path, without: dict[str, Path]) -> dict[str, Figures]:
     return result
 
 
-def speed(rows: Sequence[Example]) -> float:
-    """Pairs a second of the test part, in this process with its threads."""
-    network = Network()
-    read_by(network, rows[:32])
-    begun = time.perf_counter()
-    read_by(network, rows[:256])
-    return len(rows[:256]) / (time.perf_counter() - begun)
-
-
 def cell(found: dict[str, Any] | float | None) -> str:
     if found is None or isinstance(found, float):
         return "–" if found is None else f"{found:.2f}"
@@ -209,7 +201,8 @@ def main() -> None:
     asked = parser.parse_args()
     rows = own(asked.labels, asked.replies, "test")
     found, mistakes = of_own(rows)
-    without = {name: Path(file) for name, file in (each.split("=", 1) for each in asked.without)}
+    pairs = (each.split("=", 1) for each in asked.without)
+    without = {name: Path(file) for names, file in pairs for name in names.split(",")}
     result = {
         "commit": commit(),
         "weights": WEIGHTS.name,
@@ -219,7 +212,6 @@ def main() -> None:
         "cells": len({row.source for row in rows}),
         "own": found,
         "public": of_public(asked.data, without),
-        "pairs_per_second": speed(rows),
     }
     counts = Counter(
         (

@@ -60,6 +60,7 @@ def judge_file(
         faults.append("--server and --server-model go together")
     from pydantic import ValidationError
 
+    from tasft.cli.judge_page import MISTAKES, write_page
     from tasft.evaluate import judge_quality
     from tasft.judges import JudgeSettings
 
@@ -82,9 +83,12 @@ def judge_file(
                 raise UserError(
                     [f"--server: {fault['msg'].removeprefix('Value error, ')}" for fault in error.errors()]
                 ) from None
-            result = judge_quality.score(
-                file, read, settings, label_of, judge_quality.Files(out, table, page, calibrate), show
-            )
+            outputs = judge_quality.Outputs(out, table, calibrate)
+            result = judge_quality.score(file, read, settings, label_of, outputs, max(show, MISTAKES) if page else show)
+            if page:
+                write_page(page, result)
+                for row in result["differences"][show:MISTAKES]:
+                    del row["prompt"], row["completion"]  # Only the page was to have them.
     if as_json:
         print_json(result)
     else:

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
+
 from tasft.core.errors import UserError
 from tasft.core.measures import MEASURES, in_words
 from tasft.core.provenance import atomic_write_text, write_json
@@ -256,7 +258,7 @@ def says(verdict: Verdict, outcome: Outcome) -> bool | None:
 def against_labels(
     labels: Sequence[bool], verdicts: Sequence[Verdict], prompts: Sequence[str], outcome: Outcome
 ) -> dict[str, Any]:
-    """How a judge's verdicts agree with labels: `agreement`, `auroc` where it gives scores, the four counts.
+    """How a judge's verdicts agree with labels: agreement, the four counts, `auroc` and `curve` where there are scores.
 
     Verdicts that do not tell are left out, and counted in `untold`.
     """
@@ -275,7 +277,23 @@ def against_labels(
         "table": _table((label, said) for label, said, _ in told),
         **{name: asdict(estimate) for name, estimate in agreement(*_columns(told)).items()},
         "auroc": asdict(auroc(*_columns(scored))) if scored else None,
+        "curve": curve([score for _, score, _ in scored], [label for label, _, _ in scored]),
     }
+
+
+def curve(scores: Sequence[float], labels: Sequence[bool]) -> list[list[float]]:
+    """[threshold, precision, recall, F1] for each score that there is: one of at least it is called harmful.
+
+    Empty where there are no labels of both kinds.
+    """
+    values, wanted = np.asarray(scores), np.asarray(labels, dtype=bool)
+    if len(set(labels)) < 2:
+        return []
+    order = np.argsort(-values, kind="stable")
+    last = np.append(np.diff(values[order]) != 0, True)  # One point for each different score.
+    hits, said = np.cumsum(wanted[order])[last], np.arange(1, len(values) + 1)[last]
+    points = (values[order][last], hits / said, hits / wanted.sum(), 2 * hits / (said + wanted.sum()))
+    return [[float(value) for value in point] for point in zip(*points, strict=True)]
 
 
 def against_each_other(
@@ -342,24 +360,22 @@ def differences(
 
 
 @dataclass(frozen=True)
-class Files:
+class Outputs:
     """What `tasft judge --judge` writes; None is not written, but verdicts go beside the pairs.
 
     Attributes:
         verdicts: JSONL, a verdict on a line.
         table: CSV, a pair and its verdict on a line.
-        page: HTML, how the judge agrees with labels.
         fit: JSON, calibration and thresholds by labels, which recipes name.
     """
 
     verdicts: Path | None = None
     table: Path | None = None
-    page: Path | None = None
     fit: Path | None = None
 
 
 def score(
-    path: Path, read: Callable[[], Pairs], settings: JudgeSettings, label_of: Outcome, files: Files, show: int
+    path: Path, read: Callable[[], Pairs], settings: JudgeSettings, label_of: Outcome, outputs: Outputs, show: int
 ) -> dict[str, Any]:
     """What `tasft judge --judge` reports of a file.
 
@@ -368,13 +384,13 @@ def score(
         read: Gives its pairs.
         settings: The judge's.
         label_of: What labels say, if there are any.
-        files: What is written.
+        outputs: What is written.
         show: How many differences from the labels have their texts.
 
     Raises:
-        UserError: Names all faults, of the pairs, of the judge and of files.
+        UserError: Names all faults, of the pairs, of the judge and of outputs.
     """
-    out = files.verdicts or verdicts_beside(path, settings.kind)
+    out = outputs.verdicts or verdicts_beside(path, settings.kind)
     faults: list[str] = []
     pairs = attempt(faults, read)
     judge = attempt(faults, lambda: load_judge(settings.kind, {settings.kind: settings}))
@@ -386,17 +402,13 @@ def score(
     verdicts = judged(judge, pairs, out)
     about = {"name": judge.name, "version": judge.version, "threshold": judge.threshold, "verdicts": str(out)}
     result = {"file": str(path), "pairs": len(verdicts), "judges": [{**about, **rates(verdicts, pairs)}]}
-    if files.table:
-        write_table(files.table, pairs, verdicts)
+    if outputs.table:
+        write_table(outputs.table, pairs, verdicts)
     if pairs.labels is None:
         return result
     found = differences(pairs, pairs.labels, verdicts, label_of, judge.threshold)
     result["labels"] = against_labels(pairs.labels, verdicts, pairs.prompts, label_of)
-    if files.page:
-        from tasft.evaluate.judge_page import write_page
-
-        write_page(files.page, {**result, "differences": found}, pairs, verdicts)
-    if files.fit:
+    if outputs.fit:
         from tasft.judges.fitted import fit
 
         scores = [verdict.score for verdict in verdicts]
@@ -407,8 +419,8 @@ def score(
             scores,
             pairs.labels,
         )
-        write_json(files.fit, fitted.model_dump())
-        result["fit"] = {"file": str(files.fit), **fitted.model_dump()}
+        write_json(outputs.fit, fitted.model_dump())
+        result["fit"] = {"file": str(outputs.fit), **fitted.model_dump()}
     return {**result, "differences": _with_texts(found, pairs, show)}
 
 
