@@ -45,7 +45,7 @@ def examine(ask_hub: bool = False) -> dict[str, Any]:
         "packages": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         "gpus": _gpus(),
         "extras": {
-            extra: {"missing": missing(wanted), "install": f"pip install 'tasft[{extra}]'"}
+            extra: {"missing": missing(wanted), "install": f"pip install '.[{extra}]'"}
             for extra, wanted in requirements.items()
             if extra != "dev"
         },

@@ -24,9 +24,10 @@ from tasft.run.recipe import Recipe
 from tasft.train.baselines import BETA, kto_trainer
 from tasft.train.callbacks import _Bar, _InOrder, _Stop
 from tasft.train.checkpoints import _last_checkpoint
+from tasft.train.config import OWN, TASFTConfig
 from tasft.train.monitor import CollapseMonitor
 from tasft.train.settings import Train
-from tasft.train.trainer import OWN, TASFTConfig, TASFTTrainer
+from tasft.train.trainer import TASFTTrainer
 
 
 def _common(recipe: Recipe, spec: Train, folder: Path) -> dict[str, Any]:
@@ -89,7 +90,11 @@ def arguments(recipe: Recipe, spec: Train, folder: Path) -> TASFTConfig:
     handed = {name: getattr(spec, name) for name in OWN & Train.model_fields.keys()}
     return TASFTConfig(
         **_common(recipe, spec, folder),
-        **handed | {"penalty": spec.penalty if spec.method == "tasft" else "none"},
+        **handed
+        | {
+            "penalty": spec.penalty if spec.method == "tasft" else "none",
+            "own_penalty": spec.own_penalty and spec.own_penalty.model_dump(),
+        },
         untouched=spec.rounds is not None,
         prompt_format=recipe.model.prompt,
         chat_template_kwargs=recipe.model.chat_template_kwargs,
