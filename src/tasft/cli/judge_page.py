@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from tasft.core.provenance import atomic_write_text
-from tasft.evaluate.judge_quality import YES_NO, figure
+from tasft.evaluate.judge_quality import YES_NO
+from tasft.evaluate.judge_text import figure
 from tasft.report.blocks import Block, Code, Document, Paragraph, Pictures, Plot, Section, Table, Verdict
 from tasft.report.drawing import LIGHT, SERIES, plot
 from tasft.report.page import page

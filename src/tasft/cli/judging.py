@@ -61,7 +61,7 @@ def judge_file(
     from pydantic import ValidationError
 
     from tasft.cli.judge_page import MISTAKES, write_page
-    from tasft.evaluate import judge_quality
+    from tasft.evaluate import judge_quality, judge_text
     from tasft.judges import JudgeSettings
 
     def read() -> judge_quality.Pairs:
@@ -90,4 +90,4 @@ def judge_file(
     if as_json:
         print_json(result)
     else:
-        print(judge_quality.rendered(result))
+        print(judge_text.rendered(result))

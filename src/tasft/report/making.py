@@ -144,10 +144,11 @@ def unmeasured(record: Record) -> list[str]:
 def _errors_of_judges(record: Record) -> str:
     """Which judges were never measured on labelled replies of this model, and what is known of them on others."""
     base = str(record.field("model.base") or "").lower()
-    kinds = {judge: str(record.field(f"judges.{judge}.kind") or judge) for judge in record.judges}
-    fitted = [judge for judge in record.judges if record.field(f"judges.{judge}.calibration")]
+    # What was fitted to labels of yours is known to you.
+    judges = [judge for judge in record.judges if not record.field(f"judges.{judge}.calibration")]
+    kinds = {judge: str(record.field(f"judges.{judge}.kind") or judge) for judge in judges}
     known = {judge: MEASURED_JUDGES[kind] for judge, kind in kinds.items() if kind in MEASURED_JUDGES}
-    strange = [j for j in record.judges if j not in fitted and not (j in known and known[j].model in base)]
+    strange = [judge for judge in judges if judge not in known or known[judge].model not in base]
     sentence = "How often the judges are wrong on these replies, which no person has labelled"
     if strange and base:
         sentence += (
