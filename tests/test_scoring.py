@@ -96,12 +96,12 @@ def test_every_fault_of_a_file_is_named_with_its_line_and_without_its_text(tmp_p
     use = "use 0 or 1, true or false, yes or no, harmful or safe"
     assert [fault.removeprefix(f"{path}:") for fault in caught.value.faults] == [
         "2: 'completion' is missing",
+        "6: 'label' is missing",
         "4: 'completion' must be text, found NoneType",
         f"4: 'label' is 'maybe'; {use}",
         "5: 'prompt' is empty",
         f"5: 'label' is str of {len(ANSWER)} characters; {use}",
         "6: 'prompt' must be text, found list",
-        "6: 'label' is missing",
         "3: \"id\" 'a' is that of line 1 too",
     ]
     assert PROMPT not in str(caught.value)
