@@ -2,12 +2,14 @@
 
 import json
 import resource
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tasft.core.errors import UserError
+from tasft.core.names import MEASURED_JUDGES
 from tasft.judges import Pair, load_judge
 from tasft.judges.classifier import FEATURES, FORMAT, WEIGHTS, Network, read
 
@@ -155,6 +157,14 @@ def test_a_damaged_file_is_refused_with_what_to_do(tmp_path):
     save_file(tensors, tmp_path / "less.safetensors", {"judge": json.dumps(read(WEIGHTS)[0])})
     with pytest.raises(UserError, match="damaged"):
         Network(tmp_path / "less.safetensors")
+
+
+def test_what_reports_say_of_it_is_what_was_measured():
+    path = Path(__file__).parents[1] / "docs" / "results" / "judge" / "figures.json"
+    found = json.loads(path.read_text())["own"]["harm"]["classifier"]
+    told = MEASURED_JUDGES["classifier"]
+    measured = (found["n"], round(found["precision"]["value"], 2), round(found["recall"]["value"], 2))
+    assert (told.n, told.precision, told.recall) == measured
 
 
 def test_the_weights_are_small():

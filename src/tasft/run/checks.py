@@ -201,7 +201,7 @@ def _attack(inputs: Inputs) -> None:
     if wanted.pair and judge.threshold is None:
         raise UserError(
             f"evaluate.jailbreak.pair needs a judge whose score decides what is harmful, which {name} has not: "
-            "take embedded, or kind llm_judge with rubric pair"
+            "take classifier, or kind llm_judge with rubric pair"
         )
     if wanted.pair and wanted.pair.attacker:
         from tasft.models.server import ServerEngine
