@@ -12,7 +12,7 @@ import torch
 from environment import environment
 
 from tasft.judges import Pair
-from tasft.judges.classifier import Network
+from tasft.judges.network import Network
 
 WORDS = ["the", "cook", "waits", "until", "the", "water", "boils", "before", "eggs", "go", "in"]
 

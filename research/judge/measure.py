@@ -27,8 +27,9 @@ from pages import put
 from tasft.core.provenance import commit, write_json
 from tasft.core.stats import agreement, auroc
 from tasft.judges import Pair, load_judge
-from tasft.judges.classifier import WEIGHTS, Network
 from tasft.judges.coherence import incoherence
+from tasft.judges.network import Network
+from tasft.judges.weights import WEIGHTS
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "judge"

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
-from tasft.judges.classifier import FEATURES, HEADS, OUTCOMES, PROMPT_TOKENS, changed_matrices
+from tasft.judges.network import changed_matrices
+from tasft.judges.weights import FEATURES, HEADS, OUTCOMES, PROMPT_TOKENS
 
 RANK = 64
 REPLY_TOKENS = 96  # Of a reply, in training.

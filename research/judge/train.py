@@ -32,8 +32,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from tasft.core.provenance import commit
 from tasft.judges.base import Pair
-from tasft.judges.classifier import FEATURES, FORMAT, HEADS, OUTCOMES, Network
 from tasft.judges.fitted import band, best_f1
+from tasft.judges.network import Network
+from tasft.judges.weights import FEATURES, FORMAT, HEADS, OUTCOMES
 
 FOLDS = 3
 WEIGHTS = {"harmful": 1.5, "complies": 1.0, "declines": 1.0, "partial": 0.3, "broken": 1.0, "rambling": 1.0}

@@ -15,6 +15,7 @@ from tasft.core.errors import UserError
 from tasft.core.provenance import atomic_write_text, write_json
 from tasft.core.stats import agreement, auroc
 from tasft.data.files import read_rows
+from tasft.data.logs import read_log
 from tasft.data.rows import repeated_ids
 from tasft.evaluate.safety import summarise
 from tasft.judges import Judge, JudgeSettings, Pair, Verdict, load_judge
@@ -84,7 +85,7 @@ def read_pairs(
     Raises:
         UserError: Names every fault of the file, and shows neither a prompt nor a reply.
     """
-    rows = read_rows(path)
+    rows = read_log(path) or read_rows(path)
     columns = list(dict.fromkeys(name for _, row in rows for name in row))
     wanted = (("--prompt-column", prompt_column, _PROMPTS), ("--reply-column", reply_column, _REPLIES))
     faults = [
