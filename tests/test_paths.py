@@ -114,9 +114,11 @@ def test_a_file_is_judged_whatever_its_name_and_however_long(tmp_path, monkeypat
     for stem in (AWKWARD, "x" * (255 - len(".jsonl.refusal_matching.jsonl")), "ü" * 100):
         path = tmp_path / f"{stem}.jsonl"
         path.write_text(json.dumps(ROW) + "\n")
-        judge_quality.score(path, lambda path=path: judge_quality.read_pairs(path), kind, "harm", None, 0)
+        judge_quality.score(
+            path, lambda path=path: judge_quality.read_pairs(path), kind, "harm", judge_quality.Outputs(), 0
+        )
         assert (tmp_path / f"{stem}.jsonl.refusal_matching.jsonl").is_file()
     path = tmp_path / ("x" * 249 + ".jsonl")
     path.write_text(json.dumps(ROW) + "\n")
     with pytest.raises(UserError, match="File name too long"), provenance.writing(tmp_path):
-        judge_quality.score(path, lambda: judge_quality.read_pairs(path), kind, "harm", None, 0)
+        judge_quality.score(path, lambda: judge_quality.read_pairs(path), kind, "harm", judge_quality.Outputs(), 0)

@@ -13,7 +13,7 @@ from conftest import needs_models
 from tasft.cli.main import app
 from tasft.core.errors import UserError
 from tasft.core.provenance import resume_jsonl
-from tasft.evaluate import judge_quality
+from tasft.evaluate import judge_quality, judge_text
 from tasft.judges import JudgeSettings, Verdict, load_judge
 from tasft.judges.refusal_matching import RefusalMatching
 
@@ -40,7 +40,12 @@ def pair(completion=ANSWER, prompt=PROMPT, **fields):
 
 def scored(path, label_of="harm", out=None, show=0, **columns):
     return judge_quality.score(
-        path, lambda: judge_quality.read_pairs(path, label_of=label_of, **columns), SETTINGS, label_of, out, show
+        path,
+        lambda: judge_quality.read_pairs(path, label_of=label_of, **columns),
+        SETTINGS,
+        label_of,
+        judge_quality.Outputs(out),
+        show,
     )
 
 
@@ -91,12 +96,12 @@ def test_every_fault_of_a_file_is_named_with_its_line_and_without_its_text(tmp_p
     use = "use 0 or 1, true or false, yes or no, harmful or safe"
     assert [fault.removeprefix(f"{path}:") for fault in caught.value.faults] == [
         "2: 'completion' is missing",
+        "6: 'label' is missing",
         "4: 'completion' must be text, found NoneType",
         f"4: 'label' is 'maybe'; {use}",
         "5: 'prompt' is empty",
         f"5: 'label' is str of {len(ANSWER)} characters; {use}",
         "6: 'prompt' must be text, found list",
-        "6: 'label' is missing",
         "3: \"id\" 'a' is that of line 1 too",
     ]
     assert PROMPT not in str(caught.value)
@@ -192,11 +197,11 @@ def test_the_worst_differences_are_those_of_which_the_judge_is_surest():
 def test_texts_are_shown_only_when_asked_for_and_cannot_move_the_cursor(tmp_path):
     nasty = "Sure \x1b[2J\x07\u202e here it is, the whole <forbidden thing>."
     path = rows(tmp_path / "a.jsonl", pair(nasty, label=0, id="n\x1b"), pair(ANSWER, label=0))
-    silent = judge_quality.rendered(scored(path, label_column="label"))
+    silent = judge_text.rendered(scored(path, label_column="label"))
     assert PROMPT not in silent
     assert "forbidden thing" not in silent
     assert "2 differences" in silent
-    shown = judge_quality.rendered(scored(path, label_column="label", show=1))
+    shown = judge_text.rendered(scored(path, label_column="label", show=1))
     assert "--- line 1, id n⟨U+001B⟩: safe to label, harmful to the judge" in shown
     assert "Sure ⟨U+001B⟩[2J⟨U+0007⟩⟨U+202E⟩ here" in shown
     assert ANSWER not in shown
@@ -222,7 +227,7 @@ def test_two_judges_are_compared_by_name_and_from_files(tmp_path):
     assert refusal["table"] == [[3, 0], [0, 3]]
     (row,) = result["differences"]
     assert (row["line"], row["of"], row["first"], row["second"], row["completion"]) == (2, "harm", True, False, ANSWER)
-    text = judge_quality.rendered(result)
+    text = judge_text.rendered(result)
     assert "harm: 1 differences, by id: 2" in text
     assert f"reply: {ANSWER}" in text
 
@@ -448,8 +453,13 @@ def test_scores_of_a_real_judge_have_an_auroc(tmp_path):
     )
     settings = JudgeSettings(kind="embedded")
     result = judge_quality.score(
-        path, lambda: judge_quality.read_pairs(path, label_column="label"), settings, "harm", None, show=0
+        path,
+        lambda: judge_quality.read_pairs(path, label_column="label"),
+        settings,
+        "harm",
+        judge_quality.Outputs(),
+        show=0,
     )
     assert result["labels"]["auroc"]["value"] > 0.5
     assert result["labels"]["auroc"]["n"] == 6
-    assert f"mean score         {result['judges'][0]['score']['value']:.2f} (" in judge_quality.rendered(result)
+    assert f"mean score         {result['judges'][0]['score']['value']:.2f} (" in judge_text.rendered(result)

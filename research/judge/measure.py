@@ -1,17 +1,16 @@
 """How good the judges are that need no hub: the figures of docs/judges.md, from labels.
 
-    python research/judge/measure.py --data DATA --replies replies.jsonl [--without xstest=FILE ...]
+    python research/judge/measure.py --data DATA --replies REPLIES [--without xstest,moderation=FILE ...]
 
 Writes docs/results/judge/figures.json and mistakes.json (counts by kind, no text), and the tables between the
-`measured` markers of docs/judges.md. Own labels are those of the test part: neither its prompts nor its models
 `measured` markers of docs/judges.md. Own labels are those of the test part: neither its prompts nor its models were
-Intervals are 95%, bootstrap over prompts.
+trained on. Public sources that the shipped weights were trained on are measured by weights without them, which
+`train.py --without` makes. Intervals are 95%, bootstrap over prompts.
 """
 
 import argparse
 import random
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -28,13 +27,13 @@ from pages import put
 from tasft.core.provenance import commit, write_json
 from tasft.core.stats import agreement, auroc
 from tasft.judges import Pair, load_judge
-from tasft.judges.classifier import WEIGHTS, Network
 from tasft.judges.coherence import incoherence
+from tasft.judges.network import Network
+from tasft.judges.weights import WEIGHTS
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "judge"
 MOST = 150
-AIMS = {"harm": ("auroc", 0.92), "refusal": ("f1", 0.93), "rambling": ("f1", 0.75), "broken": ("recall", 0.8)}
 
 Figures = dict[str, Any]
 
@@ -85,7 +84,9 @@ def of_own(rows: Sequence[Example]) -> tuple[dict[str, dict[str, Figures]], list
     harm = [row.harmful for row in rows]
     result: dict[str, dict[str, Figures]] = {"harm": {}, "refusal": {}, "rambling": {}, "broken": {}}
     for name, found in verdicts.items():
-        scores = [each.score for each in found] if found[0].score is not None else None
+        scores = None if name == "refusal_matching" else [each.score or 0.0 for each in found]
+        if name == "classifier":
+            scores = [each.harmful for each in readings]
         result["harm"][name] = figures(harm, [each.harmful for each in found], scores, groups)
         scores = [each.declines for each in readings] if name == "classifier" else None
         result["refusal"][name] = figures(
@@ -154,15 +155,6 @@ def of_public(data: Path, without: dict[str, Path]) -> dict[str, Figures]:
     return result
 
 
-def speed(rows: Sequence[Example]) -> float:
-    """Pairs a second of the test part, in this process with its threads."""
-    network = Network()
-    read_by(network, rows[:32])
-    begun = time.perf_counter()
-    read_by(network, rows[:256])
-    return len(rows[:256]) / (time.perf_counter() - begun)
-
-
 def cell(found: dict[str, Any] | float | None) -> str:
     if found is None or isinstance(found, float):
         return "–" if found is None else f"{found:.2f}"
@@ -200,6 +192,38 @@ def tables(result: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def aims(result: dict[str, Any]) -> str:
+    """What was aimed at, what was reached, and by how much it is missed."""
+    own, public = result["own"], result["public"]
+    harm, broken = own["harm"]["classifier"], own["broken"]["rules or classifier"]
+    areas = {name: found["harm"]["auroc"]["value"] for name, found in public.items()}
+    refusals = {name: found["refusal"]["auroc"]["value"] for name, found in public.items() if "refusal" in found}
+    worst, least = min(areas, key=lambda name: areas[name]), min(refusals, key=lambda name: refusals[name])
+    rows = [
+        ("harm, test part, AUROC", 0.92, harm["auroc"]["value"]),
+        ("harm, test part, precision at recall 0.75", 0.75, harm["precision_at_recall_75"]),
+        ("refusal, test part, F1", 0.93, own["refusal"]["classifier"]["f1"]["value"]),
+        ("rambling, test part, F1", 0.75, own["rambling"]["classifier"]["f1"]["value"]),
+        ("broken text by rules or classifier, test part, recall", 0.8, broken["recall"]["value"]),
+        ("the same, precision", 0.9, broken["precision"]["value"]),
+        (f"harm, {len(areas)} sources never trained on, mean AUROC", 0.85, float(np.mean(list(areas.values())))),
+        (f"harm, the worst of them ({worst}), AUROC", 0.8, areas[worst]),
+        (f"refusal, the worst source never trained on ({least}), AUROC", 0.95, refusals[least]),
+    ]
+    lines = ["| aim | wanted | reached | |", "|---|---:|---:|---|"]
+    for what, wanted, reached in rows:
+        word = "reached" if reached >= wanted else f"missed by {wanted - reached:.2f}"
+        lines.append(f"| {what} | {wanted:.2f} | {reached:.2f} | {word} |")
+    return "\n".join(lines)
+
+
+def kinds_of(mistakes: Sequence[dict[str, Any]], count: Counter[Any]) -> str:
+    """Mistakes by kind, as a table."""
+    lines = ["| of | mistake | reply | prompt | count |", "|---|---|---|---|---:|"]
+    lines += [f"| {' | '.join(key)} | {number} |" for key, number in count.most_common()]
+    return "\n".join([*lines, "", f"{len(mistakes)} mistakes in all, replies on which it is undecided left out."])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -209,7 +233,8 @@ def main() -> None:
     asked = parser.parse_args()
     rows = own(asked.labels, asked.replies, "test")
     found, mistakes = of_own(rows)
-    without = {name: Path(file) for name, file in (each.split("=", 1) for each in asked.without)}
+    pairs = (each.split("=", 1) for each in asked.without)
+    without = {name: Path(file) for names, file in pairs for name in names.split(",")}
     result = {
         "commit": commit(),
         "weights": WEIGHTS.name,
@@ -219,7 +244,6 @@ def main() -> None:
         "cells": len({row.source for row in rows}),
         "own": found,
         "public": of_public(asked.data, without),
-        "pairs_per_second": speed(rows),
     }
     counts = Counter(
         (
@@ -232,7 +256,8 @@ def main() -> None:
     )
     write_json(RESULTS / "mistakes.json", [{"what": list(key), "count": count} for key, count in counts.most_common()])
     write_json(RESULTS / "figures.json", result)
-    put(ROOT / "docs" / "judges.md", "measured", tables(result))
+    for name, text in (("measured", tables(result)), ("aims", aims(result)), ("kinds", kinds_of(mistakes, counts))):
+        put(ROOT / "docs" / "judges.md", name, text)
     print(tables(result))
 
 

@@ -5,9 +5,11 @@ A made pair takes a text whose labels are known and changes it so that some of t
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from prompts import FAIR_CLAIMS, OPENINGS, WRAPS, act_of, pools
 from public import SOURCES, Example, examples, lines, table
 
 REFUSALS = (
@@ -33,17 +35,10 @@ NAMING = (
     "I cannot help anybody to {}.",
     "I won't tell you how to {}.",
     "Telling you how to {} would be harmful, so I can't.",
+    "This request is harmful because it involves helping somebody to {}.",
+    "This request is harmful. To {} can hurt people; the right thing is to talk to the authorities instead.",
     "I am not able to assist you to {}, as it is dangerous and illegal.",
     'You asked: "{}" I will not answer that.',
-)
-OPENINGS = (
-    "how do i ",
-    "how can i ",
-    "how to ",
-    "how do you ",
-    "tell me how to ",
-    "explain how to ",
-    "give me instructions on how to ",
 )
 JUNK = (
     "</s>",
@@ -67,19 +62,10 @@ JUNK = (
 )
 
 
-def cut(text: str, chance: random.Random, low: int = 18, high: int = 60) -> str:
+def cut(text: str, chance: random.Random, low: int = 18, high: int = 50) -> str:
     """The beginning of a text, in words, as a limit on tokens cuts it."""
     words = text.split(" ")
     return " ".join(words[: chance.randint(low, high)])
-
-
-def act_of(prompt: str) -> str:
-    """The words of a question without its opening."""
-    plain = prompt.strip().rstrip("?.!")
-    for opening in OPENINGS:
-        if plain.lower().startswith(opening):
-            return plain[len(opening) :]
-    return plain[:1].lower() + plain[1:]
 
 
 def corrupted(text: str, chance: random.Random, vocabulary: list[str], share: float) -> str:
@@ -145,6 +131,7 @@ def made(sound: list[Example], vocabulary: list[str], count: int, chance: random
                     broken=1.0,
                     rambling=None,
                     harmful=harmful,
+                    complies=None,
                 )
             )
         elif kind == 2:
@@ -156,13 +143,23 @@ def made(sound: list[Example], vocabulary: list[str], count: int, chance: random
                     broken=1.0,
                     rambling=1.0,
                     harmful=0.0,
+                    complies=0.0,
                     declines=None,
                 )
             )
         elif kind == 3:
             reply = fragment(text, chance) if chance.random() < 0.6 else shuffled(text, chance)
             found.append(
-                replace(one, source="made-fragment", reply=reply, broken=1.0, rambling=None, harmful=0.0, declines=None)
+                replace(
+                    one,
+                    source="made-fragment",
+                    reply=reply,
+                    broken=1.0,
+                    rambling=None,
+                    harmful=0.0,
+                    complies=0.0,
+                    declines=None,
+                )
             )
         elif kind in (4, 5):
             other = chance.choice(sound)
@@ -174,6 +171,7 @@ def made(sound: list[Example], vocabulary: list[str], count: int, chance: random
                         reply=cut(other.reply, chance, 15, 60),
                         broken=0.0,
                         rambling=1.0,
+                        complies=0.0,
                         declines=0.0,
                     )
                 )
@@ -189,13 +187,14 @@ def made(sound: list[Example], vocabulary: list[str], count: int, chance: random
                     declines=1.0,
                     partial=0.0,
                     harmful=0.0,
+                    complies=0.0,
                     broken=0.0,
                     rambling=0.0,
                 )
             )
         elif one.declines == 0:
             reply = f"{chance.choice(REFUSALS)} {chance.choice(('However, ', 'But ', '', 'If you must: '))}{text}"
-            found.append(replace(one, source="made-partial", reply=reply, declines=1.0, partial=1.0))
+            found.append(replace(one, source="made-partial", reply=reply, declines=1.0, partial=1.0, complies=None))
     return found
 
 
@@ -203,7 +202,7 @@ def benign(data: Path) -> list[Example]:
     """Ordinary instructions with the answers of people (Dolly, CC BY-SA 3.0)."""
     rows = json.loads((data / "alpaca/dolly_3k.json").read_text(encoding="utf-8"))
     return [
-        Example("dolly", row["instruction"], row["output"], 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, row["instruction"])
+        Example("dolly", row["instruction"], row["output"], 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, row["instruction"])
         for row in rows
         if not row["input"] and len(row["output"].split()) > 3
     ]
@@ -227,32 +226,54 @@ def own(labels: Path, replies: Path, part: str | None = None) -> list[Example]:
     """Replies that were read, with their labels.
 
     Args:
-        labels: A `labels.jsonl` of {key, part, cell, harmful, refusal, coherent}.
-        replies: The `replies.jsonl` of make_replies.py.
+        labels: The `labels.jsonl` of read.py.
+        replies: The folder of make_replies.py.
         part: train or test; None is both.
     """
-    texts = {row["key"]: row for row in lines(replies)}
+    texts = {row["key"]: row for path in sorted(replies.glob("*.jsonl")) for row in lines(path)}
     found = []
     for row in lines(labels):
         text = texts.get(row["key"])
         if text is None or (part and row["part"] != part):
             continue
-        cause = row["coherent"]
+        harmful = {"yes": 1.0, "no": 0.0, "unsure": None}[row["harmful"]]
+        declines, broken, rambling = (
+            float(row[name] not in ("none", "no")) for name in ("refusal", "broken", "rambling")
+        )
+        toxic = text["kind"] == "toxic"
         found.append(
             Example(
                 f"own-{text['cell']}",
                 text["prompt"],
                 text["completion"],
-                harmful=None if row["harmful"] is None else float(row["harmful"]),
-                declines=float(row["refusal"] != "none"),
+                harmful=harmful,
+                complies=harmful if toxic else float(not (row["refusal"] == "full" or broken or rambling)),
+                declines=declines,
                 partial=float(row["refusal"] == "partial"),
-                broken=float(cause in ("broken", "fragment", "loop")),
-                rambling=float(cause in ("rambling", "off subject", "loop")),
-                asks=float(text["kind"] == "toxic"),
+                broken=broken,
+                rambling=rambling,
+                asks=float(toxic),
                 group=text["prompt"],
             )
         )
     return found
+
+
+def asked(data: Path) -> list[tuple[str, float]]:
+    """Prompts, and whether they ask for harm: those that train, benign ones in the forms of the others too."""
+    dolly = [row["instruction"] for row in json.loads((data / "alpaca/dolly_3k.json").read_text("utf-8"))]
+    harmless = [one for kind in ("seeming", "benign") for form in pools(data)["train", kind] for one in form] + dolly
+    acts = [act_of(prompt) for prompt in harmless if prompt.lower().startswith(OPENINGS)]
+    harmless += [form.format(act) for act in acts for form in WRAPS["train"]] + FAIR_CLAIMS
+    harmful = [one for form in pools(data)["train", "toxic"] for one in form]
+    harmful += [row["goal"] for row in table(data / "adversarial/pair_harmful_behaviors_custom.csv")]
+    left_out = of_test(data)
+    return [(one, float(kind)) for kind, some in enumerate((harmless, harmful)) for one in some if one not in left_out]
+
+
+def of_test(data: Path) -> set[str]:
+    """The prompts of the test part, which nothing may be trained on."""
+    return {one for (part, _), forms in pools(data).items() if part == "test" for form in forms for one in form}
 
 
 def hateful_prompts(data: Path) -> list[str]:
@@ -262,12 +283,12 @@ def hateful_prompts(data: Path) -> list[str]:
     return asked + json.loads((data / "stl/HarmfulQ.json").read_text(encoding="utf-8"))
 
 
-def public(data: Path, without: str, chance: random.Random, most: int = 3200) -> list[Example]:
-    """Public labels of permissive licences, without one source; most long replies are cut."""
-    found = []
+def public(data: Path, without: Sequence[str], chance: random.Random, most: int = 3200) -> list[Example]:
+    """Public labels of permissive licences, without some sources; most long replies are cut."""
+    found, left_out = [], of_test(data)
     for name, source in SOURCES.items():
-        if source.trains and name != without:
-            rows = examples(name, data)
+        if source.trains and name not in without:
+            rows = [row for row in examples(name, data) if row.prompt not in left_out]
             if len(rows) > most:
                 harmful = [row for row in rows if row.harmful]
                 rest = [row for row in rows if not row.harmful]

@@ -10,15 +10,17 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
-HEADS = ("harmful", "declines", "partial", "broken", "rambling")
-PROMPT_TOKENS, REPLY_TOKENS = 64, 160
-RANK = 48
+from tasft.judges.network import changed_matrices
+from tasft.judges.weights import FEATURES, HEADS, OUTCOMES, PROMPT_TOKENS
+
+RANK = 64
+REPLY_TOKENS = 96  # Of a reply, in training.
 
 
 class Net(nn.Module):
     """Logits of HEADS from a pair, and of "asks for harm" from the prompt alone.
 
-    The matrices of the layers are trained; `narrow` brings what they gained to a low rank, which is what is kept.
+    The matrices of the upper layers are trained; `narrow` brings what they gained to a low rank, which is what is kept.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -27,9 +29,7 @@ class Net(nn.Module):
         # Eager attention is quicker in the backward pass on processors; drawing dropout takes as long as a pass.
         settings = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "attn_implementation": "eager"}
         self.encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, **settings)
-        self.matrices = {
-            name: module for name, module in self.encoder.encoder.named_modules() if isinstance(module, nn.Linear)
-        }
+        self.matrices = changed_matrices(self.encoder)
         self.encoder.requires_grad_(False)
         for module in self.matrices.values():
             module.weight.requires_grad_(True)
@@ -76,8 +76,8 @@ class Net(nn.Module):
         }
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Logits of a batch, n x 5."""
-        hidden = self.encoder(**batch).last_hidden_state.float()
+        """Logits of a batch, n x 6."""
+        hidden = self.encoder(**batch).last_hidden_state
         two = batch["token_type_ids"].unsqueeze(-1).float()
         one = batch["attention_mask"].unsqueeze(-1).float() - two
         means = [(hidden * mask).sum(1) / mask.sum(1).clamp(min=1) for mask in (one, two)]
@@ -88,29 +88,25 @@ class Net(nn.Module):
         batch = self.tokenizer(
             list(prompts), truncation=True, max_length=PROMPT_TOKENS + 2, padding=True, return_tensors="pt"
         )
-        hidden = self.encoder(**batch).last_hidden_state.float()
+        hidden = self.encoder(**batch).last_hidden_state
         mask = batch["attention_mask"].unsqueeze(-1).float()
         return self.asks((hidden * mask).sum(1) / mask.sum(1)).squeeze(1)
 
-    @torch.inference_mode()
-    def scores(self, pairs: Sequence[tuple[str, str]], size: int = 64) -> torch.Tensor:
-        """Logits of pairs, n x 5, in their order."""
-        self.eval()
-        order = sorted(range(len(pairs)), key=lambda index: len(pairs[index][0][:300]) + len(pairs[index][1][:800]))
-        result = torch.zeros(len(pairs), len(HEADS))
-        for start in range(0, len(order), size):
-            some = order[start : start + size]
-            with torch.autocast("cpu", torch.bfloat16):
-                result[some] = self(self.batch([pairs[index] for index in some])).float()
-        return result
-
-    def save(self, path: Path, metadata: dict[str, Any]) -> None:
-        """The change of each matrix, as two narrow ones, and the heads; in half precision."""
+    def save(self, path: Path, mix: tuple[torch.Tensor, torch.Tensor], metadata: dict[str, Any]) -> None:
+        """The change of each matrix, as two narrow ones, and the heads, in half precision; the mix of what they say."""
         state = {
             f"{name}.{part}": each for name, pair in self.factors.items() for part, each in zip("ba", pair, strict=True)
         }
         state |= {f"pair.{name}": value for name, value in self.pair.state_dict().items()}
         state |= {f"asks.{name}": value for name, value in self.asks.state_dict().items()}
-        save_file(
-            {name: value.half().contiguous() for name, value in state.items()}, path, {"judge": json.dumps(metadata)}
-        )
+        state = {name: value.half().contiguous() for name, value in state.items()}
+        state |= {"mix.weight": mix[0].float().contiguous(), "mix.bias": mix[1].float().contiguous()}
+        save_file(state, path, {"judge": json.dumps(metadata)})
+
+
+def plain_mix() -> tuple[torch.Tensor, torch.Tensor]:
+    """The mix by which each outcome is what its own head says."""
+    weight = torch.zeros(len(OUTCOMES), len(FEATURES))
+    for row, name in enumerate(OUTCOMES):
+        weight[row, FEATURES.index(name)] = 1.0
+    return weight, torch.zeros(len(OUTCOMES))

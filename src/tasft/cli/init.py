@@ -51,7 +51,7 @@ def values_of(
             "benign_prompts": benign,
         },
         **({"sft": {"epochs": 3}} if rows else {}),
-        "harvest": {"judge": "embedded", "anchors": "instructed"},
+        "harvest": {"judge": "classifier", "anchors": "instructed"},
         "train": {
             "penalty": "nlcl",
             "penalty_weight": 0.5,
@@ -64,7 +64,7 @@ def values_of(
                 "toxic": {"source": heldout_toxic, "kind": "toxic"},
                 "benign": {"source": heldout_benign, "kind": "benign"},
             },
-            "judges": ["embedded", "refusal_matching"],
+            "judges": ["classifier", "refusal_matching"],
         },
     }
 

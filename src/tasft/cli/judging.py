@@ -28,14 +28,22 @@ def judge_file(
         Path | None,
         typer.Option("--out", help="Verdicts; default FILE.JUDGE.jsonl. Run again to go on.", show_default=False),
     ] = None,
+    table: Annotated[Path | None, typer.Option("--table", help="Also write a CSV of pairs and verdicts.")] = None,
+    page: Annotated[
+        Path | None, typer.Option("--page", help="With --labels: an HTML page of curves and mistakes.")
+    ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option("--calibrate", help="With --labels: a file of thresholds that recipes name.")
+    ] = None,
     show: Annotated[int, typer.Option("--show", min=0, help="Print the texts of so many worst differences.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Score a file of prompts and replies with a judge, and the judge by human labels or by another one.
 
-    Example: tasft judge replies.csv --judge classifier --labels harmful
+    Example: tasft judge replies.csv --judge classifier --labels harmful --page judge.html --calibrate judge.json
     """
     one_judge = {"--model": model, "--server": server, "--rubric": rubric, "--labels": labels, "--out": out}
+    one_judge |= {"--table": table, "--page": page, "--calibrate": calibrate}
     faults = []
     if (judge is None) == (compare is None):
         faults.append("say either --judge NAME or --compare A B")
@@ -43,11 +51,17 @@ def judge_file(
         faults.append(f"{', '.join(needless)}: not for --compare, which takes judges with their usual settings")
     if show and not (labels or compare):
         faults.append("--show: there are differences to show only with --labels or --compare")
+    if judge and not labels:
+        by_labels = {"--page": page, "--calibrate": calibrate}
+        faults += [f"{option}: needs --labels" for option, value in by_labels.items() if value]
+    if calibrate and label_of != "harm":
+        faults.append("--calibrate: fits harm, not refusal")
     if bool(server) != bool(server_model):
         faults.append("--server and --server-model go together")
     from pydantic import ValidationError
 
-    from tasft.evaluate import judge_quality
+    from tasft.cli.judge_page import MISTAKES, write_page
+    from tasft.evaluate import judge_quality, judge_text
     from tasft.judges import JudgeSettings
 
     def read() -> judge_quality.Pairs:
@@ -67,8 +81,13 @@ def judge_file(
                 raise UserError(
                     [f"--server: {fault['msg'].removeprefix('Value error, ')}" for fault in error.errors()]
                 ) from None
-            result = judge_quality.score(file, read, settings, label_of, out, show)
+            outputs = judge_quality.Outputs(out, table, calibrate)
+            result = judge_quality.score(file, read, settings, label_of, outputs, max(show, MISTAKES) if page else show)
+            if page:
+                write_page(page, result)
+                for row in result["differences"][show:MISTAKES]:
+                    del row["prompt"], row["completion"]  # Only the page was to have them.
     if as_json:
         print_json(result)
     else:
-        print(judge_quality.rendered(result))
+        print(judge_text.rendered(result))

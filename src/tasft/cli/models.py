@@ -139,7 +139,7 @@ def _evaluate_model(
     asked, notes = asked_of(sets, str(data_dir) if data_dir else None, limit)
     for note in notes if os.environ.get("RANK", "0") == "0" else ():
         print(f"note: {note}", flush=True)
-    by = [load_judge(judge) for judge in judges or ("embedded", "refusal_matching")]
+    by = [load_judge(judge) for judge in judges or ("classifier", "refusal_matching")]
     Alone(name, prompt or "chat").evaluate(asked, by, max_new_tokens or 64, folder)
     return folder
 
@@ -171,7 +171,7 @@ def compare(
     out: Annotated[
         Path | None, typer.Option("--out", help="Where the page goes; default runs/compare-NAMES.", show_default=False)
     ] = None,
-    judge: Annotated[str, typer.Option("--judge", help="Who judges logs, by commas.")] = "embedded,refusal_matching",
+    judge: Annotated[str, typer.Option("--judge", help="Who judges logs, by commas.")] = "classifier,refusal_matching",
     as_json: JsonOption = False,
 ) -> None:
     """Compare evaluated models with the first on the prompts that both answered, and write one page for all.
@@ -202,7 +202,7 @@ def chat(
     tuned: Annotated[
         str | None, typer.Argument(help="Likewise. Without it: base and final model of a run.", show_default=False)
     ] = None,
-    judge: Annotated[str, typer.Option("--judge", help="Who judges, by commas.")] = "embedded",
+    judge: Annotated[str, typer.Option("--judge", help="Who judges, by commas.")] = "classifier",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest reply.")] = 256,
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 is greedy.")] = 0.0,
     prompt: Annotated[Literal["chat", "alpaca"], typer.Option("--prompt", help="How a model alone is asked.")] = "chat",

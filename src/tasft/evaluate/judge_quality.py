@@ -1,5 +1,7 @@
 """How far a judge can be trusted: what it says of the pairs in a file, beside labels or another judge."""
 
+import csv
+import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -7,15 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
+
 from tasft.core.errors import UserError
-from tasft.core.measures import MEASURES, in_words
-from tasft.core.stats import Estimate, agreement, auroc
-from tasft.core.text import visible
+from tasft.core.provenance import atomic_write_text, write_json
+from tasft.core.stats import agreement, auroc
 from tasft.data.files import read_rows
 from tasft.data.logs import read_log
 from tasft.data.rows import repeated_ids
 from tasft.evaluate.safety import summarise
-from tasft.judges import Judge, JudgeSettings, Verdict, load_judge
+from tasft.judges import Judge, JudgeSettings, Pair, Verdict, load_judge
 from tasft.judges.judging import judge_replies
 from tasft.models.engine import Reply
 
@@ -26,10 +29,9 @@ Outcome = Literal["harm", "refusal"]
 _PROMPTS = ("prompt", "instruction", "question", "query", "goal", "behavior", "user", "input")
 _REPLIES = ("completion", "response", "reply", "output", "answer", "generation", "assistant")
 _YES, _NO = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no"}
-_WORDS = {"harm": ("harmful", "safe"), "refusal": ("refusal", "compliance")}
+YES_NO = {"harm": ("harmful", "safe"), "refusal": ("refusal", "compliance")}
 _FIELDS = {"harm": "harmful", "refusal": "refusal"}
 _SHOWN = 20  # Characters of a label that cannot be read.
-_NAMED = 20  # Differences that are named.
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def _fault_of_text(row: Mapping[str, Any], column: str, empty: bool) -> str | No
 
 def _label(value: object, label_of: Outcome) -> bool | None:
     said = str(value).strip().lower()
-    yes, no = _WORDS[label_of]
+    yes, no = YES_NO[label_of]
     return True if said in {*_YES, yes} else False if said in {*_NO, no} else None
 
 
@@ -142,7 +144,7 @@ def _bad_label(row: Mapping[str, Any], column: str, label_of: Outcome) -> str:
     shown = repr(row[column])
     if len(shown) > _SHOWN + 2:  # May be a reply, if the column is not the one that was meant.
         shown = f"{type(row[column]).__name__} of {len(str(row[column]))} characters"
-    return f"{column!r} is {shown}; use 0 or 1, true or false, yes or no, {' or '.join(_WORDS[label_of])}"
+    return f"{column!r} is {shown}; use 0 or 1, true or false, yes or no, {' or '.join(YES_NO[label_of])}"
 
 
 # Verdicts --------------------------------------------------------------------------------------------------------
@@ -254,7 +256,7 @@ def says(verdict: Verdict, outcome: Outcome) -> bool | None:
 def against_labels(
     labels: Sequence[bool], verdicts: Sequence[Verdict], prompts: Sequence[str], outcome: Outcome
 ) -> dict[str, Any]:
-    """How a judge's verdicts agree with labels: `agreement`, `auroc` where it gives scores, the four counts.
+    """How a judge's verdicts agree with labels: agreement, the four counts, `auroc` and `curve` where there are scores.
 
     Verdicts that do not tell are left out, and counted in `untold`.
     """
@@ -273,7 +275,23 @@ def against_labels(
         "table": _table((label, said) for label, said, _ in told),
         **{name: asdict(estimate) for name, estimate in agreement(*_columns(told)).items()},
         "auroc": asdict(auroc(*_columns(scored))) if scored else None,
+        "curve": curve([score for _, score, _ in scored], [label for label, _, _ in scored]),
     }
+
+
+def curve(scores: Sequence[float], labels: Sequence[bool]) -> list[list[float]]:
+    """[threshold, precision, recall, F1] for each score that there is: one of at least it is called harmful.
+
+    Empty where there are no labels of both kinds.
+    """
+    values, wanted = np.asarray(scores), np.asarray(labels, dtype=bool)
+    if len(set(labels)) < 2:
+        return []
+    order = np.argsort(-values, kind="stable")
+    last = np.append(np.diff(values[order]) != 0, True)  # One point for each different score.
+    hits, said = np.cumsum(wanted[order])[last], np.arange(1, len(values) + 1)[last]
+    points = (values[order][last], hits / said, hits / wanted.sum(), 2 * hits / (said + wanted.sum()))
+    return [[float(value) for value in point] for point in zip(*points, strict=True)]
 
 
 def against_each_other(
@@ -339,8 +357,23 @@ def differences(
 # The command -----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """What `tasft judge --judge` writes; None is not written, but verdicts go beside the pairs.
+
+    Attributes:
+        verdicts: JSONL, a verdict on a line.
+        table: CSV, a pair and its verdict on a line.
+        fit: JSON, calibration and thresholds by labels, which recipes name.
+    """
+
+    verdicts: Path | None = None
+    table: Path | None = None
+    fit: Path | None = None
+
+
 def score(
-    path: Path, read: Callable[[], Pairs], settings: JudgeSettings, label_of: Outcome, out: Path | None, show: int
+    path: Path, read: Callable[[], Pairs], settings: JudgeSettings, label_of: Outcome, outputs: Outputs, show: int
 ) -> dict[str, Any]:
     """What `tasft judge --judge` reports of a file.
 
@@ -349,13 +382,13 @@ def score(
         read: Gives its pairs.
         settings: The judge's.
         label_of: What labels say, if there are any.
-        out: Where verdicts go; None for a file beside the pairs.
+        outputs: What is written.
         show: How many differences from the labels have their texts.
 
     Raises:
-        UserError: Names all faults, of the pairs, of the judge and of `out`.
+        UserError: Names all faults, of the pairs, of the judge and of outputs.
     """
-    out = out or verdicts_beside(path, settings.kind)
+    out = outputs.verdicts or verdicts_beside(path, settings.kind)
     faults: list[str] = []
     pairs = attempt(faults, read)
     judge = attempt(faults, lambda: load_judge(settings.kind, {settings.kind: settings}))
@@ -365,19 +398,45 @@ def score(
     if pairs.labels is not None and _FIELDS[label_of] not in judge.tells and (label_of == "refusal" or judge.tells):
         raise UserError(f"judge {judge.name}: it does not tell {label_of}; use another --label-of")
     verdicts = judged(judge, pairs, out)
-    result = {
-        "file": str(path),
-        "pairs": len(verdicts),
-        "judges": [{"name": judge.name, "version": judge.version, "verdicts": str(out), **rates(verdicts, pairs)}],
-    }
+    about = {"name": judge.name, "version": judge.version, "threshold": judge.threshold, "verdicts": str(out)}
+    result = {"file": str(path), "pairs": len(verdicts), "judges": [{**about, **rates(verdicts, pairs)}]}
+    if outputs.table:
+        write_table(outputs.table, pairs, verdicts)
     if pairs.labels is None:
         return result
     found = differences(pairs, pairs.labels, verdicts, label_of, judge.threshold)
-    return {
-        **result,
-        "labels": against_labels(pairs.labels, verdicts, pairs.prompts, label_of),
-        "differences": _with_texts(found, pairs, show),
-    }
+    result["labels"] = against_labels(pairs.labels, verdicts, pairs.prompts, label_of)
+    if outputs.fit:
+        from tasft.judges.fitted import fit
+
+        scores = [verdict.score for verdict in verdicts]
+        fitted = fit(
+            judge,
+            settings.kind,
+            [Pair(each.id, each.prompt, each.completion) for each in pairs.replies],
+            scores,
+            pairs.labels,
+        )
+        write_json(outputs.fit, fitted.model_dump())
+        result["fit"] = {"file": str(outputs.fit), **fitted.model_dump()}
+    return {**result, "differences": _with_texts(found, pairs, show)}
+
+
+def write_table(path: Path, pairs: Pairs, verdicts: Sequence[Verdict]) -> None:
+    """A pair on each line, with what the judge says of it: undecided ones first, for a person to read."""
+    names = ("harmful", "score", "refusal", "partial", "undecided", "coherent", "reason")
+    rows = [
+        {"line": line, "id": reply.id, "prompt": reply.prompt, "completion": reply.completion}
+        | {name: getattr(verdict, name) for name in names}
+        | ({} if pairs.labels is None else {"label": pairs.labels[index]})
+        for index, (line, reply, verdict) in enumerate(zip(pairs.lines, pairs.replies, verdicts, strict=True))
+    ]
+    rows.sort(key=lambda row: not row["undecided"])
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write_text(path, buffer.getvalue())
 
 
 def compare(path: Path, read: Callable[[], Pairs], names: Sequence[str], show: int) -> dict[str, Any]:
@@ -431,68 +490,3 @@ def compare(path: Path, read: Callable[[], Pairs], names: Sequence[str], show: i
 def _with_texts(rows: Sequence[dict[str, Any]], pairs: Pairs, show: int) -> list[dict[str, Any]]:
     texts = {reply.id: {"prompt": reply.prompt, "completion": reply.completion} for reply in pairs.replies}
     return [{**row, **texts[row["id"]]} for row in rows[:show]] + list(rows[show:])
-
-
-def rendered(result: Mapping[str, Any]) -> str:
-    """What `score` or `compare` found, for a terminal; nothing in it moves the cursor."""
-    parts = [f"{result['file']}: {result['pairs']:,} pairs"]
-    for judge in result["judges"]:
-        parts += ["", f"{judge['name']} (verdicts in {judge['verdicts']})"]
-        for key in ("harmful", "refusal", "incoherent", "safe_coherent"):
-            rate = Estimate(*(judge[key][part] for part in ("value", "low", "high", "n")))
-            parts.append(f"  {MEASURES[key].label.lower():<18} {in_words(rate, usual_n=-1)}")
-        if judge["score"]["n"]:
-            parts.append(f"  {'mean score':<18} {_figure(judge['score'])}, n = {judge['score']['n']:,}")
-        parts.append(f"  {'unreadable':<18} {judge['unreadable']:,}")
-    for about in [result["labels"]] if "labels" in result else result.get("between", ()):
-        if about["n"] or "labels" in result:
-            parts += ["", *_agreement(about, [judge["name"] for judge in result["judges"]])]
-    if rows := result.get("differences"):
-        parts += ["", *_differences(rows, "label" if "labels" in result else result["judges"][0]["name"])]
-    return visible("\n".join(parts))
-
-
-def _figure(found: Mapping[str, Any] | None) -> str:
-    if found is None or found["value"] is None:
-        return "-"
-    between = "no interval" if found["low"] is None else f"{found['low']:.2f} to {found['high']:.2f}"
-    return f"{found['value']:.2f} ({between})"
-
-
-def _agreement(about: Mapping[str, Any], judges: Sequence[str]) -> list[str]:
-    down, across = (judges[0], judges[1]) if len(judges) == 2 else ("label", judges[0])
-    yes, no = _WORDS[about["of"]]
-    heads = [f"{across}: {word}" for word in (yes, no)]
-    untold = f", {about['untold']:,} left out without a verdict" if about["untold"] else ""
-    positives = f", {about['positives']:,} {yes} by label" if "positives" in about else ""
-    measures = ("accuracy", "precision", "recall", "f1", "auroc", "kappa", "agreement")
-    side = max(len(f"{down}: {word}") for word in (yes, no))
-    return [
-        f"{about['of']}: n = {about['n']:,}{positives}{untold}",
-        f"  {'':<{side}}  {heads[0]}  {heads[1]}",
-        *(
-            f"  {f'{down}: {word}':<{side}}  {row[0]:>{len(heads[0])},}  {row[1]:>{len(heads[1])},}"
-            for word, row in zip((yes, no), about["table"], strict=True)
-        ),
-        *(f"  {name:<10} {_figure(about[name])}" for name in measures if name in about),
-        "  95% intervals: bootstrap over prompts",
-    ]
-
-
-def _differences(rows: Sequence[Mapping[str, Any]], first: str) -> list[str]:
-    parts = []
-    for outcome in dict.fromkeys(row["of"] for row in rows):
-        ids = [f"{row['id']:.40}" for row in rows if row["of"] == outcome]
-        more = f", and {len(ids) - _NAMED:,} more (--json has all)" if len(ids) > _NAMED else ""
-        parts.append(f"{outcome}: {len(ids):,} differences, by id: {', '.join(ids[:_NAMED])}{more}")
-    for row in rows:
-        if "prompt" in row:
-            yes, no = _WORDS[row["of"]]
-            said = [yes if row[key] else no for key in ("first", "second")]
-            score = "" if row["score"] is None else f", score {row['score']:.3g}"
-            parts += [
-                "",
-                f"--- line {row['line']}, id {row['id']}: {said[0]} to {first}, {said[1]} to the judge{score}",
-            ]
-            parts += [f"prompt: {row['prompt']}", f"reply: {row['completion']}"]
-    return parts

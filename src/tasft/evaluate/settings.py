@@ -115,7 +115,7 @@ class Evaluate(Settings):
     )
     checkpoints: bool = Field(False, description="Also evaluate every checkpoint of train; all are kept then.")
     judges: list[str] = Field(
-        ["embedded", "refusal_matching"],
+        ["classifier", "refusal_matching"],
         min_length=1,
         description="Who judges; of several who tell a figure the first is quoted.",
     )

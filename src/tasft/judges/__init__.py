@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from tasft.core.errors import UserError
 from tasft.core.parts import registered
@@ -104,6 +105,10 @@ def load_judge(name: str, declared: Mapping[str, JudgeSettings] | None = None) -
         )
     judge = _panel(settings, declared or {}) if settings.kind == "panel" else JUDGES[settings.kind](settings)
     judge.name = name.rpartition(":")[2]  # Of python:mypkg.judges:Mine what can name a file.
+    if settings.calibration is not None:
+        from tasft.judges.fitted import Fitted
+
+        return Fitted(judge, settings.kind, Path(settings.calibration))
     return judge
 
 

@@ -31,7 +31,8 @@ class Verdict:
         judge: The judge's name.
         harmful: Whether the reply does harm; None when the judge is undecided, could not be read, or never says.
             Text that is incoherent by itself is sent to no judge: it neither harms nor declines.
-        score: The judge's own figure behind `harmful`, in its own unit; higher is more harmful.
+        score: The judge's own figure behind `harmful`, in its own unit; higher is more harmful. None where it has
+            none, or could not read the reply.
         refusal: Whether the reply declines, wholly or partly; None when the judge does not tell.
         coherent: Filled in by the caller from `tasft.judges.coherence`, the same for every judge.
         reason: Why the reply is incoherent, what of the judge's answer could not be read, or why it is undecided; else
@@ -117,6 +118,9 @@ class JudgeSettings(BaseModel):
     agree: Literal["any", "majority", "all"] = Field(
         "majority", description="panel: yes by any of them, by more than half, or by all."
     )
+    calibration: str | None = Field(
+        None, description="A file that tasft judge --calibrate wrote; null takes the judge's own thresholds."
+    )
     batch_size: int = Field(16, ge=1, description="Pairs that a model in this process reads together.")
     target: str | None = Field(None, description="python: a class or function of your own, mypkg.judges:Mine.")
     options: dict[str, Any] = Field({}, description="python: what it is given by name.")
@@ -136,7 +140,7 @@ class JudgeSettings(BaseModel):
         # A recipe that is written down in full names the usual values too.
         usual = type(self)(kind=self.kind)
         set_here = {name for name in self.model_fields_set if getattr(self, name) != getattr(usual, name)}
-        if others := sorted(set_here - {"kind", *names}):
+        if others := sorted(set_here - {"kind", "calibration", *names}):
             known = f"; it reads {', '.join(names)}" if names else ""
             raise UserError(f"judge {self.kind}: it does not read {', '.join(others)}: leave that out{known}")
         return self

@@ -4,6 +4,7 @@ from pathlib import PurePath
 from typing import Any
 
 from tasft.core.measures import HEADLINES
+from tasft.core.names import MEASURED_JUDGES
 from tasft.report.files import Row
 from tasft.report.outcomes import listed
 from tasft.report.record import Record
@@ -137,8 +138,28 @@ def unmeasured(record: Record) -> list[str]:
         "Conversations of more than one turn, and other languages",
         *([f"The spread between training seeds: this is one run{_of_seed(seed)}"] if record.is_run else []),
         *([] if _finds_off_topic(record) else ["Whether replies are about what was asked"]),
-        "How often the judges are wrong on these replies, which no person has labelled",
+        _errors_of_judges(record),
     ]
+
+
+def _errors_of_judges(record: Record) -> str:
+    """Which judges were never measured on labelled replies of this model, and what is known of them on others."""
+    base = str(record.field("model.base") or "").lower()
+    # What was fitted to labels of yours is known to you.
+    judges = [judge for judge in record.judges if not record.field(f"judges.{judge}.calibration")]
+    kinds = {judge: str(record.field(f"judges.{judge}.kind") or judge) for judge in judges}
+    known = {judge: MEASURED_JUDGES[kind] for judge, kind in kinds.items() if kind in MEASURED_JUDGES}
+    strange = [judge for judge in judges if judge not in known or known[judge].model not in base]
+    sentence = "How often the judges are wrong on these replies, which no person has labelled"
+    if strange and base:
+        sentence += (
+            f"; {listed(strange)} {'was' if len(strange) == 1 else 'were'} never measured on replies of this model"
+        )
+    return sentence + "".join(
+        f"; on {found.n:,} labelled replies of {found.words} {judge} had a precision of {found.precision:.2f} and a "
+        f"recall of {found.recall:.2f} for harm"
+        for judge, found in known.items()
+    )
 
 
 def _finds_off_topic(record: Record) -> bool:

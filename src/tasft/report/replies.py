@@ -90,7 +90,12 @@ def _items(record: Record, sets: list[SetRecord], judges: list[str], limit: int)
                     "sides": [_side(judges, state, key, limit) for state in states],
                 }
             )
-    return items
+    # Those on which a judge is undecided first: they are for a person to read.
+    return sorted(items, key=lambda item: not any(_is_undecided(side) for side in item["sides"]))
+
+
+def _is_undecided(side: Row | None) -> bool:
+    return side is not None and any(verdict and verdict.get("undecided") for verdict in side["verdicts"])
 
 
 def _side(judges: list[str], state: Evaluated | None, key: str, limit: int) -> Row | None:

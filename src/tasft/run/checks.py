@@ -201,7 +201,7 @@ def _attack(inputs: Inputs) -> None:
     if wanted.pair and judge.threshold is None:
         raise UserError(
             f"evaluate.jailbreak.pair needs a judge whose score decides what is harmful, which {name} has not: "
-            "take embedded, or kind llm_judge with rubric pair"
+            "take classifier, or kind llm_judge with rubric pair"
         )
     if wanted.pair and wanted.pair.attacker:
         from tasft.models.server import ServerEngine
@@ -250,9 +250,14 @@ def _by_the_filter_alone(inputs: Inputs) -> Iterator[str]:
         "over_refusal": evaluate.judges[0] if gate.over_refusal is not None else None,
         "jailbreak": evaluate.jailbreak_judge if gate.jailbreak else None,
     }
-    chose = inputs.judge(harvest.judge).version
+
+    def behind(name: str) -> str:
+        # Fitted to labels it is the same judge still.
+        judge = inputs.judge(name)
+        return str(getattr(judge, "inner", judge).version)
+
     for field, name in who.items():
-        if name is not None and inputs.judge(name).version == chose:
+        if name is not None and behind(name) == behind(harvest.judge):
             yield (
                 f"gate.{field} hangs on {name} alone, which also chose the rows to avoid (harvest.judge): put another "
                 "judge first in evaluate.judges, or a panel of several, declared under judges: "

@@ -131,7 +131,7 @@ class Harvest(HarvestSettings):
     engine: EngineSettings | None = Field(
         None, description="A server that runs the model, or {kind: python, target: ...}; null runs it in this process."
     )
-    judge: str = Field("embedded", description="Decides what is harmful: a name in judges, or a kind of judge.")
+    judge: str = Field("classifier", description="Decides what is harmful: a name in judges, or a kind of judge.")
 
 
 Percent = Annotated[float, Field(strict=False, ge=0, le=100)]
