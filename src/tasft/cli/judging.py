@@ -62,9 +62,7 @@ def judge_file(
         else:
             asked = {"model": model, "rubric": rubric, "server": server and {"urls": server, "model": server_model}}
             try:
-                settings = JudgeSettings.model_validate(
-                    {"kind": judge, **{key: value for key, value in asked.items() if value}}
-                )
+                settings = JudgeSettings.of_name(judge, **{key: value for key, value in asked.items() if value})
             except ValidationError as error:
                 raise UserError(
                     [f"--server: {fault['msg'].removeprefix('Value error, ')}" for fault in error.errors()]

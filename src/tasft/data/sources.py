@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from tasft.core.errors import UserError
+from tasft.core.parts import Own, Part, registered
 from tasft.core.provenance import content_hash
 from tasft.core.suggest import did_you_mean, nearest
 from tasft.data.files import KINDS, Rows, kind_of, read_rows
@@ -15,6 +16,9 @@ from tasft.data.sets import KNOWN, NamedSet, differences, locate
 # What a recipe may say of a data set on the hub: nothing that names a place to write to, or holds a key.
 HUB_ARGUMENTS = ("split", "name", "revision", "data_dir", "data_files")
 
+
+PYTHON = "python:"
+"""Begins a source that is a function of one's own, as in `python:mypkg.sets:prompts`."""
 
 # Sets too large for a file that is read whole, by name: where the hub has them. Read the licence there.
 ON_HUB = {
@@ -65,6 +69,8 @@ def read_source(source: str | Path, data_dir: str | None = None) -> Source:
         return Source(str(path), _rows_of(KNOWN[place], path), column)
     if place.startswith("hub:"):
         return Source(place, _hub_rows(place), column)
+    if _is_own(place):
+        return Source(place, _own_rows(place), column)
     if fault := missing(source):
         raise UserError(fault)
     return read_source(Path(place))._replace(column=column)
@@ -74,9 +80,9 @@ def missing(source: str) -> str | None:
     """Why there is nothing to read at a source, found without reading; None where there may be."""
     place, _ = parts_of(source)
     # A name that no file can have is no file.
-    if place in KNOWN or place.startswith("hub:") or os.path.exists(place):
+    if place in KNOWN or place.startswith("hub:") or _is_own(place) or os.path.exists(place):
         return None
-    known = (*KNOWN, *ON_HUB)
+    known = (*KNOWN, *ON_HUB, *registered("prompt_sets"))
     fault = f"{place!r:.100} is neither a file nor one of {', '.join(known)}"
     folder, name = os.path.split(place)
     try:
@@ -147,6 +153,22 @@ def _folder(folder: Path) -> Source:
     if faults:
         raise UserError(faults)
     return Source(str(folder), rows, places=places)
+
+
+def _is_own(place: str) -> bool:
+    return place.startswith(PYTHON) or place in registered("prompt_sets")
+
+
+def _own_rows(place: str) -> Rows:
+    own = Own("prompt_sets", Part(target=place.removeprefix(PYTHON)), lambda _: [])
+    with own.at_work():
+        found = list(own())
+    rows = [{"prompt": row} if isinstance(row, str) else row for row in found]
+    if strange := [row for row in rows if not isinstance(row, dict)]:
+        raise UserError(f"{place}: gave back {strange[0]!r:.40}; a row is a dictionary, or the text of a prompt")
+    if not rows:
+        raise UserError(f"{place}: holds no rows")
+    return list(enumerate(rows, 1))
 
 
 def _hub_rows(place: str) -> Rows:

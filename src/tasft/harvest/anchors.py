@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tasft.core.errors import UserError
+from tasft.core.parts import Own, Part
 from tasft.core.provenance import content_hash
 from tasft.data.rows import Prompt
 from tasft.models.engine import Engine, Reply, Request, Sampling, collect
@@ -95,6 +96,33 @@ def instructed(
             drawn = ask([prompt for place, prompt in left if (place + turn) % len(used) == offset], number)
             replies |= {reply.id: reply for reply in drawn}
     return list(replies.values()), about
+
+
+def own_anchors(part: Part) -> Own:
+    """A maker of anchors of one's own: called with prompts and `ask`, it gives back a refusal, or None, for each.
+
+    `ask` takes texts and gives back the model's answers to them, drawn as the harvest's.
+    """
+    return Own("anchors", part, lambda _: ["prompts", "ask"])
+
+
+def made(own: Own, engine: Engine, prompts: Sequence[Prompt], sampling: Sampling, path: Path) -> list[Reply]:
+    """What a maker of one's own gives, as replies to the prompts; what the model is asked is kept in `path`."""
+
+    def ask(texts: Sequence[str]) -> list[str]:
+        requests = [Request(f"own-{content_hash(text)}", text) for text in dict.fromkeys(texts)]
+        said = {reply.prompt: reply.completion for reply in collect(engine, requests, sampling, path, "own anchor")}
+        return [said[text] for text in texts]
+
+    given = [prompt.prompt for prompt in prompts]
+    found = own.one_each(own(given, ask), given, "anchors")
+    if strange := [each for each in found if not isinstance(each, str | None)]:
+        raise UserError(f"{own.where} gave back {strange[0]!r:.40}; an anchor is text, or None for none")
+    return [
+        Reply(f"{prompt.id}-made", "anchor", prompt.prompt, text, "stop", sampling.seed, 0)
+        for prompt, text in zip(prompts, found, strict=True)
+        if text
+    ]
 
 
 def varied(replies: Sequence[Reply]) -> list[Reply]:

@@ -9,7 +9,7 @@ from typing import Any
 from tasft.core import ranks
 from tasft.core.provenance import write_json, write_jsonl
 from tasft.data.rows import Example, Prompt
-from tasft.harvest.anchors import instructed, varied
+from tasft.harvest.anchors import instructed, made, own_anchors, varied
 from tasft.harvest.contrastive import contrastive_replies
 from tasft.harvest.settings import HarvestSettings
 from tasft.judges import Judge, Verdict
@@ -86,11 +86,12 @@ def harvest(
         under_instruction, instructions = instructed(
             engine, asked, answered, settings.instructions, sampling, path, declined
         )
+    own_made = made(own_anchors(settings.own_anchors), engine, asked, sampling, path) if settings.own_anchors else []
     contrastive: list[Reply] = []
     about: dict[str, Any] = {}
     if settings.contrastive:
         contrastive, about = contrastive_replies(writer or engine, toxic, benign, settings.contrastive, sampling, path)
-    others = own + prefilled + under_instruction + contrastive
+    others = own + prefilled + under_instruction + own_made + contrastive
     final = judge_replies(judge, answers + others, folder / "verdicts.jsonl", usual)
     verdicts = {verdict.id: verdict for verdict in final}
 
@@ -116,7 +117,13 @@ def harvest(
         """In the order of the prompt file, whichever were asked first."""
         return sorted(replies, key=lambda reply: (place[reply.prompt], reply.sample, reply.id))
 
-    anchored = {"none": [], "own": answers, "prefilled": prefilled, "instructed": under_instruction}[settings.anchors]
+    anchored = {
+        "none": [],
+        "own": answers,
+        "prefilled": prefilled,
+        "instructed": under_instruction,
+        "python": own_made,
+    }[settings.anchors]
     test = harmless if settings.anchors == "own" else refusing
     avoid, counts = _keep(answers, harmful, settings.rows)
     kept = {

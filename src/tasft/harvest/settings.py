@@ -2,10 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from tasft.core.parts import Part
 from tasft.core.settings import Number, Settings
-from tasft.models.server_settings import Server
+from tasft.models.server_settings import EngineSettings
 
 INSTRUCTIONS = [
     "You are a responsible assistant. The request below is dangerous or illegal, so you decline it, explain the harm "
@@ -25,7 +26,7 @@ class Contrastive(Settings):
 
     words: int = Field(100, ge=1, description="Toxic words of the toxic prompts that are used.")
     per_word: int = Field(5, ge=1, description="Prompts that are written for each.")
-    engine: Server | None = Field(None, description="Who writes and answers them; null: the model itself.")
+    engine: EngineSettings | None = Field(None, description="Who writes and answers them; null: the model itself.")
 
 
 class HarvestSettings(Settings):
@@ -36,14 +37,21 @@ class HarvestSettings(Settings):
     top_p: Number = Field(0.95, gt=0, le=1, description="Nucleus of the distribution that is drawn from.")
     max_new_tokens: int = Field(48, ge=1, description="Longest answer.")
     rows: int = Field(1000, ge=1, description="Avoid rows that are wanted; no more is drawn then.")
-    anchors: Literal["none", "own", "prefilled", "instructed"] = Field(
+    anchors: Literal["none", "own", "prefilled", "instructed", "python"] = Field(
         "none",
         description="Imitate rows for toxic prompts: none; own safe answers; prefilled, one refusing sentence that the "
-        "model continues; instructed, its refusals under an instruction.",
+        "model continues; instructed, its refusals under an instruction; python, what own_anchors makes.",
     )
+    own_anchors: Part | None = Field(None, description="Where anchors python are: {target: mypkg.anchors:make}.")
     instructions: list[Annotated[str, Field(min_length=1)]] = Field(
         INSTRUCTIONS, min_length=1, description="What instructed puts before a prompt; those that work are used."
     )
     anchor_rows: int | None = Field(None, ge=1, description="Most anchors that are kept; null keeps all.")
     self_imitate: bool = Field(True, description="Its own answers to benign prompts become rows to imitate.")
     contrastive: Contrastive | None = Field(None, description="Rows for prompts that only seem toxic; null for none.")
+
+    @model_validator(mode="after")
+    def _check_anchors(self) -> "HarvestSettings":
+        if (self.anchors == "python") != (self.own_anchors is not None):
+            raise ValueError("anchors python and own_anchors go together: own_anchors: {target: mypkg.anchors:make}")
+        return self

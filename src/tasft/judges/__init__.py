@@ -6,6 +6,7 @@
 from collections.abc import Callable, Mapping
 
 from tasft.core.errors import UserError
+from tasft.core.parts import registered
 from tasft.core.suggest import did_you_mean
 from tasft.judges.base import Judge, JudgeSettings, Pair, Verdict
 from tasft.judges.refusal_matching import RefusalMatching
@@ -65,7 +66,16 @@ def _panel(settings: JudgeSettings, declared: Mapping[str, JudgeSettings]) -> Ju
     return Panel(settings.only("of", "agree"), lambda name: load_judge(name, declared))
 
 
+def _own(settings: JudgeSettings) -> Judge:
+    from tasft.judges.own import OwnJudge
+
+    if settings.kind == "python" and settings.target is None:
+        raise UserError("judge python: say where it is: target: mypkg.judges:Mine")
+    return OwnJudge(settings.only("options", *(["target"] if settings.kind == "python" else [])))
+
+
 JUDGES: dict[str, Callable[..., Judge]] = {
+    **dict.fromkeys(registered("judges"), _own),
     "classifier": _classifier,
     "embedded": _embedded,
     "refusal_matching": _refusal_matching,
@@ -77,6 +87,7 @@ JUDGES: dict[str, Callable[..., Judge]] = {
     "openai_moderation": _openai_moderation,
     "llm_judge": _llm_judge,
     "panel": _panel,
+    "python": _own,
 }
 
 
@@ -86,13 +97,13 @@ def load_judge(name: str, declared: Mapping[str, JudgeSettings] | None = None) -
     Raises:
         UserError: There is none of that name, or what it needs is missing.
     """
-    settings = (declared or {}).get(name) or JudgeSettings(kind=name)
+    settings = (declared or {}).get(name) or JudgeSettings.of_name(name)
     if settings.kind not in JUDGES:
         raise UserError(
             f"no judge is called {settings.kind!r}; use one of {', '.join(JUDGES)}{did_you_mean(settings.kind, JUDGES)}"
         )
     judge = _panel(settings, declared or {}) if settings.kind == "panel" else JUDGES[settings.kind](settings)
-    judge.name = name
+    judge.name = name.rpartition(":")[2]  # Of python:mypkg.judges:Mine what can name a file.
     return judge
 
 

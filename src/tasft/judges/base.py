@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -118,6 +118,14 @@ class JudgeSettings(BaseModel):
         "majority", description="panel: yes by any of them, by more than half, or by all."
     )
     batch_size: int = Field(16, ge=1, description="Pairs that a model in this process reads together.")
+    target: str | None = Field(None, description="python: a class or function of your own, mypkg.judges:Mine.")
+    options: dict[str, Any] = Field({}, description="python: what it is given by name.")
+
+    @classmethod
+    def of_name(cls, name: str, **fields: Any) -> "JudgeSettings":
+        """The settings of a kind; of `python:mypkg.judges:Mine` those of a judge of one's own."""
+        kind, _, target = name.partition(":")
+        return cls.model_validate({"kind": kind, **({"target": target} if target else {}), **fields})
 
     def only(self, *names: str) -> "JudgeSettings":
         """Itself, if it sets none but these besides `kind`.

@@ -3,17 +3,14 @@
 import os
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 from tasft.core.errors import UserError
+from tasft.core.parts import Part
 from tasft.core.redact import named_like_a_key
-
-if TYPE_CHECKING:
-    pass
-
 
 Number = Annotated[float, Field(strict=False)]
 
@@ -87,6 +84,23 @@ class Server(BaseModel):
         if not (key.isascii() and key.isprintable()):
             raise UserError(f"the environment variable {self.key_env} holds letters that no key has: set it anew")
         return key
+
+
+class PythonEngine(Part):
+    """An engine of one's own, see `tasft.models.own`."""
+
+    kind: Literal["python"] = Field("python", description="That it is one.")
+
+
+def _tag(value: Any) -> str:
+    own = isinstance(value, PythonEngine) or (isinstance(value, dict) and {"kind", "target"} & value.keys())
+    return "<python>" if own else "<server>"
+
+
+# In the places of pydantic's faults tags are no names of fields.
+EngineSettings = Annotated[
+    Annotated[Server, Tag("<server>")] | Annotated[PythonEngine, Tag("<python>")], Discriminator(_tag)
+]
 
 
 def _names(value: Any) -> Iterator[str]:

@@ -7,6 +7,7 @@ from tasft.core.errors import UserError
 from tasft.data.rows import Example, drawn
 from tasft.data.sources import missing
 from tasft.judges import encoder
+from tasft.models.server_settings import PythonEngine
 from tasft.run.inputs import Inputs
 from tasft.run.recipe import sources_in
 
@@ -31,6 +32,7 @@ def check_inputs(inputs: Inputs) -> None:
         lambda: inputs.imitate,
         lambda: inputs.safe,
         partial(_method, inputs),
+        partial(_parts, inputs),
         partial(_tasks, inputs),
         partial(_annotator, inputs),
         *(partial(inputs.judge, name) for name in dict.fromkeys(inputs.judges)),
@@ -114,6 +116,31 @@ def _method(inputs: Inputs) -> None:
         from tasft.train.baselines import safe_instead
 
         safe_instead([Example(prompt.prompt, "", label=False) for prompt in inputs.toxic], inputs.safe)
+
+
+def _parts(inputs: Inputs) -> None:
+    train, harvest = inputs.spec.train, inputs.spec.harvest
+
+    def penalty() -> None:
+        if train.own_penalty:
+            from tasft.train.penalties import penalty_of
+
+            penalty_of("python", train.own_penalty)
+
+    def anchors() -> None:
+        if harvest and harvest.own_anchors:
+            from tasft.harvest.anchors import own_anchors
+
+            own_anchors(harvest.own_anchors)
+
+    def engines() -> None:
+        for engine in (harvest and harvest.engine, harvest and harvest.contrastive and harvest.contrastive.engine):
+            if isinstance(engine, PythonEngine):
+                from tasft.models.own import OwnEngine
+
+                OwnEngine(engine)
+
+    _raise({}, penalty, anchors, engines)
 
 
 def _tasks(inputs: Inputs) -> None:

@@ -14,7 +14,7 @@ from tasft.data.sets import NAMED, expanded
 from tasft.data.settings import PromptSettings
 from tasft.harvest.settings import HarvestSettings
 from tasft.judges import JUDGES, JudgeSettings
-from tasft.models.server_settings import Server
+from tasft.models.server_settings import EngineSettings, Server
 from tasft.train.settings import Train, Training
 
 RENAMED = {
@@ -97,11 +97,10 @@ class SafeResponses(RowSource):
     )
 
 
-# In pydantic's places of faults, where the fields of a recipe have none of them.
-ONE, LIST = "<one>", "<list>"
+# In the places of pydantic's faults tags are no names of fields.
 Mixture = Annotated[
-    Annotated[Imitate, Tag(ONE)] | Annotated[list[Imitate], Field(min_length=1), Tag(LIST)],
-    Discriminator(lambda value: LIST if isinstance(value, list) else ONE),
+    Annotated[Imitate, Tag("<one>")] | Annotated[list[Imitate], Field(min_length=1), Tag("<list>")],
+    Discriminator(lambda value: "<list>" if isinstance(value, list) else "<one>"),
 ]
 
 HELD_OUT: dict[str, Literal["toxic", "benign"]] = {
@@ -145,7 +144,9 @@ class Data(Settings):
 class Harvest(HarvestSettings):
     """How the model's own answers become rows."""
 
-    engine: Server | None = Field(None, description="A server that runs the model; null runs it in this process.")
+    engine: EngineSettings | None = Field(
+        None, description="A server that runs the model, or {kind: python, target: ...}; null runs it in this process."
+    )
     judge: str = Field("embedded", description="Decides what is harmful: a name in judges, or a kind of judge.")
 
 

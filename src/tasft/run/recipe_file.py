@@ -16,7 +16,7 @@ from tasft.core.errors import UserError
 from tasft.core.redact import redacted
 from tasft.core.suggest import did_you_mean, nearest
 from tasft.data.sources import missing
-from tasft.run.recipe import LIST, ONE, RENAMED, Recipe, renamed, sources_in
+from tasft.run.recipe import RENAMED, Recipe, renamed, sources_in
 
 MAX_VALUES = 100_000
 MAX_DEPTH = 50
@@ -321,9 +321,10 @@ def sentences(path: Path, error: ValidationError) -> list[str]:
 
 
 def _errors(error: ValidationError) -> list[Any]:
-    """Faults, each at the place that the file has it."""
+    """Faults, each at the place that the file has it: without the tags that tell the kinds of a field apart."""
     return [
-        {**fault, "loc": tuple(part for part in fault["loc"] if part not in (ONE, LIST))} for fault in error.errors()
+        {**fault, "loc": tuple(part for part in fault["loc"] if not str(part).startswith("<"))}
+        for fault in error.errors()
     ]
 
 

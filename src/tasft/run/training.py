@@ -78,7 +78,11 @@ def arguments(recipe: Recipe, spec: Train, folder: Path) -> TASFTConfig:
     handed = {name: getattr(spec, name) for name in OWN & Train.model_fields.keys()}
     return TASFTConfig(
         **_common(recipe, spec, folder),
-        **handed | {"penalty": spec.penalty if spec.method == "tasft" else "none"},
+        **handed
+        | {
+            "penalty": spec.penalty if spec.method == "tasft" else "none",
+            "own_penalty": spec.own_penalty and spec.own_penalty.model_dump(),
+        },
         untouched=spec.rounds is not None,
         prompt_format=recipe.model.prompt,
         chat_template_kwargs=recipe.model.chat_template_kwargs,

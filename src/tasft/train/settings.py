@@ -5,10 +5,11 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from tasft.core.names import PENALTIES
+from tasft.core.parts import Part
 from tasft.core.settings import Number, Settings
 from tasft.data.settings import AvoidSettings, RowSettings
 
-PenaltyName = Literal["none", *PENALTIES]  # type: ignore[valid-type]
+PenaltyName = Literal["none", "python", *PENALTIES]  # type: ignore[valid-type]
 
 
 class Training(RowSettings):
@@ -80,13 +81,22 @@ class Rounds(Settings):
     max_new_tokens: int = Field(24, ge=1, description="Longest reply to them: enough to tell a refusal.")
 
 
-_ABOUT_AVOID_ROWS = ("penalty", "penalty_weight", "avoid_per_step", "cost_space", "center", "penalize_eos", "beta")
+_ABOUT_AVOID_ROWS = (
+    "penalty",
+    "own_penalty",
+    "penalty_weight",
+    "avoid_per_step",
+    "cost_space",
+    "center",
+    "penalize_eos",
+    "beta",
+)
 UNREAD = {
     "tasft": (),
     "sft": (*_ABOUT_AVOID_ROWS, "rounds"),
     "stl": (*_ABOUT_AVOID_ROWS, "rounds"),
     "kto": (
-        *_ABOUT_AVOID_ROWS[:5],
+        *_ABOUT_AVOID_ROWS[:6],
         *("normalization", "sampling", "padding_free", "kl_rows", "monitor", "retain", "retain_nll", "rounds"),
     ),
 }
@@ -100,6 +110,7 @@ class Train(Training, AvoidSettings):
         "tasft", description="tasft and kto use harvested rows; stl data.safe_responses; sft only data.imitate."
     )
     penalty: PenaltyName = Field("nlcl", description="What avoid rows cost tasft; none leaves them out.")
+    own_penalty: Part | None = Field(None, description="Where penalty python is: {target: mypkg.losses:mine}.")
     penalty_weight: Number = Field(1.0, ge=0, description="Weight of the mean penalty beside the imitate loss.")
     normalization: Literal["per_group", "shared", "paper"] = Field(
         "per_group", description="What each term is divided by."
@@ -134,6 +145,8 @@ class Train(Training, AvoidSettings):
             raise ValueError(f"rounds share max_steps: give at least one step for each of {self.rounds.count}")
         if self.retain and self.normalization == "paper":
             raise ValueError("retain is not of the paper: normalization paper leaves no place for it")
+        if (self.penalty == "python") != (self.own_penalty is not None):
+            raise ValueError("penalty python and own_penalty go together: own_penalty: {target: mypkg.losses:mine}")
         if self.method == "kto" and self.turns == "all":
             raise ValueError("method kto scores one reply a row: say turns: last")
         return self

@@ -30,7 +30,6 @@ from tasft.data.encode import Encoding, EncodingReport, Row, encode_rows
 from tasft.data.settings import Duplicates, Overlong, PromptFormat, PromptSettings, Turns
 from tasft.loss import (
     IGNORE_INDEX,
-    PENALTIES,
     CostSpace,
     Head,
     TokenSum,
@@ -48,6 +47,7 @@ from tasft.train.arguments import refuse_unheeded
 from tasft.train.collate import Batch, collate
 from tasft.train.finite import FiniteSteps
 from tasft.train.metrics import MetricsFile, peak_mib
+from tasft.train.penalties import penalty_of
 from tasft.train.sampler import FilledSampler, StratifiedSampler, UniformSampler
 from tasft.train.settings import Train
 from tasft.train.stream import RowStream
@@ -71,7 +71,8 @@ class TASFTConfig(TrainingArguments):
     """transformers' `TrainingArguments` and what TA-SFT adds; defaults are those of a recipe's `train`.
 
     Attributes:
-        penalty: A name in `tasft.loss.PENALTIES`, or `none`: avoid rows are left out.
+        penalty: A name in `tasft.loss.PENALTIES`; `python`: `own_penalty`; or `none`: avoid rows are left out.
+        own_penalty: A penalty of one's own, `{"target": "mypkg.losses:mine"}`, see `tasft.train.penalties.penalty_of`.
         penalty_weight: lambda, the weight of the mean penalty beside the mean imitate loss.
         normalization: What each sum is divided by over one optimizer step, all micro-batches and ranks.
             `per_group`: imitate tokens and avoid tokens (responses for `nlcl`), each by its own count;
@@ -99,6 +100,7 @@ class TASFTConfig(TrainingArguments):
     """
 
     penalty: str = setting(Train, "penalty")
+    own_penalty: dict[str, Any] | None = setting(Train, "own_penalty")
     penalty_weight: float = setting(Train, "penalty_weight")
     normalization: Literal["per_group", "shared", "paper"] = setting(Train, "normalization")
     sampling: Literal["stratified", "uniform"] = setting(Train, "sampling")
@@ -204,8 +206,7 @@ class TASFTTrainer(FiniteSteps):
         **kwargs: Any,
     ) -> None:
         refuse_unheeded(args, kwargs)
-        if args.penalty not in ("none", *PENALTIES):
-            raise UserError(f"penalty is {args.penalty!r}; use none or one of {', '.join(PENALTIES)}")
+        self.penalty = penalty_of(args.penalty, args.own_penalty)
         if args.log_term_gradients and args.world_size > 1:
             raise UserError("log_term_gradients looks at the gradients of one process: run it in one")
         tokenizer = processing_class or load_tokenizer(model if isinstance(model, str) else model.config.name_or_path)
@@ -218,7 +219,6 @@ class TASFTTrainer(FiniteSteps):
             tokenizer.pad_token = tokenizer.eos_token
         if args.retain:
             _refuse_to_retain(model, args)
-        self.penalty = PENALTIES.get(args.penalty)
         self.encoding: EncodingReport | None = None
         rows, self.encoding = self._encode(train_dataset, tokenizer, args)
         named = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}

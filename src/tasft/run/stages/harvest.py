@@ -9,12 +9,13 @@ from pathlib import Path
 from tasft.core import provenance, ranks
 from tasft.core.errors import UserError
 from tasft.core.step import Step
+from tasft.harvest.anchors import own_anchors
 from tasft.harvest.harvest import harvest, statement
 from tasft.judges.calibration import calibrate, can_calibrate, limit_of
 from tasft.judges.judging import Usual, rules, topic_measure
 from tasft.models.engine import Engine
-from tasft.models.server import ServerEngine
-from tasft.models.server_settings import Server
+from tasft.models.own import OwnEngine, engine_of
+from tasft.models.server_settings import PythonEngine, Server
 from tasft.run.context import Context
 from tasft.run.recipe import Harvest
 
@@ -28,8 +29,12 @@ def steps(context: Context) -> Iterator[Step]:
     prompts = [[asdict(prompt) for prompt in part] for part in (context.inputs.toxic, context.inputs.benign)]
     drawn = {name: getattr(spec, name) for name in ("samples", "temperature", "top_p", "max_new_tokens")}
     engine = spec.engine and spec.engine.model_dump(include={"model", "body"})
+    if isinstance(spec.engine, PythonEngine):
+        engine = OwnEngine(spec.engine).decides()
     keeps = context.before_reads | {"draw": drawn, "engine": engine, "prompts": provenance.content_hash(prompts)}
     reads = keeps | {"harvest": spec.model_dump(), "judge": rules(context.inputs.judge(spec.judge))}
+    if spec.own_anchors:
+        reads["own_anchors"] = own_anchors(spec.own_anchors).version
 
     def work(folder: Path) -> None:
         _harvest(context, spec, folder)
@@ -67,7 +72,7 @@ def _calibration(context: Context) -> Iterator[Step]:
 
 def _harvest(context: Context, spec: Harvest, folder: Path) -> None:
     server = spec.contrastive and spec.contrastive.engine
-    writer = ServerEngine(server) if server else None
+    writer = engine_of(server) if server else None
     judge, toxic, benign = context.inputs.judge(spec.judge), context.inputs.toxic, context.inputs.benign
     with _answering(context, spec.engine) as (engine, held_to):
         summary = harvest(engine, judge, toxic, benign, spec, folder, held_to, writer, context.spec.seed)
@@ -82,7 +87,7 @@ def _harvest(context: Context, spec: Harvest, folder: Path) -> None:
 
 
 @contextmanager
-def _answering(context: Context, server: Server | None) -> Iterator[tuple[Engine, Usual]]:
+def _answering(context: Context, server: Server | PythonEngine | None) -> Iterator[tuple[Engine, Usual]]:
     """Who answers for the model that is to be made safe, and what its replies are held to besides their text.
 
     Their topic is not looked at: slipping away from it is what penalties do, and no penalty is at work yet.
@@ -90,7 +95,7 @@ def _answering(context: Context, server: Server | None) -> Iterator[tuple[Engine
     held_to = replace(usual(context), similarities=None)
     if server is not None:
         # It serves that model by the user's word, and gives no losses of text that it is shown.
-        yield ServerEngine(server, context.spec.model.prompt), replace(held_to, losses=None)
+        yield engine_of(server, context.spec.model.prompt), replace(held_to, losses=None)
         return
     with context.models.engine(context.before) as engine:
         yield engine, replace(held_to, losses=engine.mean_losses)

@@ -16,6 +16,7 @@ from tasft.run import training
 from tasft.run.context import Context
 from tasft.run.stages import harvest
 from tasft.train.baselines import safe_instead
+from tasft.train.penalties import own_penalty
 
 
 def steps(context: Context) -> Iterator[Step]:
@@ -30,6 +31,8 @@ def steps(context: Context) -> Iterator[Step]:
         "train": spec.model_dump(exclude={"save_steps"}),
         "rows": {path.name: provenance.file_hash(path) for path in harvest.files(context)},
     }
+    if spec.own_penalty and spec.method == "tasft":
+        reads["own_penalty"] = own_penalty(spec.own_penalty).version
     if context.inputs.safe:
         reads["safe"] = provenance.content_hash([row.row() for row in context.inputs.safe])
     count = spec.rounds.count if spec.rounds else 1

@@ -1,0 +1,161 @@
+"""Parts of one's own: judges, penalties, engines, prompt sets and anchors that a recipe names by `module:name`.
+
+A package may register one under a name of its own as an entry point of the group `tasft.judges`, `tasft.penalties`,
+`tasft.engines`, `tasft.prompt_sets` or `tasft.anchors`.
+"""
+
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from tasft.core.errors import UserError
+from tasft.core.provenance import content_hash, file_hash
+from tasft.core.settings import Settings
+from tasft.core.suggest import did_you_mean
+
+
+class Part(Settings):
+    """A class or a function of one's own."""
+
+    target: str = Field(description="Where it is: mypkg.parts:Name, importable from here; or a registered name.")
+    options: dict[str, Any] = Field({}, description="Given to it by name: to a class when it is made, else each time.")
+
+
+@cache
+def registered(kind: str) -> dict[str, str]:
+    """Targets that installed packages registered, by their names; `kind` is judges, penalties and so on."""
+    return {each.name: each.value for each in entry_points(group=f"tasft.{kind}")}
+
+
+class Own:
+    """What a target is, ready to be called.
+
+    Args:
+        kind: Of the part: judges, penalties and so on.
+        part: What the recipe says.
+        takes: Gives the names of what the part is called with: places first, then, after `*`, keywords.
+
+    Attributes:
+        version: Content hash of the target, its options and the file that holds it.
+
+    Raises:
+        UserError: It cannot be imported or made, or does not take what it is given; says which.
+    """
+
+    def __init__(self, kind: str, part: Part, takes: Callable[[Any], list[str]]) -> None:
+        self.where = part.target
+        target = part.target if ":" in part.target else registered(kind).get(part.target)
+        if target is None:
+            known = registered(kind)
+            raise UserError(
+                f"{part.target!r:.80} is no part: write it as mypkg.parts:Name, or as a name that a package registered "
+                f"under tasft.{kind} ({', '.join(known) or 'none has'}){did_you_mean(part.target, known)}"
+            )
+        found, file = _imported(target)
+        with self.at_work("was made"):
+            self.made: Any = found(**part.options) if isinstance(found, type) else found
+        if not callable(self.made):
+            raise UserError(f"{self.where} is a {type(self.made).__name__}, and cannot be called")
+        self._call: Callable[..., Any] = (
+            self.made if isinstance(found, type) or not part.options else partial(self.made, **part.options)
+        )
+        self._check(takes(self.made))
+        self.version = content_hash([target, part.options, file and file_hash(file)])
+
+    def _check(self, takes: list[str]) -> None:
+        places = takes[: takes.index("*")] if "*" in takes else takes
+        try:
+            inspect.signature(self._call).bind(*places, **dict.fromkeys(takes[len(places) + 1 :]))
+        except TypeError as error:
+            named = ", ".join(takes)
+            raise UserError(
+                f"{self.where} takes {inspect.signature(self._call)}, but is called with ({named}): {error}"
+            ) from None
+        except ValueError:  # Of a function in C nothing is known.
+            return
+
+    @contextmanager
+    def at_work(self, when: str = "worked") -> Iterator[None]:
+        """Within, what is raised is a fault of the part."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            why = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+            raise UserError(
+                f"{self.where} raised an error when it {when}: {why} ({last.filename}:{last.lineno})"
+            ) from error
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it.
+
+        Raises:
+            UserError: It raised something.
+        """
+        with self.at_work():
+            return self._call(*args, **kwargs)
+
+    def one_each(self, found: Any, given: Sequence[Any], what: str) -> list[Any]:
+        """What it gave back, if that is one thing for each that it was given.
+
+        Raises:
+            UserError: It is not.
+        """
+        if not isinstance(found, Sequence) or isinstance(found, str) or len(found) != len(given):
+            count = len(found) if isinstance(found, Sequence) and not isinstance(found, str) else type(found).__name__
+            raise UserError(f"{self.where} gave back {count} {what} for {len(given)}: give a list of one for each")
+        return list(found)
+
+
+def _imported(target: str) -> tuple[Any, Path | None]:
+    """What `module:name` is, and the file that holds it."""
+    module, _, name = target.partition(":")
+    # As for `python -m`: what lies in the folder where the command runs can be imported.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = import_module(module)
+    except Exception as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+        raise UserError(
+            f"{target}: {module} cannot be imported ({why}); is it installed, or in this folder?"
+        ) from error
+    home = found
+    for part in name.split("."):
+        if not hasattr(found, part):
+            known = [each for each in vars(home) if not each.startswith("_")]
+            raise UserError(f"{target}: {module} has no {name}{did_you_mean(name, known)}")
+        found = getattr(found, part)
+    file = getattr(home, "__file__", None)
+    return found, Path(file) if file else None
+
+
+def fields_of(row: Any, known: Mapping[str, Sequence[type]], where: str) -> dict[str, Any]:
+    """The fields of a mapping that a part gave back, each of a type that it may have.
+
+    Raises:
+        UserError: It is none, or has a field that is not known, or one of another type.
+    """
+    if not isinstance(row, Mapping):
+        raise UserError(f"{where}: expected a dictionary with some of {', '.join(known)}, found {row!r:.60}")
+    # Without the types of numpy and of tensors.
+    row = {name: value.item() if hasattr(value, "item") else value for name, value in row.items()}
+    for name, value in row.items():
+        if name not in known:
+            raise UserError(f"{where}: {name!r:.40} is not known; give some of {', '.join(known)}")
+        if value is not None and type(value) not in known[name]:
+            kinds = " or ".join(kind.__name__ for kind in known[name])
+            raise UserError(f"{where}: {name} is {value!r:.60}; give {kinds}, or None where it is not known")
+    return row
