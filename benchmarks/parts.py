@@ -54,7 +54,7 @@ def go(title: str, parts: Mapping[str, Part], stem: Path, device: str, dtype: st
 
 def run(part: Part, found: Path) -> dict[str, Any]:
     """Do a part: how it ended, its seconds, its numbers as far as it got, and what it said last."""
-    command = [word.format(json=found) for word in part.command]
+    command = [str(found) if word == "{json}" else word for word in part.command]
     found.unlink(missing_ok=True)
     start = time.perf_counter()
     # A group of its own: a part's own children must end with it.
