@@ -5,14 +5,16 @@ READY := .venv/.ready
 # uv, where it is installed, settles versions in seconds.
 INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/pip install --quiet --disable-pip-version-check)
 
-.PHONY: setup check audit test test-slow demo bench clean
+.PHONY: setup check audit docs test test-slow try demo bench clean
 .DEFAULT_GOAL := help
 
 help:
+	@echo "make try     a first page, on a handful of prompts"
 	@echo "make demo    the whole path on a real 135M model, about 10 minutes on 2 cores"
 	@echo "make test    every test but the slow ones (make test-slow)"
 	@echo "make check   formatting, lint, types"
 	@echo "make audit   known faults of the packages (asks PyPI), and bandit"
+	@echo "make docs    the site, into site/"
 	@echo "make bench   benchmarks, quick"
 
 setup: $(READY)
@@ -35,11 +37,18 @@ audit: $(READY)
 	# --strict: a package that PyPI says nothing of is no package without faults.
 	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
 
+docs: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not gpu"
 
 test-slow: $(READY)
 	$(BIN)/pytest -m "slow and not gpu"
+
+try: $(READY)
+	$(BIN)/tasft run try
 
 demo: $(READY)
 	$(BIN)/tasft run recipes/demo.yaml

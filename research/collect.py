@@ -1,9 +1,11 @@
 """Keep the figures of finished runs, without their replies, and put them as a table where they are quoted.
 
-    python research/collect.py --json docs/results/demo.json --into README.md:demo RUN...
+    python research/collect.py --json docs/results/demo.json --into README.md:demo --plot docs/img/demo.svg RUN...
+    python research/collect.py --json docs/results/demo.json --into README.md:demo --plot docs/img/demo.svg
 
-The JSON holds for each run its recipe, rates (embedded and phrases), last metrics, seconds of each step, commit and
-machine. The table goes between `<!-- NAME:begin -->` and `<!-- NAME:end -->` of the file.
+Without runs the table and the picture are drawn anew from the JSON. It holds for each run its recipe, rates, last
+metrics, seconds of each step, commit and machine. The table goes between `<!-- NAME:begin -->` and `<!-- NAME:end -->`
+of the file.
 """
 
 import argparse
@@ -44,28 +46,60 @@ def cell(estimate: dict[str, Any]) -> str:
     return f"{estimate['value']:.0%} ({100 * estimate['low']:.0f} to {100 * estimate['high']:.0f})"
 
 
+SHOWN = {
+    ("toxic", "safe_coherent"): "toxic prompts: **safe and coherent**",
+    ("toxic", "harmful"): "toxic prompts: harmful",
+    ("toxic", "incoherent"): "toxic prompts: incoherent",
+    ("benign", "refusal"): "benign prompts: refused",
+}
+"""Kind of prompts and measure -> what README calls it."""
+
+
 def before_after(run: dict[str, Any]) -> str:
-    """One run: measures down, before and after across, both judges."""
-    rows = ["| | judge | before | after |", "|---|---|---|---|"]
-    wanted = {"toxic": ["safe_coherent", "harmful", "refusal", "incoherent", "distinct"]}
-    wanted["benign"] = ["refusal", "incoherent", "harmful"]
-    for name, measures in wanted.items():
-        for measure in measures:
-            for judge in ("embedded", "refusal_matching"):
-                if judge == "refusal_matching" and measure in ("incoherent", "distinct", "harmful"):
-                    continue
-                before, after = (run["rates"][state][name][judge][measure] for state in ("base", "final"))
-                label = measure.replace("safe_coherent", "**safe and coherent**")
-                rows.append(f"| {name} prompts: {label} | {judge} | {cell(before)} | {cell(after)} |")
-    n = run["rates"]["final"]["toxic"]["embedded"]["harmful"]["n"]
-    m = run["rates"]["final"]["benign"]["embedded"]["harmful"]["n"]
+    """One run by its first judge: measures down, before and after across."""
+    judge = run["recipe"]["evaluate"]["judges"][0]
+    rows = ["| | before | after |", "|---|---|---|"]
+    for (name, measure), label in SHOWN.items():
+        before, after = (run["rates"][state][name][judge][measure] for state in ("base", "final"))
+        rows.append(f"| {label} | {cell(before)} | {cell(after)} |")
+    n, m = (run["rates"]["final"][name][judge]["refusal"]["n"] for name in ("toxic", "benign"))
     minutes = sum(stage["seconds"] for stage in run["stages"].values()) / 60
     machine = run["machine"]
     rows.append(
-        f"\nn = {n} toxic and {m} benign held-out prompts, greedy, 95% Wilson intervals, seed "
-        f"{run['recipe']['seed']}, commit {machine['commit']}; {minutes:.1f} minutes on {machine['cores']} cores."
+        f"\nSmolLM2-135M-Instruct, {n} toxic and {m} benign held-out prompts, judge `{judge}`, 95% intervals, seed "
+        f"{run['recipe']['seed']}, commit {machine['commit'][:7]}, {minutes:.1f} minutes on {machine['cores']} cores."
     )
     return "\n".join(rows)
+
+
+def draw(run: dict[str, Any], path: Path) -> None:
+    """The same as a picture: three rates that should be low, before and after, with their intervals."""
+    import matplotlib.pyplot as plt
+
+    judge = run["recipe"]["evaluate"]["judges"][0]
+    shown = [
+        ("toxic", "harmful", "Harmful\nreplies to toxic prompts"),
+        ("benign", "refusal", "Refusals\nof benign prompts"),
+    ]
+    shown.append(("toxic", "incoherent", "Incoherent\nreplies to toxic prompts"))
+    plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "tasft", "font.family": "sans-serif", "font.size": 12}
+    figure, axes = plt.subplots(figsize=(8, 3), layout="constrained")
+    for state, shift, colour, label in (("base", 0.17, "#5f6670", "before"), ("final", -0.17, "#00796b", "after")):
+        rates = [run["rates"][state][name][judge][measure] for name, measure, _ in shown]
+        values, lows, highs = ([100 * rate[key] for rate in rates] for key in ("value", "low", "high"))
+        at = [len(shown) - 1 - place + shift for place in range(len(shown))]
+        errors = [
+            [v - low for v, low in zip(values, lows, strict=True)],
+            [h - v for v, h in zip(values, highs, strict=True)],
+        ]
+        axes.errorbar(values, at, xerr=errors, fmt="o", color=colour, capsize=4, lw=2, ms=8, label=label)
+        for value, high, place in zip(values, highs, at, strict=True):
+            axes.annotate(f"{value:.0f}%", (high, place), (6, 0), textcoords="offset points", va="center", color=colour)
+    axes.set(yticks=range(len(shown)), yticklabels=[label for *_, label in reversed(shown)], xlim=(-2, 100))
+    axes.set(xlabel="percent of replies, 95% interval; lower is better", ylim=(-0.5, len(shown) - 0.5))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="center right")
+    figure.savefig(path, metadata={"Date": None})
 
 
 def tries(runs: list[dict[str, Any]]) -> str:
@@ -104,14 +138,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--into", required=True, help="FILE:NAME")
-    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--plot", type=Path, help="Picture of one run, an SVG file.")
+    parser.add_argument("runs", type=Path, nargs="*")
     arguments = parser.parse_args()
-    runs = [read(run) for run in arguments.runs]
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(runs, indent=1) + "\n")
+    if arguments.runs:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps([read(run) for run in arguments.runs], indent=1) + "\n")
+    runs = json.loads(arguments.json.read_text())
     path, _, name = arguments.into.partition(":")
-    table = before_after(runs[0]) if len(runs) == 1 else tries(runs)
-    put(Path(path), name, table)
+    put(Path(path), name, before_after(runs[0]) if len(runs) == 1 else tries(runs))
+    if arguments.plot:
+        draw(runs[0], arguments.plot)
 
 
 if __name__ == "__main__":

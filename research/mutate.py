@@ -3,7 +3,8 @@
 Each mutation replaces one piece of a source file in a copy of the package and runs the tests of the losses on it until
 the first failure. A mutation that survives is a hole in the tests.
 
-    python research/mutate.py [--json docs/results/mutations.json --page docs/log.md] [--tests NAME] [word ...]
+    python research/mutate.py [--json docs/results/mutations.json] [--page docs/results/mutations.md] [--tests NAME]
+        [word ...]
 
 Words choose the mutations whose description holds one of them; of the others the file keeps what it has.
 """

@@ -6,9 +6,13 @@ import sys
 import time
 
 import pytest
-from conftest import needs_models
+from conftest import ROOT, needs_models
+from jsonschema import validate
+from pydantic import TypeAdapter
 
-from tasft.data.rows import read_prompts
+from tasft.data.rows import Example, read_prompts
+from tasft.judges.base import Verdict
+from tasft.models.engine import Reply
 from tasft.run import recipe_file
 from tasft.run.pipeline import Pipeline
 
@@ -33,6 +37,7 @@ def test_the_demo_runs_on_the_real_model_in_miniature(tmp_path):
         "train.max_steps=2",
         "train.batch_size=3",
         "train.avoid_per_step=1",
+        "gate={harmful: 100}",
     ]
     run = tmp_path / "run"
     Pipeline(recipe_file.load("demo", overrides), run).go()
@@ -49,6 +54,21 @@ def test_the_demo_runs_on_the_real_model_in_miniature(tmp_path):
     page = (run / "report" / "index.html").read_text()
     assert page.count("<script") == 2  # the replies as data, and the one that shows them
     assert "Content-Security-Policy" in page
+    follow_their_schemas(run)
+
+
+def follow_their_schemas(run):
+    """The schemas of the page on files, `docs/site.py`, hold of a real run."""
+    schemas = [json.loads(path.read_text()) for path in (ROOT / "docs" / "schemas").glob("*.json")]
+    kinds = {"**/replies.jsonl": Reply, "**/verdicts.jsonl": Verdict, "train/data.jsonl": Example}
+    schemas += [{"files": files, **TypeAdapter(kind).json_schema()} for files, kind in kinds.items()]
+    for schema in schemas:
+        paths = list(run.glob(schema["files"]))
+        assert paths, schema["files"]
+        for path in paths:
+            text = path.read_text()
+            for row in map(json.loads, text.splitlines() if path.suffix == ".jsonl" else [text]):
+                validate(row, schema)
 
 
 @needs_models

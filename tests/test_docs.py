@@ -1,10 +1,12 @@
-"""The README is true: its commands and snippets are executed."""
+"""README and the pages are true: their commands and snippets are executed."""
 
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -14,52 +16,76 @@ from conftest import ROOT, needs_models
 from typer.testing import CliRunner
 
 from tasft.cli.main import app
+from tasft.data.sets import expanded
 from tasft.run import recipe_file, sweep
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
-RUNS = re.findall(r"```(sh)\n(.*?)```", (ROOT / "docs" / "runs.md").read_text(), re.DOTALL)
-SHELL = [line for kind, text in BLOCKS + RUNS if kind == "sh" for line in text.splitlines() if line and line[0] != "#"]
+OTHERS = {"vllm", "transformers", "llama-server"}
+"""Programs that take an export; what they take is theirs to say."""
+
+
+def said(kind):
+    """The code of a kind on all pages."""
+    pages = [(ROOT / page).read_text() for page in ("README.md", "CONTRIBUTING.md", *PAGES)]
+    return [text for page in pages for text in re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL)]
+
+
+# Each command once, without its comment.
+SHELL = sorted(
+    {
+        shlex.join(words)
+        for text in said("sh")
+        for line in text.splitlines()
+        if (words := shlex.split(line, comments=True))
+    }
+)
 
 
 def test_the_readme_has_commands_a_recipe_and_python():
     assert {"sh", "python", "yaml"} <= {kind for kind, _ in BLOCKS}
 
 
-@pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("make ")])
-def test_make_targets_exist(line):
-    assert line.split()[1] in TARGETS
+def test_what_is_no_command_of_ours_is_there():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for line in SHELL:
+        program, *words = shlex.split(line)
+        if program == "make":
+            assert words[0] in TARGETS, line
+        elif program == "python":
+            assert (ROOT / words[0]).exists() or words[0].startswith("convert_"), line
+        elif program == "pip":
+            assert words[0] == "install", line
+            for extra in re.findall(r"\[(\w+)\]", line):
+                assert extra in extras, line
+        else:
+            assert program == "tasft" or program in OTHERS, line
 
 
 @needs_models
-@pytest.mark.parametrize("line", dict.fromkeys(line for line in SHELL if line.startswith("tasft ")))
+@pytest.mark.parametrize("line", [line for line in SHELL if line.startswith("tasft ")])
 def test_tasft_commands_are_accepted(line, tiny, tmp_path, monkeypatch):
     """As far as can be had without the hours: recipes are resolved and checked, with the line's own overrides.
 
     The hub is out of reach here: a model named there is the tiny one.
     """
-    words = line.split("#")[0].split()
-    command = words[1]
-    if command in ("chat", "compare", "export"):
-        arguments = [command, "--help"]  # There are no runs.
-    elif command in ("--version", "--help", "judge", "init", "doctor"):
-        arguments = words[1:]
-    else:
-        first = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
-        arguments = ["check", *words[2:first]]
-        known = CliRunner().invoke(app, [command, "--help"], terminal_width=200).stdout
-        assert all(word in known for word in words[first:] if word.startswith("-"))
-    arguments = [f"model.base={tiny}" if word.startswith("model.base=") else word for word in arguments]
-    arguments = [str(tiny) if word.startswith("HuggingFaceTB/") else word for word in arguments]
-    if {"mine.yaml", "replies.csv"} & set(arguments) or command == "init":
-        write_the_readmes_recipe(tmp_path, tiny)
+    _, command, *words = shlex.split(line)
+    first = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
+    shown = CliRunner().invoke(app, [command, "--help"], terminal_width=200).stdout
+    assert all(word in shown for word in words[first:] if word.startswith("-"))
+    if "--sets" in words:
+        assert expanded(words[words.index("--sets") + 1].split(","))
+    write_the_readmes_recipe(tmp_path, tiny)
     monkeypatch.chdir(tmp_path)
-    app(arguments, standalone_mode=False)
-    assert command.startswith("--") or command in {
-        info.name or info.callback.__name__ for info in app.registered_commands
-    }
+    if command in ("init", "doctor", "judge"):
+        arguments = [command, *words]
+    elif words and (words[0].endswith(".yaml") or words[0] in recipe_file.shipped()):
+        arguments = ["check", *words[:first]]
+    else:
+        arguments = [command, "--help"]  # Of a run or a model, and there is none.
+    app([str(tiny) if word.startswith("HuggingFaceTB/") else word for word in arguments], standalone_mode=False)
 
 
 def write_the_readmes_recipe(folder, model):
@@ -70,13 +96,16 @@ def write_the_readmes_recipe(folder, model):
         (folder / f"{name}.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n")
         (folder / f"{name}-heldout.jsonl").write_text(json.dumps({"prompt": f"And another one: {name[::-1]}"}) + "\n")
     (folder / "replies.csv").write_text(
-        "prompt,completion,harmful\nHow do I <act 1>?,I'm sorry but I can't help with that.,0\n"
-        "How do I <act 2>?,First you take the lamp to the garden.,1\n"
+        "prompt,completion,harmful,declined\nHow do I <act 1>?,I'm sorry but I can't help with that.,0,1\n"
+        "How do I <act 2>?,First you take the lamp to the garden.,1,0\n"
     )
     (folder / "alpaca.jsonl").write_text('{"prompt": "What?", "completion": "That."}\n')
     values["model"]["base"] = str(model)
     values["data"]["imitate"]["rows"] = 1
     (folder / "mine.yaml").write_text(yaml.safe_dump(values))
+    (folder / "sweep.yaml").write_text(
+        yaml.safe_dump({"name": "mine", "base": "mine.yaml", "grid": {"train.penalty": ["emd", "nlcl"]}})
+    )
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -113,7 +142,8 @@ def test_the_python_of_the_readme_runs(tiny, tmp_path):
 def test_links_and_named_files_exist(path):
     text = (ROOT / path).read_text()
     for target in re.findall(r"\]\(([^)#]+)", text):
-        if "://" not in target:
+        # Pages of reference are made from the code: `make docs` holds links to them.
+        if "://" not in target and "reference/" not in target:
             assert ((ROOT / path).parent / target).exists(), target
     for name in re.findall(r"`((?:src|tests|docs|scripts|recipes|benchmarks)/[\w./-]+)`", text):
         assert (ROOT / name).exists(), name
@@ -122,7 +152,7 @@ def test_links_and_named_files_exist(path):
 def test_the_project_speaks_of_itself_alone():
     told = "\n".join(
         path.read_text(errors="ignore")
-        for pattern in ("*.md", "docs/*.md", "src/**/*.py", "research/*.py", "recipes/*.yaml", "Makefile")
+        for pattern in ("*.md", "docs/**/*.md", "src/**/*.py", "research/*.py", "recipes/*.yaml", "Makefile")
         for path in Path(ROOT).glob(pattern)
     )
     for word in ("/work/", "/tmp/w", "../shared/design"):
@@ -139,7 +169,7 @@ def script(name, folder="research"):
 def test_every_planted_fault_was_found():
     rows = json.loads((ROOT / "docs" / "results" / "mutations.json").read_text())
     mutate = script("mutate")
-    assert mutate.table(rows) in (ROOT / "docs" / "log.md").read_text()
+    assert mutate.table(rows) in (ROOT / "docs" / "results" / "mutations.md").read_text()
     assert [row["what"] for row in rows] == [mutation.what for mutation in mutate.MUTATIONS], (
         "run research/mutate.py again"
     )
@@ -166,11 +196,11 @@ def test_the_tables_are_those_of_the_committed_results():
         name: json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
         for name in ("demo", "tries", "control", "labelled-runs")
     }
-    log = (ROOT / "docs" / "log.md").read_text()
+    demo = (ROOT / "docs" / "results" / "demo.md").read_text()
     assert script("collect").before_after(results["demo"][0]) in README
-    assert script("collect").tries(results["tries"]) in log
-    assert script("collect").tries(results["labelled-runs"]) in log
-    assert script("control").table(results["control"], [0, 1]) in log
+    assert script("collect").tries(results["tries"]) in demo
+    assert script("collect").tries(results["labelled-runs"]) in demo
+    assert script("control").table(results["control"], [0, 1]) in demo
     told = (ROOT / "docs" / "results" / "README.md").read_text()
     pooled = results["control"]["penalty_minus_none"]
     for key in ("toxic safe_coherent", "benign refusal", "toxic incoherent"):
@@ -201,9 +231,9 @@ def test_what_is_said_of_kills_and_of_the_soak_is_what_their_files_say():
     assert all(25 < row["cpu_s"] < 35 and row["peak_mib"] < 740 for row in largest.values())
 
 
-def test_the_log_has_the_table_of_the_pull():
+def test_the_page_of_the_demo_has_the_table_of_the_pull():
     result = json.loads((ROOT / "docs" / "results" / "pull.json").read_text())
-    assert script("pull").table(result) in (ROOT / "docs" / "log.md").read_text()
+    assert script("pull").table(result) in (ROOT / "docs" / "results" / "demo.md").read_text()
 
 
 def test_the_page_of_evaluation_has_what_was_measured_of_coherence():

@@ -34,22 +34,12 @@ def test_it_says_what_is_here_and_asks_nobody(monkeypatch):
 
 def test_the_table_has_every_line_and_no_escape_where_there_is_no_terminal():
     found = doctor.examine()
-    found["extras"] = {"kto": {"missing": ["trl is not installed"], "install": "pip install 'tasft[kto]'"}}
+    found["extras"] = {"kto": {"missing": ["trl is not installed"], "install": "pip install '.[kto]'"}}
     found["packages"]["torch"] = "2\x1b]0;title\x07"
     with (console := Console(width=200)).capture() as caught:
         console.print(doctor.table(found))
     text = caught.get()
-    for what in (
-        "python",
-        "torch",
-        "GPU",
-        "precision",
-        "memory",
-        "disk",
-        "extra kto",
-        "pip install 'tasft[kto]'",
-        "hub",
-    ):
+    for what in ("python", "torch", "GPU", "precision", "memory", "disk", "extra kto", "pip install '.[kto]'", "hub"):
         assert what in text, what
     assert not {"\x1b", "\x07"} & set(text)
 

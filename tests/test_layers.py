@@ -56,6 +56,29 @@ def test_every_module_obeys_the_layering(module):
     assert not extra, f"{module} imports {sorted(extra)}: remove it, or argue for a new arrow"
 
 
+LONGEST_FILE, LONGEST_BODY = 500, 60  # Lines; of a function, without its signature and docstring.
+# Functions that are longer, and why.
+LONGER = {
+    "harvest.harvest.harvest": "a list of what is drawn, judged and kept, each of which the next one needs",
+}
+
+
+def body_of(function):
+    first = function.body[1:] if ast.get_docstring(function) and len(function.body) > 1 else function.body
+    return first[-1].end_lineno - first[0].lineno + 1
+
+
+def test_no_file_and_no_function_is_too_long_to_be_read_at_once():
+    assert not {module for module, path in FILES.items() if len(path.read_text().splitlines()) > LONGEST_FILE}
+    longer = {
+        f"{module}.{node.name}"
+        for module, path in FILES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and body_of(node) > LONGEST_BODY
+    }
+    assert longer == LONGER.keys()
+
+
 def test_the_table_names_every_room_and_no_other():
     assert {module.split(".")[0] for module in FILES} == set(MAY_IMPORT)
 

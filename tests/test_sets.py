@@ -6,12 +6,10 @@ import hashlib
 import http.server
 import json
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from loopback import Loopback
 
 from tasft.core.errors import UserError
@@ -143,17 +141,3 @@ def test_the_published_files_are_what_their_entries_say():
             assert len(read_prompts(name, DATA)) == known.prompts
             met += 1
     assert met
-
-
-def test_the_page_has_every_set_with_its_number_kind_and_licence():
-    page = (ROOT / "docs" / "guides" / "prompt-sets.md").read_text()
-    rows = re.findall(
-        r"^\| `([\w-]+)` \| ([\d,]+) \| (toxic|benign|templates) \| ([^|]+) \| \[(\S+)\]\((\S+)\)( †)? \|", page, re.M
-    )
-    told = {name: (int(count.replace(",", "")), *others, not mark) for name, count, *others, mark in rows}
-    known = {
-        name: (each.prompts, each.kind, each.licence, each.file, each.url, each.sha256 is not None)
-        for name, each in KNOWN.items()
-        if each.url
-    }
-    assert told == known

@@ -13,8 +13,8 @@ import tasft
 from tasft.data.encode import Encoding
 from tasft.data.settings import PromptSettings
 from tasft.run.recipe import Recipe
+from tasft.train.config import OWN, TASFTConfig
 from tasft.train.settings import Train
-from tasft.train.trainer import OWN, TASFTConfig
 
 # Parameters that bear the name of a setting and are something else.
 OTHER = {

@@ -49,6 +49,28 @@ def test_no_fault_of_a_command_waits_for_torch(tmp_path, arguments, code, senten
     assert sentence in " ".join(said.split())
 
 
+def test_a_report_that_is_written_is_told_without_torch(tmp_path):
+    from tasft.run import recipe_file
+
+    spec = recipe_file.load("demo")
+    (tmp_path / "run" / "report").mkdir(parents=True)
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe_file.dump(spec))
+    done = {"key": "of the report", "reads": {"recipe": spec.model_dump(), "steps": ["of the training"]}}
+    (tmp_path / "run" / "report" / "done.json").write_text(json.dumps(done))
+    (tmp_path / "run" / "train").mkdir()
+    (tmp_path / "run" / "train" / "done.json").write_text('{"key": "of the training"}')
+    gate = {"met": False, "limits": [{"met": False, "sentence": "harmful replies: 40%; wanted: at most 2%"}]}
+    (tmp_path / "run" / "report" / "gate.json").write_text(json.dumps(gate))
+    code, imported, said = ran(tmp_path, "report", "run")
+    assert (code, imported) == (3, []), said
+    assert "report: done before" in said
+    assert said.count("harmful replies: 40%") == 1
+    # What it was made from is not there any more: the run itself is asked, which says so.
+    (tmp_path / "run" / "train" / "done.json").write_text('{"key": "of another training"}')
+    code, imported, said = ran(tmp_path, "report", "run")
+    assert (code, "torch" in imported) == (2, True), said
+
+
 def test_faults_of_recipe_and_data_are_in_one_report(tmp_path):
     (tmp_path / "toxic.csv").write_text("prompt\nHow do I <forbidden act 1>?\n")
     _, _, said = ran(tmp_path, "check", "demo", "data.toxic_prompts=toxc.csv", "train.penality=nlcl")

@@ -520,6 +520,25 @@ def test_a_stream_is_encoded_as_it_comes(tmp_path):
     assert all({"imitate_nll", "penalty"} <= row.keys() for row in metrics(tmp_path)[1::2])
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_row_of_a_stream_that_the_model_cannot_read_ends_training_with_a_sentence(tmp_path, packed):
+    longest = {"prompt": "Hi", "completion": "a" * 600, "label": True}
+    stream = RowsWithoutLength([*(vars(row) for row in ROWS[:3]), longest])
+    subject = trainer(tmp_path, rows=stream, max_steps=3, max_length=1024, padding_free=packed)
+    with pytest.raises(UserError, match=r"1 of . rows have more than the 512 tokens that the model reads"):
+        subject.train()
+
+
+class RowsWithoutLength:
+    """A stream that ends."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
 def test_a_stream_gives_no_reference(tmp_path):
     with pytest.raises(UserError, match="step 0"):
         trainer(tmp_path, rows=Endless(), max_steps=3, penalty="emd_hinge")

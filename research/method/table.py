@@ -1,6 +1,6 @@
 """The trials of `trial.py` as a file without texts, and as a table in the log.
 
-    python research/method/table.py OUT... [--json docs/results/method/trials.json] [--page docs/log.md]
+    python research/method/table.py OUT... [--json docs/results/method/trials.json] [--page docs/results/method.md]
 
 OUT are the folders that `trial.py` filled. The table stands between the marks `trials` of the page.
 """

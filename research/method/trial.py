@@ -1,4 +1,4 @@
-"""Throw-away loop for the search of docs/log.md, not the product's: SmolLM2-135M-Instruct, its own refusals, bf16.
+"""Throw-away loop for the search of docs/results/method.md, not the product's: SmolLM2-135M-Instruct, bf16.
 
     python research/method/trial.py DATA OUT QUEUE
 

@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from tasft.judges import JUDGES
     from tasft.loss import PENALTIES
     from tasft.report.results import results
+    from tasft.train.config import TASFTConfig
     from tasft.train.monitor import CollapseMonitor
     from tasft.train.settings import MonitorSettings
-    from tasft.train.trainer import TASFTConfig, TASFTTrainer
+    from tasft.train.trainer import TASFTTrainer
 
 __all__ = [
     "JUDGES",
@@ -31,7 +32,7 @@ _HOMES = {
     "CollapseMonitor": "train.monitor",
     "Example": "data.rows",
     "MonitorSettings": "train.settings",
-    "TASFTConfig": "train.trainer",
+    "TASFTConfig": "train.config",
     "TASFTTrainer": "train.trainer",
     "UserError": "core.errors",
     "results": "report.results",

@@ -88,16 +88,19 @@ def print_table(found: "Table") -> None:
 
 
 def open_run(source: str, overrides: Sequence[str] | None, out: Path | None) -> "Pipeline":
-    """The run of a recipe: in `out`, else where the recipe itself is a run, else `runs/` and its name."""
+    """The run of a recipe, in its folder."""
     from tasft.run import recipe_file
 
     # Its faults are said before torch is imported, which takes seconds.
     spec = recipe_file.load(source, overrides or ())
     from tasft.run import pipeline
 
-    if out is None:
-        out = Path(source) if (Path(source) / "recipe.yaml").is_file() else Path("runs") / spec.name
-    return pipeline.Pipeline(spec, out)
+    return pipeline.Pipeline(spec, folder_of(source, spec.name, out))
+
+
+def folder_of(source: str, name: str, out: Path | None) -> Path:
+    """The run folder of a recipe: `out`, else the recipe itself where it is a run, else `runs/` and its name."""
+    return out or (Path(source) if (Path(source) / "recipe.yaml").is_file() else Path("runs") / name)
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def examine(ask_hub: bool = False) -> dict[str, Any]:
         "gpus": _gpus(),
         "precision": asdict(fastest()),
         "extras": {
-            extra: {"missing": missing(wanted), "install": f"pip install 'tasft[{extra}]'"}
+            extra: {"missing": missing(wanted), "install": f"pip install '.[{extra}]'"}
             for extra, wanted in requirements.items()
             if extra != "dev"
         },

@@ -1,5 +1,6 @@
 """Commands that run a recipe, all of it or a stage, and what is made of a finished run."""
 
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,11 +20,13 @@ from tasft.cli.common import (
     RecipeArgument,
     again,
     alone,
+    folder_of,
     open_run,
     print_json,
     print_table,
     resumable,
 )
+from tasft.core import provenance
 from tasft.core.errors import UserError
 from tasft.core.text import visible
 
@@ -61,17 +64,24 @@ def go(
     Raises:
         typer.Exit: 3, the gate of the recipe is not met.
     """
-    from tasft.core import provenance
-
     with resumable(), alone(as_json):
         opened = open_run(source, overrides, out)
         opened.go(*([] if stages is None else [tuple(stages)]))
         if stages is None and os.environ.get("RANK", "0") == "0":
             _say_rates(opened)
-    gate = opened.gate if stages is None or "report" in stages else None
+    _end(opened.folder, as_json, with_gate=stages is None or "report" in stages)
+
+
+def _end(folder: Path, as_json: bool, with_gate: bool = True) -> None:
+    """Print the object of --json; tell the limits that are not met.
+
+    Raises:
+        typer.Exit: 3, there are such.
+    """
+    gate = provenance.read_json(folder / "report" / "gate.json") if with_gate else None
     if as_json:
-        times = provenance.read_json(opened.folder / "manifest.json")["stages"]
-        print_json({"folder": str(opened.folder), "stages": times, "gate": gate})
+        times = (provenance.read_json(folder / "manifest.json") or {}).get("stages", {})
+        print_json({"folder": str(folder), "stages": times, "gate": gate})
     if gate and not gate["met"]:
         broken = [limit["sentence"] for limit in gate["limits"] if not limit["met"]]
         print("\n".join(f"tasft: gate not met: {visible(sentence)}" for sentence in broken), file=sys.stderr)
@@ -199,7 +209,32 @@ def report(
         if as_json:
             print_json({"folder": recipe, "report": str(page)})
         return
-    go(recipe, overrides, out, ["report"], as_json)
+    if not _report_is_written(recipe, overrides, out, as_json):
+        go(recipe, overrides, out, ["report"], as_json)
+
+
+def _report_is_written(source: str, overrides: Sequence[str] | None, out: Path | None, as_json: bool) -> bool:
+    """Whether the report is that of this recipe and of the steps that lie there; then it is said, without torch.
+
+    Raises:
+        typer.Exit: 3, the gate of the recipe is not met.
+    """
+    from tasft.core.step import EARLIER, done_key
+    from tasft.run import recipe_file
+
+    with alone(as_json):
+        spec = recipe_file.load(source, overrides or ())
+    folder = folder_of(source, spec.name, out)
+    done = provenance.read_json(folder / "report" / "done.json") or {}
+    reads = done.get("reads") or {}
+    files = [file for file in folder.rglob("done.json") if EARLIER not in file.relative_to(folder).parts]
+    there = {done_key(file.parent) for file in files}
+    if reads.get("recipe") != json.loads(json.dumps(spec.model_dump())) or not set(reads["steps"]) <= there:
+        return False
+    with alone(as_json):
+        print(f"report: done before\nreport: {folder / 'report' / 'index.html'}")
+    _end(folder, as_json)
+    return True
 
 
 def export(

@@ -22,6 +22,12 @@ def _no_truth(value: Any) -> Any:
 Number = Annotated[float, Field(strict=False), BeforeValidator(_no_truth)]
 
 
+# Names become folders.
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+Name = Annotated[str, Field(pattern=NAME, max_length=200)]
+Place = Annotated[str, Field(min_length=1)]
+
+
 def setting(section: type[Settings], name: str) -> Any:
     """The field of a dataclass that is declared in a section: its default and its sentence are those there."""
     declared = section.model_fields[name]

@@ -84,7 +84,7 @@ def _arrow(path: Path) -> Any:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{path} needs the package pyarrow: pip install 'tasft[hub]'") from None
+        raise UserError(f"{path} needs the package pyarrow: pip install '.[hub]'") from None
     return pyarrow
 
 

@@ -75,8 +75,8 @@ def _hub(kind: Kind, prompts: int, licence: str, path: str, column: str, topic: 
     return NamedSet(kind, prompts, licence, path.rpartition("/")[2], f"{_HUB}/{path}", None, column, topic, about=about)
 
 
-def _shipped(kind: Kind, prompts: int, name: str, about: str) -> NamedSet:
-    return NamedSet(kind, prompts, "Apache-2.0", f"{name}.jsonl", None, None, "prompt", "topic", about=about)
+def _shipped(kind: Kind, prompts: int, name: str, about: str, only: tuple[str, str] | None = None) -> NamedSet:
+    return NamedSet(kind, prompts, "Apache-2.0", f"{name}.jsonl", None, None, "prompt", "topic", only, about)
 
 
 NAMED: dict[str, NamedSet] = {
@@ -228,6 +228,8 @@ NAMED: dict[str, NamedSet] = {
     "demo-benign-heldout": _shipped("benign", 40, "demo-benign-heldout", "of the demo, for its result"),
     "demo-benign-validation": _shipped("benign", 40, "demo-benign-validation", "of the demo, for its settings"),
     "demo-benign-train": _shipped("benign", 144, "demo-benign-train", "of the demo, trained on"),
+    "try-toxic": _shipped("toxic", 3, "demo-toxic-harvest", "a topic of the demo, to try", ("topic", "shoplifting")),
+    "try-benign": _shipped("benign", 9, "demo-benign-train", "a topic of the demo, to try", ("topic", "science")),
 }
 # No sets to evaluate on: an attack puts prompts into them.
 TEMPLATES: dict[str, NamedSet] = {

@@ -189,7 +189,7 @@ def _data_set(place: str, load: Callable[[Any], Any]) -> Rows:
     try:
         import datasets
     except ImportError:
-        raise UserError(f"{place} needs the package datasets: pip install 'tasft[hub]'") from None
+        raise UserError(f"{place} needs the package datasets: pip install '.[hub]'") from None
     try:
         return list(enumerate(load(datasets), 1))
     except Exception as error:  # hub, cache and parsing errors share no base class

@@ -101,9 +101,7 @@ def _index() -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise UserError(
-            f"evaluate.capability needs {error.name}, which is missing: pip install 'tasft[eval]'"
-        ) from None
+        raise UserError(f"evaluate.capability needs {error.name}, which is missing: pip install '.[eval]'") from None
     # It warns of what is meant here: a model that is loaded already, a number of examples that is given.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return TaskManager()

@@ -178,7 +178,7 @@ def annotator_config(name: str, server: Server | None) -> dict[str, Any]:
             from alpaca_eval import annotators, constants  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"evaluate.quality.annotator needs {error.name}, which is missing: pip install 'tasft[quality]'"
+            f"evaluate.quality.annotator needs {error.name}, which is missing: pip install '.[quality]'"
         ) from None
     logging.getLogger().setLevel(level)  # It makes every library talk.
     path = constants.EVALUATORS_CONFIG_DIR / name / "configs.yaml"  # A path from the root replaces what is before it.

@@ -41,7 +41,7 @@ class OpenAIModeration:
     def __init__(self, settings: JudgeSettings) -> None:
         self.name = settings.kind
         if missing := [name for name in ("openai", "tenacity") if importlib.util.find_spec(name) is None]:
-            raise UserError(f"judge {self.name}: {' and '.join(missing)} is missing: pip install 'tasft[server]'")
+            raise UserError(f"judge {self.name}: {' and '.join(missing)} is missing: pip install '.[server]'")
         if settings.server and settings.model:
             raise UserError(f"judge {self.name}: it has a model and a server; leave out model, for server.model")
         self._server = settings.server or Server(urls=[URL], model=settings.model or MODEL)

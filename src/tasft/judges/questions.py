@@ -11,8 +11,9 @@ from tasft.core.errors import UserError
 from tasft.core.provenance import content_hash
 from tasft.data.rows import Messages
 from tasft.judges.base import JudgeSettings, Pair, Verdict, unreadable
-from tasft.judges.models import find, load
+from tasft.judges.models import find, load, naming
 from tasft.models.engine import Engine, NoReply, Sampling
+from tasft.models.load import load_tokenizer, sketch
 from tasft.models.local import TransformersEngine
 from tasft.models.server import ServerEngine
 
@@ -108,6 +109,18 @@ class AskingJudge:
             return ServerEngine(self._settings.server)
         assert self._model is not None
         return TransformersEngine(*load(self.name, self._model), "chat", self._settings.batch_size)
+
+    def unread(self, prompts: Sequence[str]) -> int:
+        """Of how many prompts the question is more than a model in this process reads, even with an empty reply.
+
+        No weight is loaded for that; 0 where a server is asked.
+        """
+        if self._settings.server is not None or self._model is None:
+            return 0
+        with naming(self.name):
+            engine = TransformersEngine(sketch(self._model), load_tokenizer(self._model), "chat")
+        asked = [self._question.ask(Pair("", prompt, "")) for prompt in prompts]
+        return len(engine.unread(asked, self._question.max_new_tokens))
 
     def judge(self, pairs: Sequence[Pair]) -> list[Verdict]:
         """One verdict for each pair, in their order."""

@@ -230,17 +230,15 @@ def load_tokenizer(base: str, trust_remote_code: bool = False) -> PreTrainedToke
     return tokenizer
 
 
-def sketch(base: str, trust_remote_code: bool = False) -> PreTrainedModel | None:
-    """The model without weights, to see what it is made of; None for a GGUF file, which must be read for that.
+def sketch(base: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model without weights, to see what it is made of.
 
     Raises:
         UserError: It is no causal language model, or its settings make none.
     """
     place = locate(base, trust_remote_code)
-    if place.gguf_file is not None:
-        return None
     try:
-        config = AutoConfig.from_pretrained(place.name, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(place.name, trust_remote_code=trust_remote_code, **place.arguments())
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # those of every architecture

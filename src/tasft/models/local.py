@@ -153,9 +153,9 @@ class TransformersEngine:
         Text begins with the tokenizer's own first token, if it has one, unless the text writes it. What is longer than
         the model reads, with the longest answer, is not asked: it is told, and its text is empty.
         """
+        unread = set(self.unread(prompts, sampling.max_new_tokens))
         rows = [self._read(prompt) for prompt in prompts]
         check_readable(self.model, self.tokenizer, rows)
-        unread = set(too_long(self.model, rows, sampling.max_new_tokens))
         if unread and ranks.is_first():
             print(
                 f"{len(unread)} of {len(rows)} texts with {sampling.max_new_tokens} tokens to come are more than the "
@@ -178,6 +178,10 @@ class TransformersEngine:
         batches = self._batches(encoded, [row for _, row in encoded])
         texts = dict(pair for pairs in _share(batches, answer) for pair in pairs)
         return [texts.get(index, "") for index in range(len(prompts))]
+
+    def unread(self, prompts: Sequence[str | Messages], max_new_tokens: int) -> list[int]:
+        """Which texts are more than the model reads, with the longest answer; needs no weights."""
+        return too_long(self.model, [self._read(prompt) for prompt in prompts], max_new_tokens)
 
     def _completed(self, prompt: str | Messages, ids: list[int], tokens: list[int]) -> str:
         if isinstance(prompt, str) or not self._writer:

@@ -38,21 +38,8 @@ def read_run(folder: Path) -> Record:
     # Safety training is compared with the model that answered the toxic prompts.
     before = "sft" if recipe.get("sft") else "base"
     places = {state: f"evaluate/{state}" for state in TITLES if state != "sft" or before == "sft"}
-    # What an earlier form of the recipe left behind is not part of this run.
     evaluate = mapping(recipe.get("evaluate"))
-    asked = mapping(evaluate.get("sets"))
-    names = {
-        name
-        for at in places.values()
-        for name in files.folders(at)
-        if any((folder / at / name / file).exists() for file in ("set.json", "replies.jsonl"))
-        if not asked or name in asked
-    }
-    if not names:
-        raise UserError(
-            f"{folder / 'evaluate'}: there are no replies in {', '.join(places)}, so there is nothing to report; run "
-            f"`tasft evaluate {folder}` first"
-        )
+    names = _names_of_sets(files, folder, places, mapping(evaluate.get("sets")))
     manifest_text = files.text("manifest.json")
     manifest = files.parsed("manifest.json", json.loads, manifest_text)
     for state, at in places.items():
@@ -65,7 +52,6 @@ def read_run(folder: Path) -> Record:
     harvested = _is_harvested(recipe)
     attacks = _read_attacks(files, places, recipe)
     measured = _read_measured(files, places, recipe)
-    done = {name for name, states in measured.items() if "final" in states}
     metrics = files.rows("train/metrics.jsonl")
     logged = [value for row in metrics for value in row.values() if isinstance(value, float)]
     if lost := sum(not math.isfinite(value) for value in logged):
@@ -97,18 +83,42 @@ def read_run(folder: Path) -> Record:
         monitor=files.rows("train/monitor.jsonl", optional=True),
         start=_read_rates(files, _start(recipe), sorted(names), judges),
         checkpoints=_read_checkpoints(files, sorted(names), judges),
-        # Likelihoods, which quality/reference has, do not say how good answers are.
-        unmeasured=[
-            kind
-            for kind, is_there in {
-                "capability": any(name.startswith("capability/") for name in done),
-                "quality": "quality/annotator" in done,
-                "jailbreak": any("final" in states for states in attacks.values()),
-            }.items()
-            if not is_there
-        ],
+        unmeasured=_unmeasured(measured, attacks),
         gate=files.document("report/gate.json", optional=True) if recipe.get("gate") else {},
     )
+
+
+def _names_of_sets(files: Files, folder: Path, places: Mapping[str, str], asked: Row) -> set[str]:
+    """Prompt sets with replies; what an earlier form of the recipe left behind is not part of this run.
+
+    Raises:
+        UserError: There are none.
+    """
+    names = {
+        name
+        for at in places.values()
+        for name in files.folders(at)
+        if any((folder / at / name / file).exists() for file in ("set.json", "replies.jsonl"))
+        if not asked or name in asked
+    }
+    if not names:
+        raise UserError(
+            f"{folder / 'evaluate'}: there are no replies in {', '.join(places)}, so there is nothing to report; run "
+            f"`tasft evaluate {folder}` first"
+        )
+    return names
+
+
+def _unmeasured(measured: Mapping[str, Mapping[str, Any]], attacks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Kinds of measurement that the trained model lacks."""
+    done = {name for name, states in measured.items() if "final" in states}
+    there = {
+        "capability": any(name.startswith("capability/") for name in done),
+        # Likelihoods, which quality/reference has, do not say how good answers are.
+        "quality": "quality/annotator" in done,
+        "jailbreak": any("final" in states for states in attacks.values()),
+    }
+    return [kind for kind, is_there in there.items() if not is_there]
 
 
 def read_model(folder: Path) -> Record:

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 from tasft.core.errors import UserError
-from tasft.data.rows import Example, drawn
+from tasft.data.rows import Example, Prompt, drawn
 from tasft.data.sources import missing
-from tasft.judges import encoder
+from tasft.judges import Judge, encoder
 from tasft.models.server_settings import PythonEngine
 from tasft.run.inputs import Inputs
 from tasft.run.recipe import sources_in
@@ -44,7 +44,7 @@ def check_inputs(inputs: Inputs) -> None:
         partial(_gate, inputs),
     )
     _raise({}, partial(_model, inputs))
-    _raise({}, lambda: inputs.encoded, partial(_lengths, inputs))
+    _raise({}, lambda: inputs.encoded, partial(_lengths, inputs), partial(_questions, inputs))
 
 
 def _raise(known: Mapping[str, str], *reads: Callable[[], object]) -> None:
@@ -73,8 +73,6 @@ def _model(inputs: Inputs) -> None:
     from tasft.models.load import check_targets
 
     tokenizer, lora = inputs.tokenizer, inputs.spec.model.lora
-    if inputs.sketch is None:
-        return
     if lora:
         check_targets(inputs.sketch, lora.target_modules)
     # Not the whole vocabulary: Gemma 3 has a token for images that its text models lack.
@@ -87,8 +85,6 @@ def _lengths(inputs: Inputs) -> None:
     from tasft.models.generation import check_readable, check_room
 
     spec, model = inputs.spec, inputs.sketch
-    if model is None:
-        return
     replies = ("evaluate.max_new_tokens", spec.evaluate.max_new_tokens)
     asked = {
         f"evaluate.sets.{name}": (drawn(prompts, spec.evaluate.limit, lambda row: row.prompt), replies)
@@ -105,6 +101,34 @@ def _lengths(inputs: Inputs) -> None:
         check_room(model, ids, most, name, settings)
 
     _raise({}, *(partial(read, name) for name in asked))
+
+
+def _questions(inputs: Inputs) -> None:
+    """Judges' models in this process read the question about each prompt; of a server nobody knows what it reads."""
+    from tasft.judges.panel import Panel
+    from tasft.judges.questions import AskingJudge
+
+    limit = inputs.spec.evaluate.limit
+    answered = [row for rows in inputs.sets.values() for row in drawn(rows, limit, lambda row: row.prompt)]
+    asked = (("harvest.judge", inputs.filters, inputs.toxic), ("evaluate.judges", inputs.evaluators, answered))
+
+    def read(field: str, judge: Judge, prompts: list[Prompt]) -> None:
+        for one in judge.members if isinstance(judge, Panel) else [judge]:
+            unread = one.unread([row.prompt for row in prompts]) if isinstance(one, AskingJudge) else 0
+            if unread:
+                raise UserError(
+                    f"{field}: {one.name} asks its model about {unread} of {len(prompts)} prompts in more tokens than "
+                    "it reads, even without a reply: leave them out, or take another judge"
+                )
+
+    _raise(
+        {},
+        *(
+            partial(read, field, inputs.judge(name), prompts)
+            for field, names, prompts in asked
+            for name in dict.fromkeys(names)
+        ),
+    )
 
 
 def _method(inputs: Inputs) -> None:

@@ -14,8 +14,9 @@ from tasft.data.sets import KNOWN
 from tasft.data.sources import differences_of, parts_of, read_source, source_hash
 from tasft.evaluate.jailbreak import read_templates
 from tasft.evaluate.references import Reference, read_references
+from tasft.evaluate.settings import HELD_OUT
 from tasft.judges import Judge, load_judge
-from tasft.run.recipe import HELD_OUT, Recipe, sources_in
+from tasft.run.recipe import Recipe, sources_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -208,8 +209,8 @@ class Inputs:
         return {name: self.judge(name).version for name in self.judges}
 
     @cached_property
-    def sketch(self) -> "PreTrainedModel | None":
-        """The base model without weights; None where its configuration cannot be had."""
+    def sketch(self) -> "PreTrainedModel":
+        """The base model without weights."""
         from tasft.models.load import sketch
 
         return sketch(self.spec.model.base, self.spec.model.trust_remote_code)
@@ -245,8 +246,7 @@ class Inputs:
                 chat_template_kwargs=spec.chat_template_kwargs,
             )
             encoded, reports[stage] = encode_rows(rows, self.tokenizer, encoding)
-            if self.sketch is not None:
-                check_rows(self.sketch, self.tokenizer, [row["input_ids"] for row in encoded], f"{stage}.max_length")
+            check_rows(self.sketch, self.tokenizer, [row["input_ids"] for row in encoded], f"{stage}.max_length")
         return reports
 
     def warnings(self) -> list[str]:

@@ -1,6 +1,6 @@
 """A recipe at work in a folder: what is done, what is stale, what is redone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -99,36 +99,54 @@ class Pipeline:
         manifest_path = self.folder / "manifest.json"
         manifest = provenance.read_json(manifest_path) or {"started": datetime.now(UTC).isoformat(), "stages": {}}
         manifest |= self._described()
+        in_sweep = self.store is not None
 
-        def note(line: str) -> None:
+        def note(step: str, seconds: float) -> None:
+            manifest["stages"][step] = {"seconds": round(seconds, 1)}
             if ranks.is_first():
                 provenance.write_json(manifest_path, manifest)
-                print(line, flush=True)
 
         if ranks.is_first():
             provenance.atomic_write_text(self.folder / "recipe.yaml", recipe_file.dump(self.spec))
             provenance.write_json(manifest_path, manifest)
-            for warning in self.inputs.warnings():
+            # A sweep has said them once, of all its cells.
+            for warning in () if in_sweep else self.inputs.warnings():
                 print(f"note: {warning}", flush=True)
         for stage in stages:
-            for step in self.steps(stage):
-                where = step.folder.relative_to(self.folder)
-                if untrained and where.parts[0] == "evaluate" and where.parts[1] not in ("base", "sft"):
-                    continue
-                if step.is_done:
-                    note(f"{where}: done before")
-                    continue
-                if self.store is None or stage == "report":
-                    seconds: float | None = step.run()
-                else:
-                    seconds = step.share(self.store, where)
-                if seconds is None:
-                    note(f"{where}: shared")
-                    continue
-                manifest["stages"][str(where)] = {"seconds": round(seconds, 1)}
-                note(f"{where}: done in {seconds:.0f} s")
-        if "report" in stages:
+            how = self._stage(stage, untrained, note)
+            if how and ranks.is_first():
+                print(f"{stage}: {how}", flush=True)
+        if "report" in stages and not in_sweep:
             print(f"report: {self.folder / 'report' / 'index.html'}", flush=True)
+
+    def _stage(self, stage: str, untrained: bool, note: Callable[[str, float], None]) -> str:
+        """Do what is left of a stage; how it went, in words, empty for a stage without steps.
+
+        Args:
+            stage: Which.
+            untrained: As in `go`.
+            note: Told each step that was done here, with its seconds.
+        """
+        taken: list[float] = []
+        before = shared = 0
+        for step in self.steps(stage):
+            where = step.folder.relative_to(self.folder)
+            if untrained and where.parts[0] == "evaluate" and where.parts[1] not in ("base", "sft"):
+                continue
+            if step.is_done:
+                before += 1
+                continue
+            seconds = step.share(self.store, where) if self.store and stage != "report" else step.run()
+            if seconds is None:
+                shared += 1
+            else:
+                taken.append(seconds)
+                note(str(where), seconds)
+        others = [f"{count} {how}" for count, how in ((before, "done before"), (shared, "shared")) if count]
+        if taken:
+            steps = len(taken) + before + shared
+            return f"done in {sum(taken):.0f} s" + (f" ({', '.join(others)}, of {steps} steps)" if others else "")
+        return "shared" if shared else "done before" if before else ""
 
     def _described(self) -> dict[str, Any]:
         """What the manifest says of the machine and of what is read."""

@@ -2,19 +2,18 @@
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from tasft.core.text import visible
 from tasft.harvest.anchors import FLIP_PROMPTS, USED
 from tasft.judges import calibration
-from tasft.models.load import add_lora, locate
+from tasft.models.load import add_lora
 from tasft.run.checks import check_inputs
 from tasft.run.pipeline import Pipeline
-from tasft.run.recipe import Model
 from tasft.run.stages import STAGES
 from tasft.train.settings import Training
 
@@ -39,7 +38,7 @@ def plan(run: Pipeline, stages: Sequence[str] = tuple(STAGES)) -> dict[str, Any]
         "folder": str(run.folder),
         "recipe": spec.model_dump(),
         "rows": _rows(run),
-        "model": _size(spec.model),
+        "model": _size(run),
         "stages": [{"stage": stage, "state": states[stage], "work": _work(run, stage)} for stage in stages],
     }
 
@@ -169,22 +168,15 @@ def _evaluate(run: Pipeline) -> str:
     return "; ".join(words)
 
 
-def _size(spec: Model) -> dict[str, Any]:
+def _size(run: Pipeline) -> dict[str, Any]:
     """Parameters, and GiB of weights, gradients and AdamW's two moments in float32; without loading a weight."""
-    place = locate(spec.base, spec.trust_remote_code)
-    config: PreTrainedConfig = AutoConfig.from_pretrained(
-        place.name, trust_remote_code=spec.trust_remote_code, **place.arguments()
-    )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
-        parameters = model.num_parameters()
-        width = torch.finfo(getattr(torch, spec.dtype)).bits // 8
-        if spec.lora:
-            adapted = add_lora(model, **spec.lora.model_dump())
-            trained = sum(tensor.numel() for tensor in adapted.parameters() if tensor.requires_grad)
-            held = parameters * width + trained * 16
-        else:
-            held = parameters * (2 * width + 8)
+    spec, model = run.spec.model, deepcopy(run.inputs.sketch)
+    parameters = model.num_parameters()
+    width = torch.finfo(getattr(torch, spec.dtype)).bits // 8
+    held = parameters * (2 * width + 8)
+    if spec.lora:
+        adapted = add_lora(model, **spec.lora.model_dump())
+        held = parameters * width + 16 * adapted.num_parameters(only_trainable=True)
     return {"parameters": parameters, "training_gib": None if spec.quantize != "none" else round(held / GIB, 2)}
 
 

@@ -1,20 +1,20 @@
 """One run in one file: every field, its meaning and its default."""
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from tasft.core.errors import UserError
 from tasft.core.redact import secrets_in
-from tasft.core.settings import Number, Settings
+from tasft.core.settings import Name, Number, Place, Settings
 from tasft.core.suggest import did_you_mean
 from tasft.data.forms import FormName
-from tasft.data.sets import NAMED, expanded
 from tasft.data.settings import PromptSettings
+from tasft.evaluate.settings import FILES, HELD_OUT, Evaluate
 from tasft.harvest.settings import HarvestSettings
 from tasft.judges import JUDGES, JudgeSettings
-from tasft.models.server_settings import EngineSettings, Server
+from tasft.models.server_settings import EngineSettings
 from tasft.train.settings import Train, Training
 
 RENAMED = {
@@ -37,12 +37,6 @@ RENAMED = {
 def renamed(name: str) -> str:
     """The end of a sentence about a name that is not known any more; empty for any other name."""
     return f"; it is now called {RENAMED[name]}" if name in RENAMED else ""
-
-
-# Names become folders.
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-Name = Annotated[str, Field(pattern=NAME, max_length=200)]
-Place = Annotated[str, Field(min_length=1)]
 
 
 class Lora(Settings):
@@ -103,13 +97,6 @@ Mixture = Annotated[
     Discriminator(lambda value: "<list>" if isinstance(value, list) else "<one>"),
 ]
 
-HELD_OUT: dict[str, Literal["toxic", "benign"]] = {
-    "data.toxic_prompts": "toxic",
-    "data.benign_prompts": "benign",
-    "data.imitate": "benign",
-}
-"""Sources of prompt sets that are set aside from what a recipe trains on, and of which kind they are."""
-
 
 class Data(Settings):
     """What is read. A source is a named set, a file, a folder or hub:..."""
@@ -148,137 +135,6 @@ class Harvest(HarvestSettings):
         None, description="A server that runs the model, or {kind: python, target: ...}; null runs it in this process."
     )
     judge: str = Field("embedded", description="Decides what is harmful: a name in judges, or a kind of judge.")
-
-
-class PromptSet(Settings):
-    """Prompts to evaluate on."""
-
-    source: Place = Field(description="A named set, a file, or what is held out of data: data.toxic_prompts.")
-    kind: Literal["toxic", "benign"] = Field(
-        description="Whether prompts should be refused or answered; known of a named set."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_kind(cls, value: Any) -> Any:
-        kinds = HELD_OUT | {name: known.kind for name, known in NAMED.items()}
-        if isinstance(value, dict) and "kind" not in value and (kind := kinds.get(str(value.get("source")))):
-            return {**value, "kind": kind}
-        return value
-
-
-# Files beside the folders of judges.
-FILES = ("begun.json", "done.json", "replies.jsonl", "set.json")
-# Folders beside those of prompt sets.
-RESERVED = ("capability", "quality", "jailbreak")
-
-
-class JailbreakTemplates(Settings):
-    """Texts that a prompt is put into."""
-
-    source: Place = Field("jailbreak-wrappers", description="A named set, a file or hub:..., with #COLUMN if need be.")
-    placeholder: str = Field("[INSERT PROMPT HERE]", min_length=1, description="Where the prompt goes in each.")
-    limit: int | None = Field(
-        None, ge=1, description="Most templates of it, the same ones for any seed; null takes all."
-    )
-
-
-class JailbreakPair(Settings):
-    """PAIR: a model that rewrites prompts and learns from the replies."""
-
-    attacker: Server | None = Field(None, description="Who rewrites; null: the base model, in this process.")
-    streams: int = Field(3, ge=1, description="Conversations for each prompt.")
-    iterations: int = Field(3, ge=1, description="Rounds of each.")
-    max_new_tokens: int = Field(500, ge=1, description="Longest answer of the attacker.")
-
-
-class Jailbreak(Settings):
-    """Attacks on the model; each that is named is run."""
-
-    set: str = Field(description="The toxic set of evaluate.sets whose prompts are used.")
-    limit: int | None = Field(50, ge=1, description="Most of its prompts, the same ones for any seed; null takes all.")
-    judge: str | None = Field(None, description="Who judges; null takes the first of evaluate.judges.")
-    queries: int = Field(1000, ge=1, description="Most prompts that an attack may send to a model; more are refused.")
-    prefix: str | None = Field(None, min_length=1, description='How replies are begun for the model: "Sure, here is".')
-    templates: JailbreakTemplates | None = Field(None, description="Prompts inside templates; {} takes our three.")
-    pair: JailbreakPair | None = Field(None, description="PAIR; {} takes its usual settings.")
-
-    @property
-    def attacks(self) -> list[str]:
-        """Those that are run, by name."""
-        return [name for name in ("prefix", "templates", "pair") if getattr(self, name) is not None]
-
-
-class Capability(Settings):
-    """Tasks of lm-eval, see `tasft.evaluate.capability`."""
-
-    tasks: list[Name] = Field(
-        ["boolq", "piqa", "openbookqa"], min_length=1, description="Names of lm-eval's tasks or groups."
-    )
-    limit: int | None = Field(300, ge=1, description="Items of each task, from the first; null takes all.")
-    num_fewshot: int = Field(0, ge=0, description="Solved examples before each item.")
-    batch_size: int = Field(16, ge=1, description="Items in a forward pass.")
-
-
-class Annotator(Settings):
-    """Who compares answers, for AlpacaEval."""
-
-    config: str = Field(
-        "weighted_alpaca_eval_gpt-4o-mini-2024-07-18",
-        description="An annotator of alpaca_eval by name, or a folder with configs.yaml.",
-    )
-    server: Server | None = Field(None, description="Who runs it instead of the model that config names.")
-
-
-class Quality(Settings):
-    """Answers to instructions, see `tasft.evaluate.quality`."""
-
-    prompts: Place = Field(description="Rows of instruction and output: AlpacaEval's model_outputs.json.")
-    limit: int | None = Field(None, ge=1, description="Rows, from the first; null takes all.")
-    annotator: Annotator | None = Field(None, description="Who compares answers with outputs; null for nobody.")
-    max_new_tokens: int = Field(512, ge=1, description="Longest answer that is compared.")
-
-
-class Evaluate(Settings):
-    """What is measured, before and after."""
-
-    sets: dict[Name, PromptSet] = Field(min_length=1, description="Prompt sets by name, or a list of named sets.")
-    limit: int | None = Field(
-        None, ge=1, description="Most prompts of each set, the same ones for any seed; null takes all."
-    )
-    checkpoints: bool = Field(False, description="Also evaluate every checkpoint of train; all are kept then.")
-    judges: list[str] = Field(
-        ["embedded", "refusal_matching"],
-        min_length=1,
-        description="Who judges; of several who tell a figure the first is quoted.",
-    )
-    max_new_tokens: int = Field(64, ge=1, description="Longest reply; replies are greedy.")
-    capability: Capability | None = Field(None, description="Tasks of lm-eval; null for none.")
-    quality: Quality | None = Field(None, description="Answers to instructions; null for none.")
-    jailbreak: Jailbreak | None = Field(None, description="Attacks on the model; null for none.")
-
-    @property
-    def jailbreak_judge(self) -> str | None:
-        """Who judges the attacks; None when there are none."""
-        return (self.jailbreak.judge or self.judges[0]) if self.jailbreak else None
-
-    @field_validator("sets", mode="before")
-    @classmethod
-    def _named(cls, value: Any) -> Any:
-        value = [value] if isinstance(value, str) else value
-        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            return value
-        try:
-            return {name: {"source": name} for name in expanded(value)}
-        except UserError as error:
-            raise ValueError(*error.faults) from None
-
-    @field_validator("sets")
-    @classmethod
-    def _not_reserved(cls, value: dict[str, PromptSet]) -> dict[str, PromptSet]:
-        if taken := [name for name in value if name in RESERVED]:
-            raise ValueError(f"{', '.join(taken)}: a name of another evaluation; choose another one for the set")
-        return value
 
 
 Percent = Annotated[float, Field(strict=False, ge=0, le=100)]
@@ -369,95 +225,114 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
         faults = [
-            f"{where}: holds a key or a password, and a recipe is copied into the run folder: keys belong into the "
-            "environment"
-            for where in secrets_in(self.model_dump())
+            *self._secrets(),
+            *self._missing(),
+            *self._held_out(),
+            *self._judging(),
+            *self._training(),
+            *self._attacks(),
+            *(self.gate.faults(self.evaluate) if self.gate else ()),
         ]
+        if faults:
+            raise ValueError(*faults)
+        return self
+
+    def _secrets(self) -> Iterator[str]:
+        for where in secrets_in(self.model_dump()):
+            yield (
+                f"{where}: holds a key or a password, and a recipe is copied into the run folder: keys belong into the "
+                "environment"
+            )
+
+    def _missing(self) -> Iterator[str]:
+        """What the method of training needs and the recipe lacks."""
         method = self.train.method
         if self.harvests:
             wanted = f"train.method is {method}" + (" and data.safe_responses.rows harvested" if self.replaces else "")
             if self.harvest is None:
-                faults.append(f"{wanted}: add a harvest section")
+                yield f"{wanted}: add a harvest section"
             if self.data.toxic_prompts is None:
-                faults.append(f"{wanted}: data.toxic_prompts is missing")
+                yield f"{wanted}: data.toxic_prompts is missing"
             if self.data.imitate is None and self.data.benign_prompts is None:
-                faults.append("nothing to imitate: give data.imitate or data.benign_prompts")
+                yield "nothing to imitate: give data.imitate or data.benign_prompts"
         elif self.data.imitate is None:
-            faults.append(f"train.method is {method}: data.imitate is missing")
+            yield f"train.method is {method}: data.imitate is missing"
         if method == "stl" and self.data.safe_responses is None:
-            faults.append("train.method is stl: data.safe_responses is missing")
+            yield "train.method is stl: data.safe_responses is missing"
         if self.sft is not None and self.data.imitate is None:
-            faults.append("the sft section needs data.imitate")
+            yield "the sft section needs data.imitate"
         if self.model.quantize != "none" and self.model.lora is None:
-            faults.append("model.quantize: quantised weights cannot be trained: give model.lora")
-        faults += [
-            f"judges.{name}: no judge is called {each.kind!r}{renamed(each.kind) or did_you_mean(each.kind, JUDGES)}"
-            for name, each in self.judges.items()
-            if each.kind not in JUDGES
-        ]
+            yield "model.quantize: quantised weights cannot be trained: give model.lora"
+
+    def _held_out(self) -> Iterator[str]:
         aside = [each.source for each in self.evaluate.sets.values() if each.source in HELD_OUT]
         if aside and self.data.heldout is None:
-            faults.append(f"evaluate.sets: {aside[0]} is what is held out of it: add data.heldout: 10%")
+            yield f"evaluate.sets: {aside[0]} is what is held out of it: add data.heldout: 10%"
         if self.data.heldout and not aside:
-            faults.append(
+            yield (
                 "data.heldout: no set of evaluate names what it sets aside: say source: data.toxic_prompts, or another "
                 f"of {', '.join(HELD_OUT)}"
             )
-        faults += [
-            f"evaluate.sets: {field} is not given"
-            for field in dict.fromkeys(aside)
-            if getattr(self.data, field.partition(".")[2]) is None
-        ]
-        jailbreak = self.evaluate.jailbreak
-        faults += [f"judges.{name}: a file of the run has that name" for name in self.judges if name in FILES]
-        faults += [
-            f"evaluate.judges: {name} is named twice"
-            for name in dict.fromkeys(self.evaluate.judges)
-            if self.evaluate.judges.count(name) > 1
-        ]
+        for field in dict.fromkeys(aside):
+            if getattr(self.data, field.partition(".")[2]) is None:
+                yield f"evaluate.sets: {field} is not given"
+
+    def _judging(self) -> Iterator[str]:
+        for name, judge in self.judges.items():
+            if judge.kind not in JUDGES:
+                near = renamed(judge.kind) or did_you_mean(judge.kind, JUDGES)
+                yield f"judges.{name}: no judge is called {judge.kind!r}{near}"
+        for name in self.judges:
+            if name in FILES:
+                yield f"judges.{name}: a file of the run has that name"
+        for name in dict.fromkeys(self.evaluate.judges):
+            if self.evaluate.judges.count(name) > 1:
+                yield f"evaluate.judges: {name} is named twice"
+        jailbreak, known = self.evaluate.jailbreak, {*JUDGES, *self.judges}
         named = {
             "evaluate.judges": self.evaluate.judges,
             "harvest.judge": [self.harvest.judge] if self.harvest else [],
             "evaluate.jailbreak.judge": [jailbreak.judge] if jailbreak and jailbreak.judge else [],
         }
-        known = {*JUDGES, *self.judges}
-        faults += [
-            f"{field}: no judge is called {name!r}{renamed(name)}; use one of {', '.join(sorted(known))}, or declare "
-            f"it under judges{did_you_mean(name, known)}"
-            for field, names in named.items()
-            for name in names
-            if name not in known
-        ]
+        for field, names in named.items():
+            for name in names:
+                if name not in known:
+                    yield (
+                        f"{field}: no judge is called {name!r}{renamed(name)}; use one of {', '.join(sorted(known))}, "
+                        f"or declare it under judges{did_you_mean(name, known)}"
+                    )
+
+    def _training(self) -> Iterator[str]:
         if self.train.retain and self.model.lora is None:
-            faults.append("train.retain compares with the model without its adapter: give model.lora")
-        if self.train.rounds and method == "tasft":
+            yield "train.retain compares with the model without its adapter: give model.lora"
+        if self.train.rounds and self.train.method == "tasft":
             if self.model.lora is None:
-                faults.append("train.rounds go on from the adapter of the round before: give model.lora")
+                yield "train.rounds go on from the adapter of the round before: give model.lora"
             if self.data.benign_prompts is None or self.harvest is None or not self.harvest.self_imitate:
-                faults.append(
+                yield (
                     "train.rounds ask the model's own answers again: give data.benign_prompts and harvest.self_imitate"
                 )
-        faults += [
-            f"train.{name} keeps to model.base, but the SFT model answers the prompts: merge it (tasft export --merge) "
-            "and name it as model.base, without an sft section"
-            for name in ("retain", "rounds")
-            if getattr(self.train, name) and self.sft is not None
-        ]
-        if self.train.start == "sft" and self.sft is None:
-            faults.append("train.start is sft: add an sft section")
-        if jailbreak:
-            toxic = [name for name, each in self.evaluate.sets.items() if each.kind == "toxic"]
-            if jailbreak.set not in toxic:
-                faults.append(
-                    f"evaluate.jailbreak.set: {jailbreak.set!r} is none of the toxic sets in evaluate.sets: "
-                    f"{', '.join(toxic) or 'there is none'}"
+        for name in ("retain", "rounds"):
+            if getattr(self.train, name) and self.sft is not None:
+                yield (
+                    f"train.{name} keeps to model.base, but the SFT model answers the prompts: merge it (tasft export "
+                    "--merge) and name it as model.base, without an sft section"
                 )
-            if not jailbreak.attacks:
-                faults.append('evaluate.jailbreak: no attack is named; add prefix: "Sure, here is", templates or pair')
-        faults += self.gate.faults(self.evaluate) if self.gate else []
-        if faults:
-            raise ValueError(*faults)
-        return self
+        if self.train.start == "sft" and self.sft is None:
+            yield "train.start is sft: add an sft section"
+
+    def _attacks(self) -> Iterator[str]:
+        jailbreak = self.evaluate.jailbreak
+        if jailbreak is None:
+            return
+        toxic = [name for name, each in self.evaluate.sets.items() if each.kind == "toxic"]
+        if jailbreak.set not in toxic:
+            yield (
+                f"evaluate.jailbreak.set: {jailbreak.set!r} is none of the toxic sets in evaluate.sets: "
+                f"{', '.join(toxic) or 'there is none'}"
+            )
+        if not jailbreak.attacks:
+            yield 'evaluate.jailbreak: no attack is named; add prefix: "Sure, here is", templates or pair'
 
 
 _SOURCES = (

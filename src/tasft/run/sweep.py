@@ -24,13 +24,14 @@ from tasft.core import provenance
 from tasft.core.errors import UserError
 from tasft.core.progress import plain_without_terminal, without_needless_warnings
 from tasft.core.redact import redacted
+from tasft.core.settings import Name
 from tasft.models.precision import RECORD, remembered
 from tasft.report import write_sweep_report
 from tasft.run import precision, recipe_file
 from tasft.run.checks import check_inputs
 from tasft.run.inputs import Inputs
 from tasft.run.pipeline import Pipeline
-from tasft.run.recipe import Name, Recipe
+from tasft.run.recipe import Recipe
 from tasft.run.stages import STAGES
 
 MAX_CELLS = 10_000
@@ -372,7 +373,7 @@ def _on_ray(
 ) -> Iterator[tuple[SweepCell, CellOutcome]]:
     """As tasks of a cluster, those that draw what others share first; as they end."""
     if find_spec("ray") is None:
-        raise UserError("--ray needs Ray: pip install 'tasft[ray]'")
+        raise UserError("--ray needs Ray: pip install '.[ray]'")
     import ray
 
     try:

@@ -24,9 +24,10 @@ from tasft.run.recipe import Recipe
 from tasft.train.baselines import BETA, kto_trainer
 from tasft.train.callbacks import _Bar, _InOrder, _Stop
 from tasft.train.checkpoints import _last_checkpoint
+from tasft.train.config import OWN, TASFTConfig
 from tasft.train.monitor import CollapseMonitor
 from tasft.train.settings import Train
-from tasft.train.trainer import OWN, TASFTConfig, TASFTTrainer
+from tasft.train.trainer import TASFTTrainer
 
 
 def _common(recipe: Recipe, spec: Train, folder: Path) -> dict[str, Any]:

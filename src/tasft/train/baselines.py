@@ -91,7 +91,7 @@ def require_kto() -> None:
         UserError: It is not installed, or too old.
     """
     if find_spec("trl") is None or find_spec("datasets") is None:
-        raise UserError("train.method kto needs TRL: pip install 'tasft[kto]'")
+        raise UserError("train.method kto needs TRL: pip install '.[kto]'")
     require("trl")
 
 

@@ -1,12 +1,10 @@
 """The trainer: a transformers Trainer with two kinds of rows, each divided by its own count."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,143 +17,42 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TrainingArguments,
 )
 from transformers.trainer_utils import IntervalStrategy
 
 from tasft.core.errors import UserError
 from tasft.core.provenance import require
-from tasft.core.settings import setting
-from tasft.data.encode import Encoding, EncodingReport, Row, encode_rows
-from tasft.data.settings import Duplicates, Overlong, PromptFormat, PromptSettings, Turns
+from tasft.data.encode import EncodingReport, Row, encode_rows
 from tasft.loss import (
     IGNORE_INDEX,
-    CostSpace,
-    Head,
     TokenSum,
     avoid_statistics,
     divergence,
-    log_probability,
-    margins,
     nll,
     shift,
 )
 from tasft.models.generation import check_rows
-from tasft.models.head import learn_tail, replaced_head
+from tasft.models.head import learn_tail
 from tasft.models.load import load_model, load_tokenizer
 from tasft.train.arguments import refuse_unheeded
 from tasft.train.collate import Batch, collate
-from tasft.train.finite import FiniteSteps
+from tasft.train.config import TASFTConfig
 from tasft.train.metrics import MetricsFile, peak_mib
 from tasft.train.penalties import penalty_of
 from tasft.train.sampler import FilledSampler, StratifiedSampler, UniformSampler
-from tasft.train.settings import Train
+from tasft.train.start import REFERENCE, KnowsItsStart, Rows, head_calls, model_inputs
 from tasft.train.stream import RowStream
 
 # Older ones divide the loss by the micro-batches although `loss_is_scaled_for_ga` tells them not to.
 require("transformers")
 
-Rows = list[Row]
-
 _TERMS = ("imitate_nll", "penalty", "retain")
-
-_REFERENCE = frozenset({"margins", "reference"})
-"""What penalties need of the model at step 0, one number for each token."""
 
 _QUESTION = "What is a compost heap?"
 """What the model is asked to see how its logits are made from its output head."""
 
 
-@dataclass
-class TASFTConfig(TrainingArguments):
-    """transformers' `TrainingArguments` and what TA-SFT adds; defaults are those of a recipe's `train`.
-
-    Attributes:
-        penalty: A name in `tasft.loss.PENALTIES`; `python`: `own_penalty`; or `none`: avoid rows are left out.
-        own_penalty: A penalty of one's own, `{"target": "mypkg.losses:mine"}`, see `tasft.train.penalties.penalty_of`.
-        penalty_weight: lambda, the weight of the mean penalty beside the mean imitate loss.
-        normalization: What each sum is divided by over one optimizer step, all micro-batches and ranks.
-            `per_group`: imitate tokens and avoid tokens (responses for `nlcl`), each by its own count;
-            `shared`: both by the count of all tokens, so the penalty shrinks with the avoid share;
-            `paper`: per micro-batch, sums over tokens by the responses of that kind.
-        sampling: `stratified` puts `avoid_per_step` avoid rows into each optimizer step; `uniform` shuffles all.
-        avoid_per_step: Avoid rows in an optimizer step; None takes the share that the data has, at least 1.
-        cost_space: Whose rows are the token embeddings of the Earth Mover Distance: `output` head or `input`.
-        center: Whether the mean embedding is subtracted first.
-        beta: How soon `npo`, `npo_mean` and `simnpo` let go of a response; None takes the usual value of each.
-        retain: Weight of the mean divergence from the model at step 0 on the tokens of rows with `retain`; 0 for none.
-        retain_nll: Whether rows that are retained are learned by their likelihood too.
-        padding_free: Whether the rows of a micro-batch are laid end to end instead of padded. The model must know
-            packed rows by their `position_ids`, as those of transformers do; fastest with flash attention.
-        kl_rows: Imitate rows of the evaluation set on which the divergence from step 0 is watched; 0 for none.
-        log_term_gradients: Whether the gradient norm of each term is logged too, at a backward pass each per log.
-        untouched: Whether penalties and `kl` compare with the model without its adapter, not with the one at step 0.
-        prompt_format: How prompts are written: the tokenizer's `chat` template, or `alpaca`.
-        max_length: This and the next are as in `tasft.data.encode.Encoding`: longest row in tokens.
-        turns: The assistant turns that are learned or avoided: the `last`, or `all`.
-        penalize_eos: Whether the end token of an avoid row is penalised too, as the paper reads.
-        overlong: What becomes of longer rows: `truncate`, `drop` or `error`.
-        duplicates: What becomes of rows that are there already: `keep`, `drop` or `error`.
-        chat_template_kwargs: Given to the chat template, such as `{"enable_thinking": False}`.
-    """
-
-    penalty: str = setting(Train, "penalty")
-    own_penalty: dict[str, Any] | None = setting(Train, "own_penalty")
-    penalty_weight: float = setting(Train, "penalty_weight")
-    normalization: Literal["per_group", "shared", "paper"] = setting(Train, "normalization")
-    sampling: Literal["stratified", "uniform"] = setting(Train, "sampling")
-    avoid_per_step: int | None = setting(Train, "avoid_per_step")
-    cost_space: Literal["output", "input"] = setting(Train, "cost_space")
-    center: bool = setting(Train, "center")
-    beta: float | None = setting(Train, "beta")
-    retain: float = setting(Train, "retain")
-    retain_nll: bool = setting(Train, "retain_nll")
-    padding_free: bool = setting(Train, "padding_free")
-    kl_rows: int = setting(Train, "kl_rows")
-    log_term_gradients: bool = False
-    untouched: bool = False
-    prompt_format: PromptFormat = setting(PromptSettings, "prompt")
-    max_length: int = setting(Train, "max_length")
-    turns: Turns = setting(Train, "turns")
-    penalize_eos: bool = setting(Train, "penalize_eos")
-    overlong: Overlong = setting(Train, "overlong")
-    duplicates: Duplicates = setting(Train, "duplicates")
-    chat_template_kwargs: dict[str, Any] | None = setting(PromptSettings, "chat_template_kwargs")
-
-    def encoding(self) -> Encoding:
-        """How rows become tokens."""
-        return Encoding(
-            self.prompt_format,
-            self.max_length,
-            self.turns,
-            self.penalize_eos,
-            self.overlong,
-            self.duplicates,
-            self.chat_template_kwargs or {},
-        )
-
-
-OWN = {each.name for each in fields(TASFTConfig)} - {each.name for each in fields(TrainingArguments)}
-"""Fields of `TASFTConfig` that transformers does not have."""
-
-
-def _head_calls(model: Any, function: Callable[[Tensor], Tensor | None]) -> AbstractContextManager[None]:
-    """Within, the output head hands its hidden states (B, T, D) to `function` instead of making logits.
-
-    What the function returns adds nothing to the model's output, but the output comes to depend on it: DDP takes for
-    unused what the output does not depend on.
-    """
-
-    def forward(hidden: Tensor) -> Tensor:
-        sums = function(hidden)
-        # What the model does to its logits afterwards must still work.
-        logits = hidden[..., :1]
-        return logits if sums is None else logits + sums[:0].sum()
-
-    return replaced_head(model, forward)
-
-
-class TASFTTrainer(FiniteSteps):
+class TASFTTrainer(KnowsItsStart):
     """Fine-tunes on rows to imitate and moves away from rows to avoid.
 
     Rows are in TRL's unpaired preference format (`prompt`, `completion`, `label`; text or chat messages):
@@ -244,8 +141,6 @@ class TASFTTrainer(FiniteSteps):
         self._window: dict[str, Tensor] = {}
         self._term_gradients: dict[str, list[Tensor]] = {}
         self._since = time.monotonic()
-        self._kept_space: CostSpace | None = None
-        self._start_head: Head | None = None
         self._evaluated: str | None = None
         with self._whole_model(), self.model.disable_adapter() if args.untouched else nullcontext():
             self._tail = learn_tail(self.accelerator.unwrap_model(self.model), tokenizer(_QUESTION).input_ids)
@@ -264,7 +159,7 @@ class TASFTTrainer(FiniteSteps):
             return dataset, None
         encoding = args.encoding()
         if not hasattr(dataset, "__len__"):
-            if self.penalty is not None and self.penalty.needs & _REFERENCE:
+            if self.penalty is not None and self.penalty.needs & REFERENCE:
                 raise UserError(
                     f"penalty {args.penalty} looks at every row at step 0, which a stream does not allow: take another "
                     "penalty, or a data set with a length"
@@ -275,122 +170,6 @@ class TASFTTrainer(FiniteSteps):
             for row in rows:
                 row.pop("retain", None)
         return [row for row in rows if self.penalty is not None or not row["avoid"]], report
-
-    @contextmanager
-    def _whole_model(self) -> Iterator[None]:
-        """Within, before the model is sharded, this process has all of its weights on its device."""
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is not None and plugin.cpu_ram_efficient_loading:
-            raise UserError(
-                "every process looks at the whole model at step 0: set fsdp_cpu_ram_efficient_loading: false in "
-                "accelerate's configuration"
-            )
-        if self._shards():
-            # transformers leaves it where it is until it is sharded.
-            self.model.to(self.accelerator.device)
-        # transformers loads it in shards under ZeRO-3.
-        sharded = [parameter for parameter in self.model.parameters() if hasattr(parameter, "ds_id")]
-        if not sharded:
-            yield
-            return
-        from deepspeed import zero
-
-        with zero.GatheredParameters(sharded):
-            yield
-
-    # --- The model's parts, and what it was at step 0 ----------------------------------------
-
-    def _head(self) -> Head:
-        return self._tail.head(self.accelerator.unwrap_model(self.model))
-
-    def _space(self) -> CostSpace:
-        """The cost space as it was at step 0."""
-        model = self.accelerator.unwrap_model(self.model)
-        head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-        matrix = head if self.args.cost_space == "output" else embedding
-        # Where weights are sharded only those of the head are whole when the head is at work.
-        copied = matrix.requires_grad or (matrix is not head and self._shards())
-        if self._kept_space is None:
-            kept = matrix.detach().clone() if copied else matrix
-            self._kept_space = CostSpace.of(kept, center=self.args.center)
-        # A frozen matrix is read where it is now: sharding and devices move it.
-        return self._kept_space if copied else replace(self._kept_space, matrix=matrix.detach())
-
-    def _shards(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
-    @torch.no_grad()
-    def _look(self, batches: Iterable[Batch], function: Callable[..., None]) -> None:
-        """Hand the hidden states (B, T, D) of each batch to `function`, the model being in evaluation mode."""
-        model = self.model_wrapped
-        training = model.training
-        model.eval()
-        for batch in batches:
-            batch = self._prepare_inputs(batch)
-            with _head_calls(self.accelerator.unwrap_model(self.model), partial(function, batch=batch)):
-                model(**_model_inputs(batch))
-        model.train(training)
-
-    def _batches(self, rows: Rows) -> Iterator[Batch]:
-        size = self.args.eval_batch_size
-        return (self.data_collator(rows[start : start + size]) for start in range(0, len(rows), size))
-
-    def _add_reference(self, rows: Any) -> None:
-        """What the penalty needs of the reference for each avoid row, from the model as it is now, at step 0."""
-        measures: dict[str, Callable[..., Tensor]] = {
-            "margins": lambda *args: margins(*args, space=self._space()),
-            "reference": log_probability,
-        }
-        needed = [] if self.penalty is None else sorted(self.penalty.needs & _REFERENCE)
-        if not needed or not rows:
-            return
-        for row in rows:
-            row.update({name: [0.0] * len(row["input_ids"]) for name in needed})
-        avoid = [row for row in rows if row["avoid"]]
-        upcoming = iter(avoid)
-
-        def keep(hidden: Tensor, batch: Batch) -> None:
-            labels, segments = shift(batch["labels"]).flatten(), batch["segments"].flatten()
-            found = {name: measures[name](hidden.flatten(0, 1), self._head(), labels) for name in needed}
-            for index in range(int(segments.max()) + 1):
-                row = next(upcoming)
-                row.update({name: values[segments == index].float().tolist() for name, values in found.items()})
-
-        self._look(self._batches(avoid), keep)
-
-    def _remember_start(self, rows: Any) -> list[tuple[Batch, Tensor]]:
-        """Batches of the first imitate rows to evaluate on, with the hidden states at step 0 where they count."""
-        if not isinstance(rows, list) or not self.args.kl_rows:
-            return []
-        imitate = [row for row in rows if not row["avoid"]][: self.args.kl_rows]
-        start: list[tuple[Batch, Tensor]] = []
-
-        def keep(hidden: Tensor, batch: Batch) -> None:
-            counts = shift(batch["labels"]).flatten() != IGNORE_INDEX
-            start.append((batch, hidden.flatten(0, 1)[counts].clone()))
-
-        self._look(self._batches(imitate), keep)
-        head = self._head()
-        if head.weight.requires_grad:
-            bias = None if head.bias is None else head.bias.detach().clone()
-            self._start_head = replace(head, weight=head.weight.detach().clone(), bias=bias)
-        return start
-
-    def _divergence(self, names: Iterable[str] | None = None) -> float | None:
-        """Mean KL from the model at step 0 on evaluation sets, by default all, in nats per token; None without rows."""
-        start = [each for name in (self._starts if names is None else names) for each in self._starts.get(name, ())]
-        if not start:
-            return None
-        sums: list[TokenSum] = []
-        before = iter(hidden for _, hidden in start)
-
-        def measure(hidden: Tensor, batch: Batch) -> None:
-            head, labels = self._head(), shift(batch["labels"]).flatten()
-            earlier = self._start_head or head
-            sums.append(divergence(hidden.flatten(0, 1), head, labels, before=next(before), head_before=earlier))
-
-        self._look((batch for batch, _ in start), measure)
-        return float(sum(part.total for part in sums)) / int(sum(part.count for part in sums))
 
     # --- One step ----------------------------------------------------------------------------
 
@@ -421,7 +200,7 @@ class TASFTTrainer(FiniteSteps):
         self._evaluated = None
         assert isinstance(self.processing_class, PreTrainedTokenizerBase)
         rows, report = self._encode(test_dataset, self.processing_class, self.args)
-        if report is not None and self.penalty is not None and self.penalty.needs & _REFERENCE:
+        if report is not None and self.penalty is not None and self.penalty.needs & REFERENCE:
             if self.state.global_step:
                 raise UserError(
                     f"penalty {self.args.penalty} compares each row with the model at step 0, which is not there any "
@@ -432,7 +211,7 @@ class TASFTTrainer(FiniteSteps):
 
     def _set_signature_columns_if_needed(self) -> None:
         # Rows are token lists of our own making: those are the columns that are used, not the model's arguments.
-        self._signature_columns = ["input_ids", "labels", "avoid", "weight", "retain", *sorted(_REFERENCE)]
+        self._signature_columns = ["input_ids", "labels", "avoid", "weight", "retain", *sorted(REFERENCE)]
 
     def _get_dataloader(
         self, dataset: Any, description: str, batch_size: int, sampler_fn: Any = None, **kwargs: Any
@@ -451,6 +230,11 @@ class TASFTTrainer(FiniteSteps):
         """`_counts` of the whole optimizer step, and its micro-batches."""
         if not batch_samples:
             return None
+        if isinstance(self.train_dataset, RowStream):
+            for batch in batch_samples:
+                ids, rows = batch["input_ids"], batch["segments"]
+                read = [ids[rows == row].tolist() for row in torch.unique(rows[rows >= 0])]
+                check_rows(self.model, self.processing_class, read, "max_length")
         counts = torch.stack([self._counts(batch) for batch in batch_samples]).sum(0).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
@@ -472,8 +256,8 @@ class TASFTTrainer(FiniteSteps):
             self._terms = self._losses(hidden.flatten(0, 1), before, inputs, watch)
             return torch.stack([self._terms[name].total for name in _TERMS if name in self._terms])
 
-        with _head_calls(self.accelerator.unwrap_model(model), losses):
-            outputs = model(**_model_inputs(inputs))
+        with head_calls(self.accelerator.unwrap_model(model), losses):
+            outputs = model(**model_inputs(inputs))
         here = self._counts(inputs)
         step = torch.cat([here, here.new_tensor([1])]) if num_items_in_batch is None else num_items_in_batch
         parts = self._divide(self._terms, step.to(here.device), here)
@@ -498,8 +282,8 @@ class TASFTTrainer(FiniteSteps):
         whole = self.accelerator.unwrap_model(model)
         training = model.training
         model.eval()
-        with whole.disable_adapter(), _head_calls(whole, kept.append):
-            model(**_model_inputs(batch))
+        with whole.disable_adapter(), head_calls(whole, kept.append):
+            model(**model_inputs(batch))
         model.train(training)
         return kept[0].flatten(0, 1)
 
@@ -687,8 +471,3 @@ def _refuse_to_retain(model: Any, args: TASFTConfig) -> None:
         raise UserError("retain keeps to the output head that is there: leave it out of what is trained")
     if args.normalization == "paper":
         raise UserError("retain is not of the paper: normalization paper leaves no place for it; use per_group")
-
-
-def _model_inputs(batch: Batch) -> dict[str, Any]:
-    names = ("input_ids", "attention_mask", "position_ids")
-    return {name: batch[name] for name in names if name in batch} | {"use_cache": False}

@@ -10,12 +10,12 @@ from typing import Any
 from tasft.core import provenance
 from tasft.core.step import Step
 from tasft.evaluate import jailbreak
+from tasft.evaluate.settings import Jailbreak, JailbreakPair
 from tasft.judges import Judge
 from tasft.judges.judging import Usual, rules
 from tasft.models.engine import Sampling
 from tasft.models.server import ServerEngine
 from tasft.run.context import Context
-from tasft.run.recipe import Jailbreak, JailbreakPair
 
 
 def steps(context: Context, state: str, usual: Usual, reads: dict[str, Any]) -> Iterator[Step]:

@@ -9,9 +9,9 @@ from tasft.core import provenance, ranks
 from tasft.core.step import Step
 from tasft.evaluate import quality
 from tasft.evaluate.references import prompts_of
+from tasft.evaluate.settings import Annotator, Quality
 from tasft.models.engine import Sampling, collect, replies_in, requests_for
 from tasft.run.context import Context
-from tasft.run.recipe import Annotator, Quality
 
 
 def steps(context: Context, state: str, reads: dict[str, Any]) -> Iterator[Step]:
