@@ -234,6 +234,17 @@ def test_a_beginning_that_prompts_share_is_read_once_where_that_changes_nothing(
     assert ours == engine._generate(prompts, Sampling(20), 3)
 
 
+def test_many_samples_of_one_prompt_read_it_once(monkeypatch):
+    prompts, drawn = [BEGINNING] * 12, Sampling(6, temperature=1.0)
+    engine = TransformersEngine(ending(tiny_model(tied=False)), tiny_tokenizer(), "chat")
+    monkeypatch.setattr(local, "_WORTH", 10**6)
+    plain = engine._generate(prompts, drawn, 3)
+    monkeypatch.setattr(local, "_WORTH", 0)
+    assert engine._shared(prompts, drawn) == len(BEGINNING) - 1
+    assert engine._generate(prompts, drawn, 3) == plain
+    assert len({tuple(tokens) for tokens, _ in plain}) > 1
+
+
 @pytest.mark.parametrize(
     ("rows", "shared"),
     [([[1, 2, 3], [1, 2, 4]], 2), ([[1, 2], [1, 2, 4]], 1), ([[1, 2], [1, 2]], 1), ([[1], [2]], 0), ([[1, 2, 3]], 0)],

@@ -66,7 +66,9 @@ def test_layers_below_the_first_adapted_one_keep_no_activations(tmp_path):
             lambda _, args, seen=seen: seen.append(args[0].requires_grad)
         )
         batch = subject.data_collator(subject.train_dataset)
-        with torch.autograd.graph.saved_tensors_hooks(lambda each, saved=saved: saved.append(each.numel()), lambda _: _):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda each, saved=saved: saved.append(each.numel()), lambda _: _
+        ):
             subject.compute_loss(subject.model, batch)
         kept[layers is None] = seen[-1], sum(saved)
     assert kept[True][0]

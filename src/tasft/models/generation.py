@@ -189,7 +189,7 @@ def shares_beginnings(model: PreTrainedModel, ids: Sequence[int], config: Genera
     )
 
 
-def common_beginning(rows: Sequence[Sequence[int]]) -> int:
+def common_beginning(rows: Sequence[list[int]]) -> int:
     """With how many tokens all of several rows begin; the last token of none is among them."""
     first, last = min(rows), max(rows)
     differ = (place for place, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1])
@@ -210,8 +210,8 @@ def first_inputs(model: PreTrainedModel, ids: Tensor, state: Mapping[str, Any], 
     """What a model is given of prompts at first; the beginning that they share it has read once for all by then."""
     if not shared:
         return model.prepare_inputs_for_generation(ids, is_first_iteration=True, **state)
-    cache, mask = state["past_key_values"], state["attention_mask"][:1, :shared]
-    model(input_ids=ids[:1, :shared], attention_mask=mask, past_key_values=cache, use_cache=True)
+    cache = state["past_key_values"]
+    model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
     cache.batch_repeat_interleave(len(ids))
     rest = ids.shape[1] - shared
     return model.prepare_inputs_for_generation(ids, next_sequence_length=rest, is_first_iteration=True, **state)

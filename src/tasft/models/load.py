@@ -26,7 +26,6 @@ from transformers import (
 from tasft.core.errors import UserError
 from tasft.core.hashes import known_hash
 from tasft.models.bundled import BUNDLED
-from tasft.models.precision import fastest
 
 
 @dataclass(frozen=True)
@@ -254,7 +253,7 @@ def load_model(
 
     Args:
         base: As `locate` takes it.
-        dtype: Name of a torch dtype, or auto: the one of `tasft.models.precision` for weights that are frozen.
+        dtype: Name of a torch dtype.
         trust_remote_code: Passed on to transformers.
         quantize: none, or 4bit: the frozen weights under an adapter in NF4 (QLoRA, Dettmers et al. 2023), products
             in `dtype`. The output head, which the losses read, is left as it is.
@@ -263,7 +262,6 @@ def load_model(
         UserError: It does not load, or is to be quantised without a GPU or bitsandbytes.
     """
     place = locate(base, trust_remote_code)
-    dtype = fastest().dtype if dtype == "auto" else dtype
     quantization = _four_bits(dtype) if quantize == "4bit" else {}
     model: PreTrainedModel
     try:
