@@ -33,6 +33,9 @@ BESIDE = {
 }
 """Files of the repository that are pages too, and where."""
 SCHEMAS = ROOT / "docs" / "schemas"
+BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+TYPES = {"object": "mapping", "array": "list", "string": "text", "boolean": "true, false"}
+"""Words of JSON schema -> ours."""
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -110,23 +113,28 @@ def recipe() -> str:
         rows = ["| field | default | values | |", "|---|---|---|---|"]
         for name, field in section["properties"].items():
             default = _default(field) if name not in section.get("required", ()) else "*needed*"
-            values = " or ".join(dict.fromkeys(_values(kind, where) for kind in _kinds(field, whole=True)))
-            rows.append(f"| `{name}` | {default} | {values} | {_cell(field.get('description', ''))} |")
+            said = field.get("description") or _sentence(schema, field)
+            rows.append(f"| `{name}` | {default} | {_values(field, where)} | {_cell(said)} |")
         parts.append("\n".join(rows))
     return "\n\n".join(parts) + "\n"
 
 
-def _kinds(field: dict[str, Any], whole: bool = False) -> list[dict[str, Any]]:
-    """The schemas that a value may follow; unless whole, those of the members of a list or of a mapping."""
-    kinds = field.get("anyOf", [field])
-    if whole:
-        return kinds
-    inner = [each.get("additionalProperties") or each.get("items") or each for each in kinds]
-    return [each for each in inner if isinstance(each, dict)]
+def _kinds(field: dict[str, Any]) -> list[dict[str, Any]]:
+    """The schemas that a value may follow; of a list or a mapping, those of its members."""
+    if "anyOf" in field:
+        return [kind for each in field["anyOf"] for kind in _kinds(each)]
+    inner = field.get("additionalProperties") or field.get("items")
+    return _kinds(inner) if isinstance(inner, dict) else [field]
 
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
+def _sentence(schema: dict[str, Any], field: dict[str, Any]) -> str:
+    """The first line of the section that a field holds."""
+    named = next((kind["$ref"].rpartition("/")[2] for kind in _kinds(field) if "$ref" in kind), None)
+    return schema["$defs"][named]["description"].splitlines()[0] if named else ""
 
 
 def _default(field: dict[str, Any]) -> str:
@@ -137,21 +145,17 @@ def _default(field: dict[str, Any]) -> str:
 
 
 def _values(kind: dict[str, Any], where: dict[str, list[str]]) -> str:
+    if "anyOf" in kind:
+        return " or ".join(dict.fromkeys(_values(each, where) for each in kind["anyOf"]))
     if "$ref" in kind:
         path = where[kind["$ref"].rpartition("/")[2]][0]
         return f"[section](#{path.replace('.', '').lower()})"
-    if "enum" in kind:
-        return ", ".join(f"`{each}`" for each in kind["enum"])
-    if "const" in kind:
-        return f"`{kind['const']}`"
-    ranges = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    bounds = ", ".join(f"{sign} {kind[key]:g}" for key, sign in ranges.items() if key in kind)
-    name = {"object": "mapping", "array": "list", "string": "text", "boolean": "true, false"}.get(
-        kind.get("type", ""), kind.get("type", "any")
-    )
+    if "enum" in kind or "const" in kind:
+        return ", ".join(f"`{each}`" for each in kind.get("enum") or [kind["const"]])
+    bounds = ", ".join(f"{sign} {kind[key]}" for key, sign in BOUNDS.items() if key in kind)
     inner = kind.get("additionalProperties") or kind.get("items")
-    of = f" of {_values(inner, where)}" if isinstance(inner, dict) and inner else ""
-    return f"{name}{' ' + bounds if bounds else ''}{of}"
+    of = f"of {_values(inner, where)}" if isinstance(inner, dict) and inner else ""
+    return " ".join(filter(None, (TYPES.get(kind.get("type", "any"), kind.get("type", "any")), bounds, of)))
 
 
 # Other pages -----------------------------------------------------------------------------------------------------
@@ -166,7 +170,14 @@ def commands() -> str:
 def api() -> str:
     """What `import tasft` offers."""
     parts = ["# Python API", "All that `tasft.__all__` names, from its docstrings."]
+    tables = {
+        "JUDGES": "Kind of [judge](../judges.md) -> what makes it.",
+        "PENALTIES": "Name -> [penalty](penalties.md).",
+    }
     for name in tasft.__all__:
+        if name in tables:
+            parts.append(f"## `tasft.{name}`\n\n{tables[name]}")
+            continue
         home = f"tasft.{tasft._HOMES[name]}.{name}"
         parts.append(f"## `tasft.{name}`\n\n::: {home}\n    options: {{heading_level: 3, show_root_heading: false}}")
     return "\n\n".join(parts) + "\n"

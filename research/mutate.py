@@ -193,7 +193,7 @@ MUTATIONS = [
     Mutation(
         "divergence: the wrong way round", "scan.py", "torch.sub(total[0], total[1])", "torch.sub(total[1], total[0])"
     ),
-    Mutation("divergence: forget the gain", "scan.py", ".mul_(head.gain))\n        ctx.dtype", ")\n        ctx.dtype"),
+    Mutation("divergence: forget the gain", "scan.py", ".mul_(head.scale))\n        ctx.dtype", ")\n        ctx.dtype"),
     Mutation("divergence: forget the masses", "scan.py", " + (now.mass / earlier.mass).log()", ""),
     Mutation("divergence: skip the rescale of the derivative", "scan.py", "total.mul_(decay[..., None])", "pass"),
     Mutation(
@@ -216,7 +216,7 @@ MUTATIONS = [
         "torch.addcmul(-total[1], affinity[:, None], total[0], out=total[1])",
         "pass",
     ),
-    Mutation("scan: forget the gain of the derivative", "scan.py", "total.mul_(head.gain)", "pass"),
+    Mutation("scan: forget the gain of the derivative", "scan.py", "total.mul_(head.scale)", "pass"),
     Mutation(
         "scan: the label's own derivative with the wrong sign",
         "scan.py",

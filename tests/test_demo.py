@@ -34,10 +34,11 @@ def test_the_demo_runs_on_the_real_model_in_miniature(tmp_path):
         f"evaluate.sets.benign.source={few(tmp_path, 'demo-benign-heldout', 3)}",
         "harvest.max_new_tokens=24",
         "evaluate.max_new_tokens=16",
-        "train.max_steps=2",
+        "train.max_steps=3",
         "train.batch_size=3",
         "train.avoid_per_step=1",
         "gate={harmful: 100}",
+        "evaluate.judges=[refusal_matching, embedded]",
     ]
     run = tmp_path / "run"
     Pipeline(recipe_file.load("demo", overrides), run).go()

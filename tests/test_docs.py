@@ -141,6 +141,7 @@ def test_the_python_of_the_readme_runs(tiny, tmp_path):
 )
 def test_links_and_named_files_exist(path):
     text = (ROOT / path).read_text()
+    assert "\n<<<<<<< " not in text
     for target in re.findall(r"\]\(([^)#]+)", text):
         # Pages of reference are made from the code: `make docs` holds links to them.
         if "://" not in target and "reference/" not in target:

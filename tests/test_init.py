@@ -54,7 +54,7 @@ def test_without_rows_of_the_user_the_model_learns_from_its_own_answers(tiny, fi
     check_inputs(Inputs(spec))
     assert spec.data.imitate is None
     assert spec.sft is None
-    assert spec.harvest.anchors == "prefilled"
+    assert spec.harvest.anchors == "instructed"
 
 
 def test_every_field_of_the_recipe_is_there_with_its_description(tiny, files):

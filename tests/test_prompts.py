@@ -11,10 +11,10 @@ import tasft
 
 PROMPTS = Path(tasft.__path__[0]) / "data" / "prompts"
 COUNTS = {
-    "demo-toxic-harvest": 64,
+    "demo-toxic-harvest": 100,
     "demo-toxic-validation": 40,
     "demo-toxic-heldout": 40,
-    "demo-benign-train": 144,
+    "demo-benign-train": 534,
     "demo-benign-validation": 40,
     "demo-benign-heldout": 40,
 }
@@ -70,10 +70,17 @@ def test_a_third_of_the_benign_prompts_only_seems_toxic(name: str) -> None:
 
 
 def test_no_prompt_is_nearly_another() -> None:
-    every = [(row["prompt"], words(row["prompt"])) for name in COUNTS for row in rows(name)]
+    every = [(name, row["prompt"], words(row["prompt"])) for name in COUNTS for row in rows(name)]
     near = [
         (one, other)
-        for (one, first), (other, second) in itertools.combinations(every, 2)
+        for (here, one, first), (there, other, second) in itertools.combinations(every, 2)
         if len(first & second) >= 0.7 * len(first | second)
+        # The benign counterparts of what is trained on differ from it by the harm alone.
+        and {here, there} != {"demo-toxic-harvest", "demo-benign-train"}
     ]
     assert not near
+
+
+def test_every_toxic_prompt_that_is_trained_on_has_a_benign_counterpart() -> None:
+    counterparts = [row for row in rows("demo-benign-train") if row["topic"] == "counterpart"]
+    assert len(counterparts) == COUNTS["demo-toxic-harvest"]

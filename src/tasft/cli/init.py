@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from tasft.core.errors import UserError
 from tasft.models.bundled import BUNDLED
-from tasft.models.load import load_tokenizer
+from tasft.models.load import load_tokenizer, sketch
 from tasft.run.recipe import Recipe
 from tasft.run.recipe_file import as_yaml
 
@@ -20,6 +20,7 @@ _HEAD = """\
 # Check this file with `tasft check`, run it with `tasft run`. A line with # right before its first word is a field that
 # you may set, with its default or an example: take the # away.
 """
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # What stands in a line that only shows how a section may look.
 _EXAMPLES = {"gate": {"harmful": 2, "incoherent": 5, "over_refusal": 5}}
 
@@ -37,21 +38,28 @@ def values_of(
     """What a first recipe sets.
 
     With rows to imitate the model is fine-tuned on them, harvested, and trained from the start again on both, as the
-    paper does. Without, `imitate: none`, it learns from its own answers, as in the demo.
+    paper does. Without, `imitate: none`, it is held to its own benign answers, as in the demo.
     """
-    own = {"max_steps": 80, "batch_size": 8, "avoid_per_step": 2, "learning_rate": 1e-3, "warmup_steps": 5}
+    own = {"retain": 1.0, "max_steps": 120, "rounds": {"count": 3}, "learning_rate": 1e-3, "warmup_steps": 5}
     rows = imitate != "none"
+    lora = adapter_of(base)
     return {
         "name": name,
-        "model": {"base": base, "prompt": prompt},
+        "model": {"base": base, "prompt": prompt, **({"lora": lora} if lora else {})},
         "data": {
             **({"imitate": {"source": imitate}} if rows else {}),
             "toxic_prompts": toxic,
             "benign_prompts": benign,
         },
         **({"sft": {"epochs": 3}} if rows else {}),
-        "harvest": {"judge": "embedded", **({} if rows else {"anchors": "prefilled", "anchor_rows": 30})},
-        "train": {"penalty": "emd_hinge", "penalty_weight": 1.0, **({"epochs": 3} if rows else own)},
+        "harvest": {"judge": "embedded", "anchors": "instructed"},
+        "train": {
+            "penalty": "nlcl",
+            "penalty_weight": 0.5,
+            "batch_size": 10,
+            "avoid_per_step": 1,
+            **({"epochs": 3} if rows else own),
+        },
         "evaluate": {
             "sets": {
                 "toxic": {"source": heldout_toxic, "kind": "toxic"},
@@ -59,6 +67,24 @@ def values_of(
             },
             "judges": ["embedded", "refusal_matching"],
         },
+    }
+
+
+def adapter_of(base: str) -> dict[str, Any] | None:
+    """The adapter of the demo on the upper third of a model's layers; None where the model is not on this machine."""
+    if base not in BUNDLED and not Path(base).exists():
+        return None
+    model = sketch(base)
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    layers = model.config.get_text_config().num_hidden_layers
+    if not (targets := [name for name in TARGETS if name in names]):
+        return None
+    return {
+        "r": 16,
+        "lora_alpha": 32,
+        "lora_dropout": 0.0,
+        "target_modules": targets,
+        "layers_to_transform": list(range(layers - -(-layers // 3), layers)),
     }
 
 

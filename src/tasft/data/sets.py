@@ -224,10 +224,10 @@ NAMED: dict[str, NamedSet] = {
     ),
     "demo-toxic-heldout": _shipped("toxic", 40, "demo-toxic-heldout", "of the demo, for its result"),
     "demo-toxic-validation": _shipped("toxic", 40, "demo-toxic-validation", "of the demo, for its settings"),
-    "demo-toxic-harvest": _shipped("toxic", 64, "demo-toxic-harvest", "of the demo, trained on"),
+    "demo-toxic-harvest": _shipped("toxic", 100, "demo-toxic-harvest", "of the demo, trained on"),
     "demo-benign-heldout": _shipped("benign", 40, "demo-benign-heldout", "of the demo, for its result"),
     "demo-benign-validation": _shipped("benign", 40, "demo-benign-validation", "of the demo, for its settings"),
-    "demo-benign-train": _shipped("benign", 144, "demo-benign-train", "of the demo, trained on"),
+    "demo-benign-train": _shipped("benign", 534, "demo-benign-train", "of the demo, trained on"),
     "try-toxic": _shipped("toxic", 3, "demo-toxic-harvest", "a topic of the demo, to try", ("topic", "shoplifting")),
     "try-benign": _shipped("benign", 9, "demo-benign-train", "a topic of the demo, to try", ("topic", "science")),
 }

@@ -17,9 +17,7 @@ from tasft.models.engine import Engine, Reply, Request, Sampling, collect
 
 FLIP_PROMPTS = 24
 LEAST_FLIPS = 0.3  # Below it a model has too little sense of harm to teach itself.
-USED = 3
 OPENING_WORDS = 4
-OPENING_SHARE = 0.1
 
 Judged = Callable[[Sequence[Reply]], dict[str, bool]]
 """Of each reply, by id, whether it is a coherent refusal without harm."""
@@ -42,8 +40,8 @@ def instructed(
     """Answers under instructions, as replies to the bare prompts.
 
     The flip rate of an instruction is the share of `answered` prompts to which it draws a coherent refusal. It is taken
-    from a few dozen of them. The best instructions that reach half of the best rate are used, each prompt with the next
-    of them, and with the others where that one draws no refusal.
+    from a few dozen of them. All prompts are asked under the best instruction, and those to which it draws no refusal
+    under the next best, as long as that reaches half of the best rate.
 
     Args:
         engine: The model whose answers they are.
@@ -79,7 +77,7 @@ def instructed(
         about.append({"text": text, "asked": len(tried), "flipped": flipped, "rate": flipped / max(len(tried), 1)})
     best = sorted(range(len(instructions)), key=lambda number: -about[number]["rate"])
     highest = about[best[0]]["rate"]
-    used = [number for number in best[:USED] if about[number]["rate"] >= max(LEAST_FLIPS, highest / 2)]
+    used = [number for number in best if about[number]["rate"] >= max(LEAST_FLIPS, highest / 2)]
     for number, each in enumerate(about):
         each["used"] = number in used
     if not used:
@@ -88,13 +86,11 @@ def instructed(
             f"answers harmfully (at best {about[best[0]]['flipped']} of {len(tried)}, {LEAST_FLIPS:.0%} are needed): "
             "it cannot teach itself; give other harvest.instructions, or use anchors: prefilled, or own"
         )
-    for turn in range(len(used)):
+    for number in used:
         good = refuses(list(replies.values()))
         done = {reply.prompt for reply in replies.values() if good[reply.id]}
-        left = [(place, prompt) for place, prompt in enumerate(prompts) if prompt.prompt not in done]
-        for offset, number in enumerate(used):
-            drawn = ask([prompt for place, prompt in left if (place + turn) % len(used) == offset], number)
-            replies |= {reply.id: reply for reply in drawn}
+        drawn = ask([prompt for prompt in prompts if prompt.prompt not in done], number)
+        replies |= {reply.id: reply for reply in drawn}
     return list(replies.values()), about
 
 
@@ -125,22 +121,15 @@ def made(own: Own, engine: Engine, prompts: Sequence[Prompt], sampling: Sampling
     ]
 
 
-def varied(replies: Sequence[Reply]) -> list[Reply]:
-    """Those of them in which no opening of four words makes more than a tenth, as many as there can be, in their order.
+def varied(replies: Sequence[Reply], most: int) -> list[Reply]:
+    """So many of them, in their order, with openings of four words as varied as can be.
 
-    Of few replies each opening keeps one.
+    Of each opening the first reply is taken, then of each the second, and so on.
     """
-    openings = [tuple(reply.completion.lower().split()[:OPENING_WORDS]) for reply in replies]
-    sizes = Counter(openings).values()
-
-    def most(total: int) -> int:
-        return max(1, int(total * OPENING_SHARE))
-
-    total = next((n for n in range(len(replies), 0, -1) if sum(min(size, most(n)) for size in sizes) >= n), 0)
-    kept: Counter[tuple[str, ...]] = Counter()
-    chosen = []
-    for reply, opening in zip(replies, openings, strict=True):
-        kept[opening] += 1
-        if kept[opening] <= most(total):
-            chosen.append(reply)
-    return chosen
+    seen: Counter[tuple[str, ...]] = Counter()
+    turns = []
+    for place, reply in enumerate(replies):
+        opening = tuple(reply.completion.lower().split()[:OPENING_WORDS])
+        turns.append((seen[opening], place))
+        seen[opening] += 1
+    return [replies[place] for place in sorted(place for _, place in sorted(turns)[:most])]

@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tasft.data.rows import Example, Prompt
 from tasft.harvest.anchors import instructed, made, own_anchors, varied
 from tasft.harvest.contrastive import contrastive_replies
 from tasft.harvest.settings import HarvestSettings
+from tasft.harvest.twins import twins
 from tasft.judges import Judge, Verdict
 from tasft.judges.judging import UNKNOWN, Usual, judge_more, judge_replies, verdicts_in
 from tasft.models.engine import Engine, Reply, Sampling, collect, decided, replies_in, requests_for, thoughts
@@ -31,6 +33,7 @@ def harvest(
     usual: Usual = UNKNOWN,
     writer: Engine | None = None,
     seed: int = 0,
+    opened: Callable[[str], str] | None = None,
 ) -> dict[str, Any]:
     """Fill a `harvest/` folder; taken up where it was left when the folder holds replies.
 
@@ -45,10 +48,11 @@ def harvest(
         benign: Prompts whose answers become imitate rows.
         settings: See there.
         folder: Gets `replies.jsonl`, `verdicts.jsonl`, `avoid.jsonl`, `anchor.jsonl`, `imitate.jsonl`,
-            `contrastive.jsonl` and `summary.json`.
+            `twin.jsonl`, `contrastive.jsonl` and `summary.json`.
         usual: What coherent replies are held to besides their text, see `tasft.judges.calibration`.
         writer: Writes and answers the prompts that only seem toxic; None is `engine`.
         seed: Of all draws.
+        opened: The text of a conversation up to where a user who has said some words goes on; wanted for twins.
 
     Returns:
         The summary: how many replies were tried and kept, and why the others were not.
@@ -58,6 +62,7 @@ def harvest(
     """
     path = folder / "replies.jsonl"
     sampling = Sampling(settings.max_new_tokens, settings.temperature, settings.top_p, seed)
+    shorter = replace(sampling, max_new_tokens=settings.benign_tokens or settings.max_new_tokens)
     known = verdicts_in(folder / "verdicts.jsonl")
 
     def judged(replies: Sequence[Reply]) -> dict[str, Verdict]:
@@ -70,7 +75,7 @@ def harvest(
     asked, answers = _answers(engine, toxic, settings, sampling, path, judged)
     own: list[Reply] = []
     if settings.self_imitate:
-        own = collect(engine, requests_for(benign, mark="-own"), sampling, path, "benign")
+        own = collect(engine, requests_for(benign, mark="-own"), shorter, path, "benign")
     prefilled: list[Reply] = []
     if settings.anchors == "prefilled":
         wanted = requests_for(asked, prefix=REFUSAL, mark="-anchor")
@@ -87,11 +92,16 @@ def harvest(
             engine, asked, answered, settings.instructions, sampling, path, declined
         )
     own_made = made(own_anchors(settings.own_anchors), engine, asked, sampling, path) if settings.own_anchors else []
+    twin: list[Reply] = []
+    about_twins: dict[str, int] = {}
+    if settings.twins and opened:
+        written, about_twins = twins(engine, toxic, settings.twins, opened, sampling, folder / "twins.jsonl")
+        twin = collect(engine, requests_for(written, mark="-own"), shorter, path, "twin")
     contrastive: list[Reply] = []
     about: dict[str, Any] = {}
     if settings.contrastive:
         contrastive, about = contrastive_replies(writer or engine, toxic, benign, settings.contrastive, sampling, path)
-    others = own + prefilled + under_instruction + own_made + contrastive
+    others = own + prefilled + under_instruction + own_made + twin + contrastive
     final = judge_replies(judge, answers + others, folder / "verdicts.jsonl", usual)
     verdicts = {verdict.id: verdict for verdict in final}
 
@@ -130,6 +140,7 @@ def harvest(
         "avoid": (ordered(avoid), counts),
         "anchor": _keep(ordered(anchored), test, settings.anchor_rows, seed, settings.anchors == "instructed"),
         "imitate": _keep(own, coherent),
+        "twin": _keep(twin, answering),
         "contrastive": _keep(contrastive, answering),
     }
     summary = {
@@ -139,6 +150,7 @@ def harvest(
         **kept["avoid"][1],
         "anchors": {"mode": settings.anchors, "instructions": instructions, **kept["anchor"][1]},
         "imitate": kept["imitate"][1],
+        "twins": about_twins | kept["twin"][1],
         "contrastive": about | kept["contrastive"][1],
         "thoughts": thoughts(answers + others),
         "drawn": decided(engine, sampling),
@@ -214,8 +226,8 @@ def _keep(
 ) -> tuple[list[Reply], dict[str, Any]]:
     """Replies without a fault, no (prompt, reply) twice; how many were tried, kept, and left out for what.
 
-    Of more than `most` the first are kept; with a seed a random sample, as prompt files are often sorted by topic. With
-    `vary` no opening is too frequent.
+    Of more than `most` the first are kept; with a seed a random sample, as prompt files are often sorted by topic; with
+    `vary` those whose openings vary most.
     """
     good: dict[tuple[str, str], Reply] = {}
     left: Counter[str] = Counter()
@@ -227,16 +239,14 @@ def _keep(
             good[reply.prompt, reply.completion] = reply
         else:
             left[why] += 1
-    found = list(good.values())
-    kept = varied(found) if vary else found
+    kept = list(good.values())
     if most is not None and len(kept) > most:
         left["more than wanted"] = len(kept) - most
-        chosen = set(range(most) if seed is None else random.Random(seed).sample(range(len(kept)), most))
-        kept = [reply for index, reply in enumerate(kept) if index in chosen]
-    if vary:
-        kept = varied(kept)
-        left["opening of too many"] = len(found) - len(kept) - left["more than wanted"]
-    left = +left  # without those of which there are none
+        if vary:
+            kept = varied(kept, most)
+        else:
+            chosen = set(range(most) if seed is None else random.Random(seed).sample(range(len(kept)), most))
+            kept = [reply for index, reply in enumerate(kept) if index in chosen]
     return kept, {"tried": len(replies), "kept": len(kept), "reasons": dict(left)}
 
 
@@ -248,5 +258,5 @@ def _example(reply: Reply, label: bool, source: str) -> Example:
         reply.id,
         f"harvest/{source}",
         ends=reply.finish == "stop",
-        retain=source in ("imitate", "contrastive"),
+        retain=source in ("imitate", "twin", "contrastive"),
     )

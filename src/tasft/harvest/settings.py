@@ -9,9 +9,9 @@ from tasft.core.settings import Number, Settings
 from tasft.models.server_settings import EngineSettings
 
 INSTRUCTIONS = [
+    "Why is this request harmful, and what should one do instead?",
     "You are a responsible assistant. The request below is dangerous or illegal, so you decline it, explain the harm "
     "it would do, and suggest a safe alternative.",
-    "Refuse this request politely and say why it is dangerous:",
     "Somebody asks you for something that would hurt people. Decline it, name the harm, and offer a lawful "
     "alternative.",
     "You are a careful assistant who never helps with crime or violence. Say no to the request below, and say who "
@@ -47,7 +47,19 @@ class HarvestSettings(Settings):
         INSTRUCTIONS, min_length=1, description="What instructed puts before a prompt; those that work are used."
     )
     anchor_rows: int | None = Field(None, ge=1, description="Most anchors that are kept; null keeps all.")
+    benign_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Longest answer to a benign prompt; null takes max_new_tokens. For train.retain the "
+        "first few tokens do: there it is decided whether the model refuses.",
+    )
     self_imitate: bool = Field(True, description="Its own answers to benign prompts become rows to imitate.")
+    twins: int = Field(
+        0,
+        ge=0,
+        description="Benign prompts for each toxic one that the model writes itself, going on after its "
+        "opening words; its answers to them are retained as those to benign prompts.",
+    )
     contrastive: Contrastive | None = Field(None, description="Rows for prompts that only seem toxic; null for none.")
 
     @model_validator(mode="after")

@@ -20,6 +20,7 @@ ROW_KINDS = {
     "avoid": "harvest/avoid.jsonl",
     "anchor": "harvest/anchor.jsonl",
     "imitate": "harvest/imitate.jsonl",
+    "twin": "harvest/twin.jsonl",
     "contrastive": "harvest/contrastive.jsonl",
 }
 NOT_SETS = {"capability", "quality", "jailbreak", "report"}

@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 
 from tasft.core.text import visible
-from tasft.harvest.anchors import FLIP_PROMPTS, USED
+from tasft.harvest.anchors import FLIP_PROMPTS
 from tasft.judges import calibration
 from tasft.models.load import add_lora
 from tasft.run.checks import check_inputs
@@ -117,6 +117,7 @@ def _trained_on(run: Pipeline) -> tuple[int, int, bool]:
     if harvest.anchors != "none":
         anchors = answers if harvest.anchors == "own" else len(inputs.toxic)
         imitate += min(anchors, harvest.anchor_rows or anchors)
+    imitate += len(inputs.toxic) * harvest.twins
     if harvest.contrastive:
         imitate += harvest.contrastive.words * harvest.contrastive.per_word
     return imitate, avoid, True
@@ -145,7 +146,8 @@ def _harvest(run: Pipeline) -> str:
             counts["refusing"] = len(inputs.toxic)
         if spec.anchors == "instructed":
             tried = min(FLIP_PROMPTS, len(inputs.toxic))
-            counts["instructed"] = len(spec.instructions) * tried + USED * (len(inputs.toxic) - tried)
+            counts["instructed"] = len(spec.instructions) * tried + len(inputs.toxic) - tried
+        counts["twin"] = len(inputs.toxic) * spec.twins
         said = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
         words.append(f"at most {said} replies of at most {spec.max_new_tokens} tokens")
         if spec.contrastive:

@@ -11,6 +11,7 @@ from tasft.core.errors import UserError
 from tasft.core.step import Step
 from tasft.harvest.anchors import own_anchors
 from tasft.harvest.harvest import harvest, statement
+from tasft.harvest.twins import opened
 from tasft.judges.calibration import calibrate, can_calibrate, limit_of
 from tasft.judges.judging import Usual, rules, topic_measure
 from tasft.models.engine import Engine
@@ -27,7 +28,9 @@ def steps(context: Context) -> Iterator[Step]:
     if not context.spec.harvests or spec is None:
         return
     prompts = [[asdict(prompt) for prompt in part] for part in (context.inputs.toxic, context.inputs.benign)]
-    drawn = {name: getattr(spec, name) for name in ("samples", "temperature", "top_p", "max_new_tokens")}
+    drawn = {
+        name: getattr(spec, name) for name in ("samples", "temperature", "top_p", "max_new_tokens", "benign_tokens")
+    }
     engine = spec.engine and spec.engine.model_dump(include={"model", "body"})
     if isinstance(spec.engine, PythonEngine):
         engine = OwnEngine(spec.engine).decides()
@@ -44,7 +47,7 @@ def steps(context: Context) -> Iterator[Step]:
 
 def files(context: Context) -> list[Path]:
     """The rows of the harvest that training uses."""
-    names = ("avoid", "anchor", "imitate", "contrastive") if context.spec.harvests else ()
+    names = ("avoid", "anchor", "imitate", "twin", "contrastive") if context.spec.harvests else ()
     # Where safe responses take the place of the rows to avoid, they take that of anchors too.
     left_out = "anchor" if context.spec.replaces else None
     return [context.folder / "harvest" / f"{name}.jsonl" for name in names if name != left_out]
@@ -74,8 +77,15 @@ def _harvest(context: Context, spec: Harvest, folder: Path) -> None:
     server = spec.contrastive and spec.contrastive.engine
     writer = engine_of(server) if server else None
     judge, toxic, benign = context.inputs.judge(spec.judge), context.inputs.toxic, context.inputs.benign
+    prompt = context.spec.model
+    written = partial(
+        opened,
+        context.inputs.tokenizer,
+        style=prompt.prompt,
+        chat_template_kwargs=prompt.chat_template_kwargs,
+    )
     with _answering(context, spec.engine) as (engine, held_to):
-        summary = harvest(engine, judge, toxic, benign, spec, folder, held_to, writer, context.spec.seed)
+        summary = harvest(engine, judge, toxic, benign, spec, folder, held_to, writer, context.spec.seed, written)
     if ranks.is_first():
         print(f"harvest: {statement(summary)}", flush=True)
     if not summary["kept"]:
