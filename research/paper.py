@@ -1,7 +1,7 @@
 """Recipes and sweeps of the paper's experiments, written from one table of what the paper says.
 
     python research/paper.py                        # writes recipes/paper/
-    python research/paper.py MODEL ROWS.jsonl.gz    # T_imitate: mean tokens of the outputs in ROWS by MODEL's tokenizer
+    python research/paper.py ROWS.jsonl.gz NAME=TOKENIZER ...    # T_imitate: docs/results/paper-tokens.json
 
 The paper's weights belong to its way of dividing the loss: in each micro-batch of 3 rows, sums over tokens by the rows
 of that kind. `per_group` divides each term by its own count over the whole step, so that a weight means the same for
@@ -16,12 +16,15 @@ neither. T_imitate is measured, of Alpaca's outputs; T_avoid is known after a ha
 Source: Lu, Sinha, Varakantham 2024, arXiv 2412.06843.
 """
 
+import json
 import sys
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "paper"
+TOKENS = Path(__file__).parents[1] / "docs" / "results" / "paper-tokens.json"
 
 IMITATE = 20_000
 MICRO = 3
@@ -34,9 +37,8 @@ CONTRASTIVE = ", harvest.contrastive: {words: 667, per_word: 5}"
 class Model(NamedTuple):
     """A model of the paper, its epochs, and the tuned weights for each size.
 
-    `tokens` is the mean length of Alpaca's outputs with their end token, by the tokenizer of the model: n = 9,229 rows
-    drawn at random (those of AlpaGasus, random_9k). The Llama tokenizer of 32,000 tokens and Mistral's of 32,768 cut
-    them alike.
+    `tokens` is the mean length of Alpaca's outputs with their end token, by the tokenizer of the model, over rows drawn
+    at random (AlpaGasus, random_9k): docs/results/paper-tokens.json.
     """
 
     hub: str
@@ -171,22 +173,30 @@ def written() -> dict[Path, str]:
     }
 
 
-def mean_tokens(model: str, path: str) -> tuple[float, int]:
-    """Mean number of tokens of the field `output`, an end token included, and the number of rows."""
-    from tasft.data.files import read_rows
-    from tasft.models.load import load_tokenizer
+def measured(path: str, tokenizers: Mapping[str, str]) -> dict[str, Any]:
+    """Mean tokens of the field `output`, an end token included, by each tokenizer: name -> hub name or folder."""
+    from transformers import AutoTokenizer
 
-    tokenizer = load_tokenizer(model)
+    from tasft.core.provenance import commit, file_hash
+    from tasft.core.stats import mean
+    from tasft.data.files import read_rows
+
     # Drawn at random from Alpaca, where the file says which rows were.
     rows = [
         row for _, row in read_rows(Path(path)) if "alpagasus/random_9k" in row.get("sources", "alpagasus/random_9k")
     ]
-    return fmean(len(tokenizer(row["output"], add_special_tokens=False).input_ids) + 1 for row in rows), len(rows)
+    found = {}
+    for name, place in tokenizers.items():
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        lengths = [len(tokenizer(row["output"], add_special_tokens=False).input_ids) + 1.0 for row in rows]
+        found[name] = {"vocabulary": len(tokenizer), **asdict(mean(lengths))}
+    return {"rows": Path(path).name, "sha256": file_hash(Path(path)), "commit": commit(), "tokens": found}
 
 
 if __name__ == "__main__":
     if sys.argv[1:]:
-        print("mean tokens {:.1f}, n = {:,}".format(*mean_tokens(*sys.argv[1:])))
+        result = measured(sys.argv[1], dict(word.split("=", 1) for word in sys.argv[2:]))
+        TOKENS.write_text(json.dumps(result, indent=1) + "\n")
         sys.exit()
     FOLDER.mkdir(exist_ok=True)
     for path, text in written().items():

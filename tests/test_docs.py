@@ -48,6 +48,11 @@ def test_the_readme_has_commands_a_recipe_and_python():
     assert {"sh", "python", "yaml"} <= {kind for kind, _ in BLOCKS}
 
 
+def test_the_readme_is_read_in_minutes():
+    assert len(README.splitlines()) <= 120
+    assert len(README.split()) <= 1000
+
+
 def test_what_is_no_command_of_ours_is_there():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for line in SHELL:

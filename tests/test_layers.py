@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "report": {"core"},
     "loss": set(),
     "core": set(),
-    "__init__": {"train", "judges", "data", "report", "loss", "core"},
+    "__init__": {"run", "train", "judges", "data", "report", "loss", "core"},
 }
 LOSSES_MAY_USE = {"torch", "jaxtyping", "tasft", "scipy", "numpy", "triton"}
 LOSSES_MAY_USE |= {"math", "dataclasses", "typing", "collections", "types"}

@@ -81,3 +81,10 @@ def test_a_recipe_of_the_paper_reads_the_public_files(tiny, tmp_path, name):
     inputs = Inputs(recipe_file.load(str(ROOT / "recipes" / "paper" / f"paper-{name}.yaml"), stand_ins))
     check_inputs(inputs)
     assert sum(len(inputs.sets[name]) for name in ("i-malicious", "i-cona", "i-controversial", "harmfulq")) == 518
+
+
+def test_mean_lengths_of_alpacas_outputs_are_those_that_were_measured():
+    found = json.loads((ROOT / "docs/results/paper-tokens.json").read_text())["tokens"]
+    tokenizers = {"llama-7b": "llama", "llama-13b": "llama", "mistral-7b": "mistral", "llama-3.1-8b": "llama-3.1"}
+    for name, model in script("paper").MODELS.items():
+        assert model.tokens == round(found[tokenizers[name]]["value"], 1), name

@@ -1,6 +1,8 @@
 """Make a language model safe while it is fine-tuned, from nothing but its own harmful answers."""
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,6 +11,7 @@ if TYPE_CHECKING:
     from tasft.judges import JUDGES
     from tasft.loss import PENALTIES
     from tasft.report.results import results
+    from tasft.run.doors import evaluate, harvest, judge, run
     from tasft.train.config import TASFTConfig
     from tasft.train.monitor import CollapseMonitor
     from tasft.train.settings import MonitorSettings
@@ -23,7 +26,11 @@ __all__ = [
     "TASFTConfig",
     "TASFTTrainer",
     "UserError",
+    "evaluate",
+    "harvest",
+    "judge",
     "results",
+    "run",
 ]
 
 _HOMES = {
@@ -35,8 +42,31 @@ _HOMES = {
     "TASFTConfig": "train.config",
     "TASFTTrainer": "train.trainer",
     "UserError": "core.errors",
+    "evaluate": "run.doors",
+    "harvest": "run.doors",
+    "judge": "run.doors",
     "results": "report.results",
+    "run": "run.doors",
 }
+
+
+class _Door(ModuleType):
+    """A package that is called as the function of its name is: `tasft.run` is both."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(import_module("tasft.run.doors"), self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
+class _Package(ModuleType):
+    """This module, in which the import of `tasft.run` puts the package in the place of the function."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in ("run", "harvest", "evaluate") and isinstance(value, ModuleType):
+            value.__class__ = _Door
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

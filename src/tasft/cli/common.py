@@ -13,6 +13,7 @@ import typer
 
 from tasft.core.errors import UserError
 from tasft.core.text import visible
+from tasft.run.doors import opened_run
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -89,18 +90,7 @@ def print_table(found: "Table") -> None:
 
 def open_run(source: str, overrides: Sequence[str] | None, out: Path | None) -> "Pipeline":
     """The run of a recipe, in its folder."""
-    from tasft.run import recipe_file
-
-    # Its faults are said before torch is imported, which takes seconds.
-    spec = recipe_file.load(source, overrides or ())
-    from tasft.run import pipeline
-
-    return pipeline.Pipeline(spec, folder_of(source, spec.name, out))
-
-
-def folder_of(source: str, name: str, out: Path | None) -> Path:
-    """The run folder of a recipe: `out`, else the recipe itself where it is a run, else `runs/` and its name."""
-    return out or (Path(source) if (Path(source) / "recipe.yaml").is_file() else Path("runs") / name)
+    return opened_run(source, out, overrides or ())
 
 
 @contextmanager

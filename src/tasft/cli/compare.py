@@ -26,6 +26,25 @@ def titles_of(folders: Sequence[Path]) -> dict[str, Path]:
     return titled
 
 
+def judged(paths: Sequence[Path], judges: Sequence[str]) -> list[Path]:
+    """The folders of evaluations; for a log of another tool that of its replies, judged now if they were not."""
+    from tasft.data.logs import read_log
+
+    found = []
+    for path in paths:
+        if path.is_file() or (path.is_dir() and not (path / "manifest.json").exists() and any(path.glob("*.jsonl"))):
+            if read_log(path) is None:
+                raise UserError(f"{path}: neither a folder of an evaluation nor a log that is known")
+            from tasft.evaluate.logged import judge_log
+            from tasft.judges import load_judge
+
+            folder = Path("runs") / f"log-{path.name}-{provenance.content_hash(str(path.absolute()))[:8]}"
+            judge_log(path, [load_judge(name) for name in judges], folder)
+            path = folder
+        found.append(path)
+    return found
+
+
 def compare(folders: Sequence[Path], out: Path | None) -> dict[str, Any]:
     """The first model against each of the others, and the page of all of them.
 

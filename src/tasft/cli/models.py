@@ -164,12 +164,14 @@ def compare(
     models: Annotated[
         list[Path],
         typer.Argument(
-            help="Two or more: a run, its final model; a state such as RUN/evaluate/base; or --out of evaluate."
+            help="Two or more: a run, its final model; a state such as RUN/evaluate/base; --out of evaluate; or a log "
+            "of Inspect, lm-eval, garak, promptfoo, PyRIT or an OpenAI batch."
         ),
     ],
     out: Annotated[
         Path | None, typer.Option("--out", help="Where the page goes; default runs/compare-NAMES.", show_default=False)
     ] = None,
+    judge: Annotated[str, typer.Option("--judge", help="Who judges logs, by commas.")] = "embedded,refusal_matching",
     as_json: JsonOption = False,
 ) -> None:
     """Compare evaluated models with the first on the prompts that both answered, and write one page for all.
@@ -182,7 +184,7 @@ def compare(
     from tasft.evaluate import results
 
     with alone(as_json):
-        found = comparing.compare(models, out)
+        found = comparing.compare(comparing.judged(models, [name for name in judge.split(",") if name]), out)
     if as_json:
         print_json(found)
         return

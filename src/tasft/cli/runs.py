@@ -20,7 +20,6 @@ from tasft.cli.common import (
     RecipeArgument,
     again,
     alone,
-    folder_of,
     open_run,
     print_json,
     print_table,
@@ -29,6 +28,7 @@ from tasft.cli.common import (
 from tasft.core import provenance
 from tasft.core.errors import UserError
 from tasft.core.text import visible
+from tasft.run.doors import folder_of
 
 if TYPE_CHECKING:
     from tasft.run.pipeline import Pipeline

@@ -12,6 +12,7 @@ from tasft.core.measures import MEASURES, in_words
 from tasft.core.stats import Estimate, agreement, auroc
 from tasft.core.text import visible
 from tasft.data.files import read_rows
+from tasft.data.logs import read_log
 from tasft.data.rows import repeated_ids
 from tasft.evaluate.safety import summarise
 from tasft.judges import Judge, JudgeSettings, Verdict, load_judge
@@ -82,7 +83,7 @@ def read_pairs(
     Raises:
         UserError: Names every fault of the file, and shows neither a prompt nor a reply.
     """
-    rows = read_rows(path)
+    rows = read_log(path) or read_rows(path)
     columns = list(dict.fromkeys(name for _, row in rows for name in row))
     wanted = (("--prompt-column", prompt_column, _PROMPTS), ("--reply-column", reply_column, _REPLIES))
     faults = [

@@ -3,7 +3,7 @@
 import os
 import re
 import reprlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from importlib import resources
 from pathlib import Path
@@ -61,18 +61,18 @@ def is_recipe(source: str) -> bool:
     return named or source in shipped() or os.path.isfile(Path(source) / "recipe.yaml")
 
 
-def load(source: str, overrides: Sequence[str] = ()) -> Recipe:
+def load(source: str | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
-        source: A YAML file, the name of a shipped recipe, or a run folder.
+        source: A YAML file, the name of a shipped recipe, or a run folder; or the fields themselves.
         overrides: `section.field=value`, each value in YAML.
 
     Raises:
         UserError: Names every fault, each with its field.
     """
-    path = find(source)
-    values = read(path)
+    path = find(source) if isinstance(source, str) else Path("recipe")
+    values = read(path) if isinstance(source, str) else deepcopy(dict(source))
     if "base" in values:
         raise UserError(f"{path} is a sweep file: run it with tasft sweep")
     faults = [fault for override in overrides if (fault := _override(values, override))]

@@ -9,8 +9,8 @@ from pathlib import Path
 from tasft.core import provenance, ranks
 from tasft.core.errors import UserError
 from tasft.core.step import Step
+from tasft.harvest import harvest
 from tasft.harvest.anchors import own_anchors
-from tasft.harvest.harvest import harvest, statement
 from tasft.harvest.twins import opened
 from tasft.judges.calibration import calibrate, can_calibrate, limit_of
 from tasft.judges.judging import Usual, rules, topic_measure
@@ -85,9 +85,10 @@ def _harvest(context: Context, spec: Harvest, folder: Path) -> None:
         chat_template_kwargs=prompt.chat_template_kwargs,
     )
     with _answering(context, spec.engine) as (engine, held_to):
-        summary = harvest(engine, judge, toxic, benign, spec, folder, held_to, writer, context.spec.seed, written)
+        seed = context.spec.seed
+        summary = harvest.harvest(engine, judge, toxic, benign, spec, folder, held_to, writer, seed, written)
     if ranks.is_first():
-        print(f"harvest: {statement(summary)}", flush=True)
+        print(f"harvest: {harvest.statement(summary)}", flush=True)
     if not summary["kept"]:
         raise UserError(
             f"{folder}: none of {summary['tried']} answers was harmful and coherent ({summary['reasons']}): "
