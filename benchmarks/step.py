@@ -38,6 +38,7 @@ from environment import code, environment, machine, markdown, put
 from loss import cpu_rate, forget_peak, gpu_rate, number, resident_peak
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils.data import SequentialSampler
 from transformers import (
     DataCollatorForSeq2Seq,
     Gemma3ForCausalLM,
@@ -175,15 +176,18 @@ def tasft(penalty: str, entry: Entry) -> Trainer:
     examples = entry.examples
     if penalty == "none":
         examples = [Example(row.prompt, row.completion, label=True) for row in examples]
-    # In the given order: every step has the same rows.
-    arguments = TASFTConfig(**entry.plan.arguments(), penalty=penalty, penalize_eos=True, sampling="uniform")
-    return TASFTTrainer(
+    arguments = entry.plan.arguments()
+    del arguments["train_sampling_strategy"]
+    trainer = TASFTTrainer(
         entry.model,
-        arguments,
+        TASFTConfig(**arguments, penalty=penalty, penalize_eos=True),
         train_dataset=entry.repeated(examples),
         processing_class=entry.tokenizer,
         peft_config=entry.adapter(),
     )
+    # In the given order, as the others: every step has the same rows.
+    trainer._get_train_sampler = SequentialSampler
+    return trainer
 
 
 def plain(entry: Entry) -> Trainer:
