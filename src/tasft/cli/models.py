@@ -171,7 +171,7 @@ def compare(
     out: Annotated[
         Path | None, typer.Option("--out", help="Where the page goes; default runs/compare-NAMES.", show_default=False)
     ] = None,
-    judge: Annotated[str, typer.Option("--judge", help="Who judges logs, by commas.")] = "embedded,refusal_matching",
+    judge: Annotated[str, typer.Option("--judge", help="Who judges logs, by commas.")] = "classifier,refusal_matching",
     as_json: JsonOption = False,
 ) -> None:
     """Compare evaluated models with the first on the prompts that both answered, and write one page for all.

@@ -64,7 +64,7 @@ def harvest(
 
 
 def judge(
-    rows: "str | Path | pd.DataFrame | Sequence[Mapping[str, Any]]", judge: str = "embedded", **settings: Any
+    rows: "str | Path | pd.DataFrame | Sequence[Mapping[str, Any]]", judge: str = "classifier", **settings: Any
 ) -> "pd.DataFrame":
     """What a judge says of prompts and replies, as `tasft judge` has it.
 
@@ -105,7 +105,7 @@ def judge(
 def evaluate(
     model: str | Path,
     sets: Sequence[str],
-    judges: Sequence[str] = ("embedded", "refusal_matching"),
+    judges: Sequence[str] = ("classifier", "refusal_matching"),
     out: str | Path | None = None,
     data_dir: str | Path | None = None,
     limit: int | None = None,
