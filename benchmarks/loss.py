@@ -472,6 +472,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one shape, under a minute")
     parser.add_argument("--shapes", nargs="+", metavar="TEXT", help="only those whose MODEL/N contains one of these")
+    parser.add_argument("--sizes", nargs=3, type=int, metavar=("N", "V", "D"), help="one shape, of these sizes")
+    parser.add_argument("--seconds", type=float, help="after which no further round of a shape is started")
     parser.add_argument("--trained", action="store_true", help="with the gradient of the head")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -482,6 +484,8 @@ def main() -> None:
     shapes = [Shape(model, n, *sizes) for model, sizes in models.items() for n in counts]
     wanted = QUICK[args.device] if args.quick else args.shapes or [""]
     shapes = [shape for shape in shapes if any(text in shape.name for text in wanted)]
+    if args.sizes:
+        shapes = [Shape("made", *args.sizes)]
     if not shapes:
         parser.error(f"no shape is named like {wanted}")
 
@@ -493,7 +497,7 @@ def main() -> None:
     report["rows"] = []
     for shape in shapes:
         print(f"{shape.name} ...", file=sys.stderr, flush=True)
-        seconds = QUICK_SECONDS if args.quick else SECONDS
+        seconds = args.seconds or (QUICK_SECONDS if args.quick else SECONDS)
         report["rows"] += measure(shape, args.device, dtype, args.trained, threads, seconds, reasons)
         if args.json:
             args.json.write_text(json.dumps(report, indent=2) + "\n")

@@ -54,6 +54,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from tasft.core.errors import UserError
 from tasft.data.encode import Encoding, encode_rows
 from tasft.data.rows import Example, read_prompts
 from tasft.loss import IGNORE_INDEX, PENALTIES
@@ -72,6 +73,17 @@ SHAPES: dict[str, Callable[[], PreTrainedModel]] = {
             num_key_value_heads=1,
             head_dim=256,
             sliding_window=512,
+        )
+    ),
+    "llama-3.2-1b": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=128256,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=16,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            tie_word_embeddings=True,
         )
     ),
     "tiny": lambda: LlamaForCausalLM(
@@ -104,6 +116,7 @@ class Plan(NamedTuple):
     scratch: str
     device: str
     dtype: str
+    quantize: str
     threads: int
     rows: int
     micro_batch: int
@@ -286,11 +299,12 @@ def examples(count: int) -> list[Example]:
     return rows
 
 
-def save(model: str, folder: str) -> dict[str, Any]:
+def save(model: str, folder: str, device: str, dtype: str) -> dict[str, Any]:
     """Lay a model down where every process finds it fast; its size."""
     if model in SHAPES:
         torch.manual_seed(0)
-        made: PreTrainedModel = SHAPES[model]()
+        with torch.device(device):
+            made: PreTrainedModel = SHAPES[model]().to(getattr(torch, dtype))
         tokenizer = made_tokenizer()
     else:
         made, tokenizer = load_model(model), load_tokenizer(model)
@@ -335,7 +349,12 @@ def compete(name: str, plan: Plan, pipe: Connection) -> None:
     torch.set_num_threads(plan.threads)
     transformers_logging.set_verbosity_error()
     try:
-        entry = Entry(plan, load_model(plan.folder, plan.dtype), load_tokenizer(plan.folder), examples(plan.rows))
+        entry = Entry(
+            plan,
+            load_model(plan.folder, plan.dtype, quantize=plan.quantize),
+            load_tokenizer(plan.folder),
+            examples(plan.rows),
+        )
         touch(entry.model)
         before = restart_peak(plan.device)
         start = time.perf_counter()
@@ -348,6 +367,8 @@ def compete(name: str, plan: Plan, pipe: Connection) -> None:
         pipe.send(peak - before)
     except torch.OutOfMemoryError:
         pipe.send("out of memory")
+    except UserError as error:
+        pipe.send(str(error))
     except EOFError:  # The process that tells the turns is gone.
         return
 
@@ -535,10 +556,11 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct", help=f"any, or a shape: {', '.join(SHAPES)}")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--quantize", choices=["none", "4bit"], default="none", help="the frozen weights")
     parser.add_argument("--rows", type=int, help=f"in a step, a multiple of {SHARE}; by default {SHARE}, 160 on a GPU")
     parser.add_argument("--micro-batch", type=int, help="rows in a forward pass; by default a quarter of a step's")
     parser.add_argument("--rounds", type=int, help="that are timed; by default 5, 2 if quick, 20 on a GPU")
-    parser.add_argument("--only", nargs="+", metavar="TEXT", help="only contestants whose name contains one of these")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="only contestants of these names, or parts of them")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers here")
     parser.add_argument("--page", type=Path, metavar="PATH", help="put the table between the marks of this page")
     args = parser.parse_args()
@@ -555,19 +577,25 @@ def main() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # Threads do not outlive a fork, and a child would wait for them.
     reasons = missing()
-    names = [name for name in CONTESTANTS if any(text in name for text in args.only or [""])]
+    only = args.only or [""]
+    names = [
+        name for name in CONTESTANTS if any(text == name or (text not in CONTESTANTS and text in name) for text in only)
+    ]
     if not names:
         parser.error(f"no contestant is named like {args.only}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = f"{temporary}/model"
-        size = save(model, folder)
-        plan = Plan(folder, f"{temporary}/run", args.device, args.dtype, threads, rows, micro_batch, 1 + rounds)
+        size = save(model, folder, args.device, args.dtype)
+        plan = Plan(
+            folder, f"{temporary}/run", args.device, args.dtype, args.quantize, threads, rows, micro_batch, 1 + rounds
+        )
         encoded, _ = encode_rows(examples(rows), load_tokenizer(folder), Encoding(penalize_eos=True))
         runners, rates = measure(names, plan, reasons)
     lengths = [len(row["input_ids"]) for row in encoded]
     labels = sum(len(row["labels"]) - row["labels"].count(IGNORE_INDEX) for row in encoded)
     operations = 4 * (size["body"] * sum(lengths) + size["head"] * labels)
     work = size | {
+        "quantize": args.quantize,
         "rows": rows,
         "micro_batch": micro_batch,
         "tokens": sum(lengths),

@@ -27,6 +27,8 @@ def test_it_says_what_is_here_and_asks_nobody(monkeypatch):
     assert 0 < found["memory_gib"]["free"] <= found["memory_gib"]["total"]
     assert found["disk_gib"]["total"] > 0
     assert found["cores"] >= 1
+    assert found["precision"]["dtype"] in ("float32", "bfloat16")
+    assert found["precision"]["why"]
     assert found["hub"]["reached"] is None
 
 
@@ -37,14 +39,15 @@ def test_the_table_has_every_line_and_no_escape_where_there_is_no_terminal():
     with (console := Console(width=200)).capture() as caught:
         console.print(doctor.table(found))
     text = caught.get()
-    for what in ("python", "torch", "GPU", "memory", "disk", "extra kto", "pip install '.[kto]'", "hub"):
+    for what in ("python", "torch", "GPU", "precision", "memory", "disk", "extra kto", "pip install '.[kto]'", "hub"):
         assert what in text, what
     assert not {"\x1b", "\x07"} & set(text)
 
 
 @needs_models
 def test_models_that_came_as_packages_are_here():
-    assert all(about["here"] for about in doctor.examine()["models"].values())
+    here = {name for name, about in doctor.examine()["models"].items() if about["here"]}
+    assert here >= {"smollm2-135m-instruct", "sentence encoder"}
 
 
 def test_a_package_that_is_missing_or_too_old_is_named():

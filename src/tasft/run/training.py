@@ -43,13 +43,12 @@ def _common(recipe: Recipe, spec: Train, folder: Path) -> dict[str, Any]:
             f"batch_size {spec.batch_size} is not a multiple of {micro} rows in each of {processes} processes: "
             "change batch_size, micro_batch_size or -n"
         )
-    precision = _precision(spec)
     return {
         "output_dir": str(folder),
-        "bf16": precision == "bf16",
+        "bf16": spec.precision == "bf16",
         # Without being told, transformers takes a machine without a GPU for one that cannot do it.
-        "use_cpu": precision == "bf16" and not torch.accelerator.is_available(),
-        "fp16": precision == "fp16",
+        "use_cpu": spec.precision == "bf16" and not torch.accelerator.is_available(),
+        "fp16": spec.precision == "fp16",
         "activation_checkpointing": spec.activation_checkpointing,
         "num_train_epochs": spec.epochs or 1,
         "max_steps": spec.max_steps or -1,
@@ -69,16 +68,6 @@ def _common(recipe: Recipe, spec: Train, folder: Path) -> dict[str, Any]:
         "seed": recipe.seed,
         "report_to": "none",
     }
-
-
-def _precision(spec: Train) -> str:
-    """What `auto` is here: bf16 where the GPU, or the processor, multiplies it faster than fp32."""
-    if spec.precision != "auto":
-        return spec.precision
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    has = torch.cpu.get_capabilities()
-    return "bf16" if has.get("amx_bf16") or has.get("avx512_bf16") else "fp32"
 
 
 def arguments(recipe: Recipe, spec: Train, folder: Path) -> TASFTConfig:
@@ -188,7 +177,7 @@ def fit(
         loaded.save_pretrained(folder / ("adapter" if recipe.model.lora else "model"), state_dict=state)
         if recipe.model.lora is None:
             tokenizer.save_pretrained(folder / "model")
-        provenance.write_json(folder / "summary.json", {"steps": steps, "precision": _precision(spec)})
+        provenance.write_json(folder / "summary.json", {"steps": steps, "precision": spec.precision})
 
 
 def monitor_of(spec: Train, probe: Callable[[PreTrainedModel], list[tuple[str, str]]]) -> CollapseMonitor | None:

@@ -23,7 +23,7 @@ class Training(RowSettings):
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up; linear decay follows.")
     padding_free: bool = Field(False, description="Lay rows end to end instead of padding them.")
     precision: Literal["fp32", "bf16", "fp16", "auto"] = Field(
-        "fp32", description="Of products, whatever the weights are in; auto is bf16 where it is quick, else fp32."
+        "auto", description="Of products, whatever the weights are in; auto is bf16 where it is faster, else fp32."
     )
     activation_checkpointing: bool = Field(False, description="Compute activations again in backward: less memory.")
     save_steps: int = Field(20, ge=1, description="Steps between checkpoints, from which an interrupted run goes on.")

@@ -6,6 +6,7 @@ from pathlib import Path
 from tasft.core.errors import UserError
 from tasft.data.settings import PromptFormat
 from tasft.models.load import base_of, saved
+from tasft.models.precision import fastest
 from tasft.run import recipe_file
 from tasft.run.recipe import Model
 
@@ -55,8 +56,8 @@ def _side(name: str, prompt: PromptFormat) -> Side:
     if path.parent.name == "evaluate" and _is_run(path.parent.parent):
         return _state(path.parent.parent, path.name)
     if (path / "adapter_config.json").is_file():
-        return Side(name, Model(base=base_of(path), prompt=prompt), path)
-    return Side(name, Model(base=name, prompt=prompt))
+        return Side(name, Model(base=base_of(path), prompt=prompt, dtype=fastest().dtype), path)
+    return Side(name, Model(base=name, prompt=prompt, dtype=fastest().dtype))
 
 
 def _state(run: Path, state: str) -> Side:
