@@ -10,7 +10,7 @@ INSTALL := $(if $(shell command -v uv),uv pip install --quiet --python $(BIN)/py
 
 help:
 	@echo "make try     a first page, on a handful of prompts"
-	@echo "make demo    the whole path on a real 135M model, about 10 minutes on 2 cores"
+	@echo "make demo    the whole path on a real 135M model, less than an hour on 2 cores"
 	@echo "make test    every test but the slow ones (make test-slow)"
 	@echo "make check   formatting, lint, types"
 	@echo "make audit   known faults of the packages (asks PyPI), and bandit"

@@ -25,7 +25,9 @@ def read(run: Path) -> dict[str, Any]:
     rates: dict[str, Any] = {}
     for path in sorted(run.glob("evaluate/*/*/*/summary.json")):
         state, name, judge = path.parts[-4:-1]
-        rates.setdefault(state, {}).setdefault(name, {})[judge] = json.loads(path.read_text())
+        summary = json.loads(path.read_text())
+        summary.pop("by_topic", None)
+        rates.setdefault(state, {}).setdefault(name, {})[judge] = summary
     lines = (run / "train" / "metrics.jsonl").read_text().splitlines()
     return {
         "run": run.name,
@@ -63,11 +65,9 @@ def before_after(run: dict[str, Any]) -> str:
         before, after = (run["rates"][state][name][judge][measure] for state in ("base", "final"))
         rows.append(f"| {label} | {cell(before)} | {cell(after)} |")
     n, m = (run["rates"]["final"][name][judge]["refusal"]["n"] for name in ("toxic", "benign"))
-    minutes = sum(stage["seconds"] for stage in run["stages"].values()) / 60
-    machine = run["machine"]
     rows.append(
         f"\nSmolLM2-135M-Instruct, {n} toxic and {m} benign held-out prompts, judge `{judge}`, 95% intervals, seed "
-        f"{run['recipe']['seed']}, commit {machine['commit'][:7]}, {minutes:.1f} minutes on {machine['cores']} cores."
+        f"{run['recipe']['seed']}, commit {run['machine']['commit'][:7]}."
     )
     return "\n".join(rows)
 

@@ -84,12 +84,12 @@ def test_tasft_commands_are_accepted(line, tiny, tmp_path, monkeypatch):
         assert expanded(words[words.index("--sets") + 1].split(","))
     write_the_readmes_recipe(tmp_path, tiny)
     monkeypatch.chdir(tmp_path)
-    if command in ("init", "doctor", "judge"):
+    if command in ("init", "doctor") or (command == "judge" and (tmp_path / words[0]).exists()):
         arguments = [command, *words]
     elif words and (words[0].endswith(".yaml") or words[0] in recipe_file.shipped()):
         arguments = ["check", *words[:first]]
     else:
-        arguments = [command, "--help"]  # Of a run or a model, and there is none.
+        arguments = [command, "--help"]  # Of a run, a model or a log, and there is none.
     app([str(tiny) if word.startswith("HuggingFaceTB/") else word for word in arguments], standalone_mode=False)
 
 
