@@ -196,7 +196,7 @@ def test_rows_that_kto_cannot_take_are_refused(tmp_path, rows, sentence):
 
 def test_without_trl_the_command_that_brings_it_is_named(monkeypatch):
     monkeypatch.setattr(baselines, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"pip install 'tasft\[kto\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[kto\]'"):
         baselines.require_kto()
 
 

@@ -40,7 +40,7 @@ def judge_file(
 ) -> None:
     """Score a file of prompts and replies with a judge, and the judge by human labels or by another one.
 
-    Example: tasft judge replies.csv --judge classifier --labels harmful --page judge.html --calibrate judge.json
+    Example: tasft judge replies.csv --judge classifier --labels harmful
     """
     one_judge = {"--model": model, "--server": server, "--rubric": rubric, "--labels": labels, "--out": out}
     one_judge |= {"--table": table, "--page": page, "--calibrate": calibrate}

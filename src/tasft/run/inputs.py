@@ -251,8 +251,9 @@ class Inputs:
 
     def warnings(self) -> list[str]:
         """What is no fault, but a reader of the result will ask about it."""
-        counts = ((field, count) for field, count in self.dropped.items() if count)
         told = forms.said(Counter(row.form for row in self.imitate), self.spec.train.turns)
+        # Now: reading the rows above counts too.
+        counts = [(field, count) for field, count in self.dropped.items() if count]
         said = [*self.told.values(), *(f"data.imitate: {line}" for line in told)]
         said += [
             f"{field}: {count} prompt{'s' * (count > 1)} left out: (nearly) in an evaluation set"
