@@ -315,6 +315,10 @@ def _override(values: dict[str, Any], override: str) -> str | None:
     return None
 
 
+TAGS = ("<one>", "<list>", "<server>", "<python>")
+"""What tells the kinds of a field apart, in pydantic's places alone."""
+
+
 def sentences(path: Path, error: ValidationError) -> list[str]:
     """What pydantic found wrong with the fields of a file."""
     return [sentence for fault in _errors(error) for sentence in _sentences(path, fault)]
@@ -322,10 +326,14 @@ def sentences(path: Path, error: ValidationError) -> list[str]:
 
 def _errors(error: ValidationError) -> list[Any]:
     """Faults, each at the place that the file has it: without the tags that tell the kinds of a field apart."""
-    return [
-        {**fault, "loc": tuple(part for part in fault["loc"] if not str(part).startswith("<"))}
-        for fault in error.errors()
-    ]
+
+    def place(fault: Any) -> tuple[Any, ...]:
+        *above, last = fault["loc"] or ("",)
+        # A field that there is not is the user's own word, whatever it looks like.
+        own = fault["type"] == "extra_forbidden"
+        return (*(part for part in above if part not in TAGS), *([last] if own or last not in TAGS else []))
+
+    return [{**fault, "loc": place(fault) if fault["loc"] else ()} for fault in error.errors()]
 
 
 def _sentences(path: Path, fault: Any) -> list[str]:
