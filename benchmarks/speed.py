@@ -24,10 +24,6 @@ from tasft.run import recipe_file
 from tasft.run.pipeline import Pipeline
 
 STEPPING = ("trl_sft", "tasft_none", "tasft_emd", "tasft_nlcl", "tasft_npo")
-TINY = (
-    *("harvest.max_new_tokens=4", "harvest.rows=4", "harvest.anchors=none", "train.max_steps=1", "evaluate.limit=2"),
-    *("evaluate.max_new_tokens=4", "train.batch_size=2", "train.avoid_per_step=1"),
-)
 
 
 def parts(quick: bool, dtype: str) -> dict[str, Part]:
@@ -40,16 +36,16 @@ def parts(quick: bool, dtype: str) -> dict[str, Part]:
         who = ("tasft_none",) if quick else STEPPING
         found[f"generate-{each}"] = Part(f"Replies, {each}", replies, 1800, generate.table)
         found[f"step-{each}"] = Part(f"Steps, {each}", (*steps, *who), 1800, step.table)
-    demo = (PYTHON, "benchmarks/speed.py", "--demo", "{json}", *(TINY if quick else ()))
+    demo = (PYTHON, "benchmarks/speed.py", "--stages", "{json}", "try" if quick else "demo")
     found["demo"] = Part("Stages of the demo", demo, 1800, stages)
     return found
 
 
-def demo(path: Path, overrides: list[str]) -> None:
-    """Run the demo in a folder that is thrown away; its precision, and the seconds of each step."""
+def run(path: Path, recipe: str) -> None:
+    """Run a recipe in a folder that is thrown away; its precision, and the seconds of each step."""
     with tempfile.TemporaryDirectory() as folder:
-        Pipeline(recipe_file.load("demo", overrides), Path(folder) / "demo").go()
-        manifest = json.loads((Path(folder) / "demo" / "manifest.json").read_text())
+        Pipeline(recipe_file.load(recipe), Path(folder) / recipe).go()
+        manifest = json.loads((Path(folder) / recipe / "manifest.json").read_text())
     path.write_text(json.dumps({name: manifest[name] for name in ("stages", "precision")}) + "\n")
 
 
@@ -65,14 +61,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--out", type=Path, metavar="STEM", help="writes STEM.json and STEM.md")
-    what.add_argument(
-        "--demo", type=Path, metavar="PATH", help="only run the demo, with OVERRIDES, its seconds to PATH"
-    )
-    parser.add_argument("overrides", nargs="*", help="fields of the demo's recipe")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, a few minutes")
+    what.add_argument("--stages", nargs=2, metavar=("PATH", "RECIPE"), help="only run a recipe, its seconds to PATH")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and the recipe try, a few minutes")
     args = parser.parse_args()
-    if args.demo:
-        demo(args.demo, args.overrides)
+    if args.stages:
+        run(Path(args.stages[0]), args.stages[1])
         return
     choice = fastest()
     go("Measured on a CPU", parts(args.quick, choice.dtype), args.out, "cpu", choice.dtype, torch.get_num_threads())
