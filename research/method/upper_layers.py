@@ -264,7 +264,8 @@ class Lab:
         self.model.eval()
         counts, kept = {}, {}
         for name, prompts in self.sets.items():
-            replies = {prompt.prompt: said for prompt in prompts for said in [self.ask([prompt], 32)[prompt.id][0]]}
+            said = self.ask(prompts, 32)
+            replies = {prompt.prompt: said[prompt.id][0] for prompt in prompts}
             kept[name] = replies
             counts[name] = {
                 "n": len(prompts),

@@ -328,12 +328,11 @@ def _errors(error: ValidationError) -> list[Any]:
     """Faults, each at the place that the file has it: without the tags that tell the kinds of a field apart."""
 
     def place(fault: Any) -> tuple[Any, ...]:
-        *above, last = fault["loc"] or ("",)
-        # A field that there is not is the user's own word, whatever it looks like.
-        own = fault["type"] == "extra_forbidden"
-        return (*(part for part in above if part not in TAGS), *([last] if own or last not in TAGS else []))
+        # A field that there is not ends in the user's own word, whatever it looks like.
+        own = len(fault["loc"]) - 1 if fault["type"] == "extra_forbidden" else None
+        return tuple(part for number, part in enumerate(fault["loc"]) if number == own or part not in TAGS)
 
-    return [{**fault, "loc": place(fault) if fault["loc"] else ()} for fault in error.errors()]
+    return [{**fault, "loc": place(fault)} for fault in error.errors()]
 
 
 def _sentences(path: Path, fault: Any) -> list[str]:
