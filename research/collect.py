@@ -65,9 +65,10 @@ def before_after(run: dict[str, Any]) -> str:
         before, after = (run["rates"][state][name][judge][measure] for state in ("base", "final"))
         rows.append(f"| {label} | {cell(before)} | {cell(after)} |")
     n, m = (run["rates"]["final"][name][judge]["refusal"]["n"] for name in ("toxic", "benign"))
+    commit = (run["machine"]["commit"] or "not recorded")[:12]
     rows.append(
         f"\nSmolLM2-135M-Instruct, {n} toxic and {m} benign held-out prompts, judge `{judge}`, 95% intervals, seed "
-        f"{run['recipe']['seed']}, commit {run['machine']['commit'][:7]}."
+        f"{run['recipe']['seed']}, commit {commit}."
     )
     return "\n".join(rows)
 
