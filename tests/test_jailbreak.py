@@ -158,7 +158,7 @@ def test_every_row_that_is_no_template_is_named(tmp_path):
 
 
 def test_our_templates_are_three_plain_lines_each_named_by_its_paper():
-    _, found, _ = read_source("jailbreak-wrappers")
+    found = read_source("jailbreak-wrappers").rows
     assert len(found) == len(jailbreak.read_templates("jailbreak-wrappers", MARK)) == 3
     for _, row in found:
         assert row["prompt"].count(MARK) == 1

@@ -123,8 +123,8 @@ def test_labels_with_texts_gaps_or_other_keys_are_refused(tmp_path):
         label.read_labels(path)
     assert [fault.split(":", 1)[1] for fault in caught.value.faults] == [
         "2: 'harmful' must be true, false or null",
-        "2: this key was labelled before",
         "3: 'coherent' must be true, false or null",
+        "2: this key was labelled before",
         "3: holds prompt; labels hold no more than key and answers",
     ]
     sheet = write(tmp_path / "sheet.jsonl", [{"key": "b", "prompt": "p", "completion": "c"}])

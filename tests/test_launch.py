@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from test_pipeline import go, rows, small  # noqa: F401
 
-from tasft.cli import main
+from tasft.cli.common import Launch
 from tasft.core.errors import UserError
 from tasft.run import launch
 
@@ -67,7 +67,7 @@ def test_what_cannot_be_launched_is_refused_with_a_way_out(monkeypatch):
 
 
 def test_the_command_line_names_every_kind():
-    assert set(main.Launch.__args__) == set(launch.KINDS)
+    assert set(Launch.__args__) == set(launch.KINDS)
 
 
 def test_a_batch_that_does_not_divide_is_said_once(small, tmp_path, capfd):  # noqa: F811

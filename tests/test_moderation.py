@@ -270,7 +270,7 @@ def test_a_missing_key_is_named(monkeypatch):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "openai" else True)
-    with pytest.raises(UserError, match=r"judge openai_moderation: openai is missing: pip install .tasft\[server\].$"):
+    with pytest.raises(UserError, match=r"judge openai_moderation: openai is missing: pip install '\.\[server\]'$"):
         load_judge("openai_moderation")
 
 

@@ -612,7 +612,7 @@ def test_without_the_packages_it_is_said_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "tasft.models.requests")
     monkeypatch.delattr("tasft.models.requests")
     monkeypatch.setitem(sys.modules, "tenacity", None)
-    with pytest.raises(UserError, match=r"tenacity, which is missing: pip install 'tasft\[server\]'"):
+    with pytest.raises(UserError, match=r"tenacity, which is missing: pip install '\.\[server\]'"):
         engine_for("http://127.0.0.1:1/v1")
 
 

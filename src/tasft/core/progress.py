@@ -1,6 +1,5 @@
 """Progress bars, also of libraries, as plain lines where there is no terminal; no warning that helps nobody."""
 
-import logging
 import os
 import re
 import sys
@@ -55,7 +54,5 @@ def without_needless_warnings() -> None:
     """Leave out what libraries warn of and no user could do anything about."""
     # Said at every checkpoint of a GGUF model, whose folder has no config.json; the vocabulary is not changed here.
     warnings.filterwarnings("ignore", message="Could not find a config file in")
-    # Says that the weights stay packed, which they do not here: `tasft.models.load` gives plain layers.
-    logging.getLogger("transformers.quantizers.quantizer_gguf").setLevel(logging.ERROR)
     # Between transformers and peft.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")

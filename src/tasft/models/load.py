@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -275,7 +276,8 @@ def load_model(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **place.arguments(),
-            **quantization,
+            # Packed weights cannot be trained, and their kernels compute in float32.
+            **({"quantization_config": GgufConfig(dequantize=True)} if place.gguf_file else quantization),
         )
     except Exception as error:  # those of every architecture and format of weights
         raise UserError(f"model.base: {base:.100} does not load ({_reason(error)})") from error
@@ -289,11 +291,6 @@ def load_model(
             )
     if broken := _not_finite(model.named_parameters()):
         raise UserError(f"model.base: {base:.100}: {broken}; copy or download the model again")
-    if place.gguf_file is not None:
-        # The weights are dequantised; the marks that are left make save_pretrained and peft refuse them.
-        model.is_quantized = False
-        model.hf_quantizer = None
-        del model.config.quantization_config
     if quantization:
         return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False).eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

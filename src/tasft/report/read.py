@@ -20,7 +20,6 @@ ROW_KINDS = {
     "avoid": "harvest/avoid.jsonl",
     "anchor": "harvest/anchor.jsonl",
     "imitate": "harvest/imitate.jsonl",
-    "twin": "harvest/twin.jsonl",
     "contrastive": "harvest/contrastive.jsonl",
 }
 NOT_SETS = {"capability", "quality", "jailbreak", "report"}

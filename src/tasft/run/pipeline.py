@@ -46,6 +46,7 @@ class Pipeline:
                 )
         elif folder.exists() and (not folder.is_dir() or any(path.name[0] != "." for path in folder.iterdir())):
             raise UserError(f"{folder} is there and is not a run folder: choose another with --out")
+        provenance.refuse_links(folder)
         self.precision = None if precision.is_settled(spec) else remembered(folder / "manifest.json")
         self.spec = precision.settled(spec, self.precision) if self.precision else spec
         self.folder = folder

@@ -86,7 +86,7 @@ def _look(context: Context, number: int, reads: dict[str, Any]) -> Step:
     def work(folder: Path) -> None:
         seed = context.spec.seed + number
         sampling = Sampling(drawn.max_new_tokens, drawn.temperature, drawn.top_p, seed)
-        own = _rows([context.folder / "harvest" / f"{name}.jsonl" for name in ("imitate", "twin")])
+        own = _rows([context.folder / "harvest" / "imitate.jsonl"])
         benign = chosen(own, spec.benign, context.spec.seed, number)
         opened = context.models.opened(f"rounds/{number}/train")
         # The topic of a reply is not looked at: slipping away from it does no harm.
