@@ -89,7 +89,7 @@ def test_another_file_under_the_name_of_a_set_is_refused(tmp_path):
     (tmp_path / "xstest_prompts.csv").write_text("id,question\n1,What?\n")
     with pytest.raises(UserError, match=r"xstest_prompts.csv:2: label, prompt, type is missing: not the file of https"):
         read_prompts("xstest-safe", str(tmp_path))
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         read_prompts("xstest-safe", str(tmp_path / "nowhere"))
 
 
