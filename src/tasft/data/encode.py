@@ -242,7 +242,7 @@ class _Encoder:
         turns = [self.writer.turn(messages[: index + 1], example.tools) for index in spoken]
         if any(turns[-1].ids[: len(turn.ids)] != turn.ids for turn in turns):
             raise UserError(
-                "the chat template changes an earlier reply once the conversation goes on (drops the thinking, say), so "
+                "the chat template changes an earlier reply once the conversation goes on (drops the thinking, say): "
                 "the model would learn another text than it is to say: use turns=last, a row for each reply, or "
                 "chat_template_kwargs that keep it"
             )
