@@ -24,6 +24,7 @@ Shapes: M positions, all of them counted; V tokens, D width of the model, E widt
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -331,12 +332,26 @@ class _Scan:
 
 def _multiply(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> None:
     """Put left @ right into `out`, or add it, summed in the dtype of `out` whatever that of the factors."""
-    right = right.to(left.dtype)
     options: dict[str, Any] = {"out": out} if left.dtype == out.dtype else {"out": out, "out_dtype": out.dtype}
-    if add:
-        torch.addmm(out, left, right, **options)
-    else:
-        torch.mm(left, right, **options)
+    with _short_factors(out.device.type == "cpu" and right.dtype == torch.bfloat16 and torch.is_autocast_enabled("cpu")):
+        right = right.to(left.dtype)
+        if add:
+            torch.addmm(out, left, right, **options)
+        else:
+            torch.mm(left, right, **options)
+
+
+@contextmanager
+def _short_factors(allowed: bool) -> Iterator[None]:
+    """Whether a CPU may round both factors of a float32 product to bfloat16; sums stay in float32, as on a GPU."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    if allowed:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 class _OnePass(Function):
