@@ -333,7 +333,9 @@ class _Scan:
 def _multiply(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> None:
     """Put left @ right into `out`, or add it, summed in the dtype of `out` whatever that of the factors."""
     options: dict[str, Any] = {"out": out} if left.dtype == out.dtype else {"out": out, "out_dtype": out.dtype}
-    with _short_factors(out.device.type == "cpu" and right.dtype == torch.bfloat16 and torch.is_autocast_enabled("cpu")):
+    with _short_factors(
+        out.device.type == "cpu" and right.dtype == torch.bfloat16 and torch.is_autocast_enabled("cpu")
+    ):
         right = right.to(left.dtype)
         if add:
             torch.addmm(out, left, right, **options)

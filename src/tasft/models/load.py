@@ -90,7 +90,7 @@ def _kept(name: str) -> Path:
 
 
 def _unpacked(name: str) -> Place:
-    """A bundled model as a saved one, in the user's cache: words of a GGUF file are read one by one, for most of a minute.
+    """A bundled model as a saved one, in the user's cache: a GGUF file with many words is read for a minute.
 
     Raises:
         UserError: It is not installed, or another file than the one that was tested.
@@ -126,7 +126,7 @@ def _dequantised(packed: Place) -> PreTrainedModel:
 
 
 def _unmarked(model: PreTrainedModel) -> PreTrainedModel:
-    """Of a GGUF file whose weights are dequantised; the marks that are left make save_pretrained and peft refuse them."""
+    """Without the marks of a GGUF file whose weights are dequantised: save_pretrained and peft refuse them."""
     model.is_quantized = False
     model.hf_quantizer = None
     del model.config.quantization_config
@@ -373,7 +373,7 @@ def base_of(adapter: Path) -> str:
     if not base:
         raise UserError(f"{adapter / 'adapter_config.json'}: base_model_name_or_path is empty: write the model there")
     for name, bundled in BUNDLED.items():
-        # The folder that it is loaded from is all that the adapter remembers: that of the GGUF file, or of the unpacked.
+        # The folder that it is loaded from is all that the adapter remembers: unpacked, or of the file.
         if base in (str(bundled.folder), str(_kept(name))):
             return name
     return str(base)

@@ -344,9 +344,7 @@ class TransformersEngine:
         device = self.model.device
         first = min(len(p) for _, p, _ in batch)
         keep = ids.shape[1] - first + 1
-        logits = self.model(
-            input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=keep
-        ).logits
+        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=keep).logits
         losses = []
         for scores, (_, prompt, completion) in zip(logits, batch, strict=True):
             # scores[k] is of the token at position first + k.
