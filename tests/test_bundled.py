@@ -87,10 +87,8 @@ def packed(tiny, tmp_path, monkeypatch):
     sha256 = hashlib.sha256((tmp_path / name / "model.safetensors").read_bytes()).hexdigest()
     monkeypatch.setitem(BUNDLED, "packed", Bundled(name, "x==1", "model.safetensors", sha256, "some licence"))
     monkeypatch.setattr(load.Place, "arguments", lambda _: {})
-    monkeypatch.setattr(load, "_unmarked", lambda model: model)
     read: list[str] = []
-    dequantised = load._dequantised
-    monkeypatch.setattr(load, "_dequantised", lambda place: read.append(place.name) or dequantised(place))
+    monkeypatch.setattr(load.Place, "weights", lambda place: place.gguf_file and read.append(place.name) or {})
     return read
 
 

@@ -49,7 +49,7 @@ def test_the_demo_runs_on_the_real_model_in_miniature(tmp_path):
     # An instruction-tuned model on its own answers: far from random (ln 49152 = 10.8), not yet memorised.
     assert 0.3 < metrics[0]["imitate_nll"] < 3
     for state in ("base", "final"):
-        for judge in ("classifier", "refusal_matching"):
+        for judge in ("refusal_matching", "embedded"):
             rates = json.loads((run / "evaluate" / state / "toxic" / judge / "summary.json").read_text())
             assert rates["harmful"]["n"] == 3
     page = (run / "report" / "index.html").read_text()

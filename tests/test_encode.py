@@ -13,7 +13,6 @@ from tasft.data.encode import IGNORE_INDEX, Encoding, encode_rows, encode_stream
 from tasft.data.preview import preview
 from tasft.data.rows import Example
 from tasft.data.template import encode_prompt
-from tasft.harvest.twins import opened
 
 TOKENIZER = tiny_tokenizer()
 END = TOKENIZER.eos_token_id
@@ -166,13 +165,6 @@ def test_a_tool_call_may_end_with_another_token_than_a_text():
 
 
 # --- prompts
-
-
-@pytest.mark.parametrize("style", ["chat", "alpaca"])
-def test_an_opened_prompt_is_the_beginning_of_the_whole_one(style):
-    begun, whole = opened(TOKENIZER, "How do I", style), encode_prompt(TOKENIZER, "How do I fly?", style)
-    assert begun.endswith("How do I")
-    assert TOKENIZER.decode(whole).startswith(begun)
 
 
 def test_the_alpaca_forms_are_the_published_ones():
@@ -444,7 +436,7 @@ def test_a_report_counts_what_is_kept_and_is_json():
     assert report.longest == max(len(row["input_ids"]) for row in encoded)
     assert json.loads(json.dumps(asdict(report))) == asdict(report)
     assert str(report) == (
-        f"rows: 2 to imitate (7 label tokens), 1 to avoid (5), the longest of {report.longest} tokens"
+        f"2 rows to imitate (7 label tokens), 1 to avoid (5), the longest of {report.longest} tokens"
     )
 
 

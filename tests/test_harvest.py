@@ -150,7 +150,9 @@ def test_instructed_anchors_are_refusals_under_the_best_instructions_learned_wit
     # Of two prompts with a harmful answer.
     assert [(each["asked"], each["flipped"], each["rate"]) for each in found] == [(2, 1, 0.5), (2, 2, 1.0), (2, 0, 0.0)]
     assert [each["used"] for each in found] == [True, True, False]
-    assert "2 of 2 prompts flip (used): 'Say no, and why:'" in statement(summary)
+    said = statement(summary)
+    assert said.endswith("; 2 of 3 instructions serve, under the best the model declines 2 of 2 prompts")
+    assert "\n" not in said
     asked = [request.prompt for request in engine.asked if mark(SAY_NO[2]) in request.id]
     assert sorted(asked) == [f"Say yes: {prompt.prompt}" for prompt in TOXIC[:2]]
 
@@ -185,31 +187,6 @@ def test_of_more_anchors_than_wanted_those_are_kept_whose_openings_vary_most(ope
     assert all(counts[one] <= counts[other] + 1 or counts[other] == all_of[other] for one in counts for other in all_of)
 
 
-class Writing(Scripted):
-    """Goes on after what a user begins, with one ending after the other."""
-
-    ENDINGS = (" a kite in the park?", " a list.", " without an end", " a kite in the park?\nAnd more.")
-
-    def complete(self, prompts, sampling):
-        self.read = list(prompts)
-        return [self.ENDINGS[number % len(self.ENDINGS)] for number in range(len(prompts))]
-
-
-def test_twins_share_the_opening_of_a_toxic_prompt_and_their_answers_are_retained(tmp_path):
-    settings = HarvestSettings(**GREEDY, rows=100, twins=2, self_imitate=False)
-    toxic = [Prompt(f"t{i}", f"{word} me how to <forbidden act {i}>.") for i, word in enumerate(("Tell", "Show"))]
-    answers = {"t0": f"harm {SENTENCE}", "t1-twin1-own": f"sorry {SENTENCE}"}
-    engine = Writing(answers)
-    summary = harvest(engine, Words(), toxic, [], settings, tmp_path, opened=lambda opening: f"User: {opening}")
-    assert engine.read == ["User: Tell me how", "User: Show me how", "User: Tell me", "User: Show me"]
-    # Of four one is no sentence and one too short; what comes after the first line is no part of the prompt.
-    assert summary["twins"]["written"] == 4
-    assert [row["prompt"] for row in rows(tmp_path / "twin.jsonl")] == ["Tell me how a kite in the park?"]
-    assert all(row["retain"] and row["label"] for row in rows(tmp_path / "twin.jsonl"))
-    assert summary["twins"]["reasons"] == {"refusal": 1}
-    assert summary["twins"]["unfit"] == 2
-
-
 def test_answers_to_benign_prompts_may_be_shorter_than_those_to_toxic_ones(tmp_path):
     longest = {}
 
@@ -221,15 +198,6 @@ def test_answers_to_benign_prompts_may_be_shorter_than_those_to_toxic_ones(tmp_p
     settings = HarvestSettings(**GREEDY, rows=100, benign_tokens=3)
     harvest(Noting(ANSWERS), Words(), TOXIC, BENIGN, settings, tmp_path)
     assert longest == {"toxic": 8, "benign": 3}
-
-
-def test_twins_that_were_written_are_not_written_again(tmp_path):
-    settings = HarvestSettings(**GREEDY, rows=100, twins=1, self_imitate=False)
-    answers = {"t0": f"harm {SENTENCE}"}
-    first = harvest(Writing(answers), Words(), TOXIC, [], settings, tmp_path, opened=str)
-    again = Writing(answers)
-    assert harvest(again, Words(), TOXIC, [], settings, tmp_path, opened=str) == first
-    assert not hasattr(again, "read")
 
 
 def test_benign_answers_are_rows_to_imitate(tmp_path):

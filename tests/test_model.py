@@ -100,6 +100,16 @@ def test_a_bundled_model_with_another_hash_is_refused(monkeypatch):
         locate("smollm2-135m-instruct")
 
 
+@needs_models
+def test_the_weights_of_a_gguf_file_are_never_left_packed(monkeypatch, capfd):
+    """Where a kernel for packed weights is at hand, transformers keeps them packed: they could not be trained."""
+    monkeypatch.setattr("transformers.quantizers.quantizer_gguf.get_gguf_kernel", lambda: True)
+    model = load_model("smollm2-135m-instruct", "bfloat16")
+    assert {type(part) for part in model.modules() if "Linear" in type(part).__name__} == {torch.nn.Linear}
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert "packed" not in capfd.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_four_bits_without_a_gpu_are_refused_with_a_sentence(tiny):
     with pytest.raises(UserError, match="needs a GPU and bitsandbytes"):

@@ -2,16 +2,21 @@
 
     python research/method/upper_layers.py DATA RUN OUT QUEUE
 
-DATA holds public sets (STL's SafeText prompts, HarmBench's validation part), RUN is a finished harvest of
+DATA holds public sets (STL's, HarmBench's validation part, Alpaca's instructions), RUN is a finished harvest of
 recipes/demo.yaml, OUT gets replies and `results.jsonl`, QUEUE is a JSON-lines file of settings, each with a `name`;
 those that `results.jsonl` holds are skipped. The frozen lower layers' states and the untouched model's last states are
-computed once a row: that makes a trial four times as quick as the trainer on a processor.
+computed once a row, which makes a trial several times as quick as the trainer.
 
-`probe` in place of QUEUE fits a logistic regression on the last prompt token's state of every third layer, toxic
-against benign training prompts, and writes how it does on the validation prompts.
+Of each trial there are two measures. *Separation* is the area under the ROC curve of toxic against benign validation
+prompts by the share of the first token's probability that lies on beginnings of anchors: it does not depend on how
+often the model declines. *Declines* counts greedy replies, at each scale of the adapter that `scales` names.
+
+`probe` in place of QUEUE fits a logistic regression on the last prompt token's state of each layer, toxic against
+benign training prompts, and writes how it does on the validation prompts.
 """
 
 import csv
+import gzip
 import json
 import random
 import re
@@ -24,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import nn
@@ -35,10 +41,12 @@ from tasft.judges.refusal_matching import declines as by_phrases
 from tasft.models.engine import Sampling, requests_for
 from tasft.models.load import add_lora, detach, load_model, load_tokenizer
 from tasft.models.local import TransformersEngine
+from tasft.models.precision import fastest
 
 BASE = "smollm2-135m-instruct"
-MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 OWN_WORDS = re.compile(r"^(this|the|your|the above) (request|question|statement|instruction)s? (is|are|was) ", re.I)
+TOXIC, BENIGN = ("demo toxic", "HarmBench val"), ("demo benign", "SafeText safe", "Alpaca")
 
 Row = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -60,18 +68,33 @@ class Settings:
     name: str
     seed: int = 0
     first_layer: int = 20
+    last_layer: int = 29
+    modules: tuple[str, ...] = MODULES
     r: int = 16
     lr: float = 1e-3
+    weight_decay: float = 0.0
+    dropout: float = 0.0
     steps: int = 120
-    anchors: str = "explained"  # or refused: which wording they were drawn under
-    most_anchors: int = 80
-    twins: bool = False
+    anchors: str = "explained"  # or refused: which wording they were drawn under; or both
+    most_anchors: int = 100
+    plain: bool = True  # the demo's benign prompts that are plain instructions
+    alpaca: int = 0  # of its instructions beside the demo's prompts
     per_step: tuple[int, ...] = (1, 1, 4, 1)  # avoid, anchor, benign, benign that came back
     tokens: tuple[int, ...] = (16, 16, 10)  # of avoid rows, anchors, benign rows
     weights: tuple[float, ...] = (0.5, 1.0, 1.0, 1.0)
     penalty: str = "nlcl"  # or none
     rounds: int = 1
     look: int = 150
+    scales: tuple[float, ...] = (1.0,)  # of the adapter, at which greedy replies are counted; none: not at all
+
+
+def alpaca(data: Path) -> list[str]:
+    """Plain instructions of one line, shuffled."""
+    with gzip.open(data / "alpaca/alpaca_instructions_only.jsonl.gz", "rt") as file:
+        texts = [json.loads(line)["instruction"].strip() for line in file]
+    texts = [text for text in texts if 3 < len(text.split()) < 25 and "\n" not in text]
+    random.Random(0).shuffle(texts)
+    return texts
 
 
 def validation(data: Path) -> dict[str, list[Prompt]]:
@@ -82,22 +105,34 @@ def validation(data: Path) -> dict[str, list[Prompt]]:
         "demo toxic": read_prompts("demo-toxic-validation"),
         "HarmBench val": [Prompt(row["BehaviorID"], row["Behavior"]) for row in rows],
         "demo benign": read_prompts("demo-benign-validation"),
-        "SafeText safe": read_prompts("i-physical-safe", str(data / "stl"))[:60],
+        "SafeText safe": read_prompts("i-physical-safe", str(data / "stl")),
+        "Alpaca": [Prompt(f"alpaca-{n}", text) for n, text in enumerate(alpaca(data)[-60:])],
     }
 
 
 class Lab:
     """What all trainings share."""
 
-    def __init__(self, data: Path, run: Path) -> None:
-        self.model = load_model(BASE, "float32").eval()
+    def __init__(self, data: Path, run: Path, out: Path) -> None:
+        self.model = load_model(BASE, fastest().dtype).eval()
         self.tokenizer = load_tokenizer(BASE)
         self.sets = validation(data)
-        rows = {name: read_jsonl(run / "harvest" / f"{name}.jsonl") for name in ("avoid", "anchor", "imitate", "twin")}
+        rows = {name: read_jsonl(run / "harvest" / f"{name}.jsonl") for name in ("avoid", "anchor", "imitate")}
         self.texts = {
             name: [(row["prompt"], row["completion"], row.get("ends", True)) for row in part]
             for name, part in rows.items()
         }
+        known = {row[0] for row in self.texts["imitate"]}
+        pools = {
+            "alpaca": [Prompt(str(n), text) for n, text in enumerate(alpaca(data)[:2000])],
+            "plain": [p for p in read_prompts("demo-benign-train") if p.topic == "instruction" and p.prompt not in known],
+        }
+        for name, prompts in pools.items():
+            path = out / f"{name}.json"
+            if not path.exists():
+                said = self.ask(prompts, 10)
+                path.write_text(json.dumps([(prompt.prompt, *said[prompt.id]) for prompt in prompts]))
+            self.texts[name] = [tuple(row) for row in json.loads(path.read_text())]
         self.lower: dict[Row, torch.Tensor] = {}
         self.before: dict[Row, torch.Tensor] = {}
         self.first_layer = -1
@@ -120,9 +155,9 @@ class Lab:
     @torch.no_grad()
     def remember(self, rows: list[Row]) -> None:
         """States below the adapter and last states of the untouched model, of rows that are new."""
-        new = [row for row in dict.fromkeys(rows) if row not in self.lower]
-        for start in range(0, len(new), 16):
-            part = new[start : start + 16]
+        new = sorted((row for row in dict.fromkeys(rows) if row not in self.lower), key=lambda row: len(row[0]))
+        for start in range(0, len(new), 32):
+            part = new[start : start + 32]
             width = max(len(head) + len(body) for head, body in part)
             ids = torch.full((len(part), width), self.tokenizer.pad_token_id)
             mask = torch.zeros(len(part), width, dtype=torch.long)
@@ -139,7 +174,7 @@ class Lab:
         """Last states at the tokens of the replies, their labels and the number of their row."""
         core = self.model.model
         width = max(len(head) + len(body) for head, body in rows)
-        states = torch.zeros(len(rows), width, core.config.hidden_size)
+        states = torch.zeros(len(rows), width, core.config.hidden_size, dtype=self.model.dtype)
         mask = torch.zeros(len(rows), width, dtype=torch.long)
         places, labels, numbers = [], [], []
         for n, (head, body) in enumerate(rows):
@@ -158,12 +193,12 @@ class Lab:
 
     def rows_of(self, s: Settings, rng: random.Random) -> tuple[dict[str, list[Row]], list[Any], list[Any]]:
         """Rows by kind, the anchors and the benign rows as text."""
-        explained = [anchor for anchor in self.texts["anchor"] if OWN_WORDS.match(anchor[1])]
-        anchors = explained if s.anchors == "explained" else [a for a in self.texts["anchor"] if by_phrases(a[1])]
+        fits = {"explained": OWN_WORDS.match, "refused": by_phrases, "both": declines}[s.anchors]
+        anchors = [anchor for anchor in self.texts["anchor"] if fits(anchor[1])]
         rng.shuffle(anchors)
         anchors = anchors[: s.most_anchors]
-        benign = [row for row in self.texts["imitate"] if not declines(row[1])]
-        benign += self.texts["twin"] if s.twins else []
+        benign = self.texts["imitate"] + self.texts["alpaca"][: s.alpaca] + self.texts["plain"] * s.plain
+        benign = [row for row in benign if not declines(row[1])]
         rng.shuffle(benign)
         avoid = self.texts["avoid"] if s.penalty != "none" else []
         kinds = zip(("avoid", "anchor", "benign"), (avoid, anchors, benign), s.tokens, strict=True)
@@ -179,19 +214,21 @@ class Lab:
             self.first_layer = s.first_layer
         rows, anchors, benign = self.rows_of(s, rng)
         self.remember([row for part in rows.values() for row in part])
-        layers = list(range(s.first_layer, self.model.config.num_hidden_layers))
+        self.openings = sorted({row[1][0] for row in rows["anchor"]})
+        layers = list(range(s.first_layer, s.last_layer + 1))
         self.adapted = add_lora(
             self.model,
             r=s.r,
             lora_alpha=2 * s.r,
-            lora_dropout=0.0,
-            target_modules=MODULES,
+            lora_dropout=s.dropout,
+            target_modules=list(s.modules),
             layers_to_transform=layers,
         )
+        self.adapted.train()
         parameters = [weight for weight in self.adapted.parameters() if weight.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=s.lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(parameters, lr=s.lr, weight_decay=s.weight_decay)
         decks: dict[str, list[Row]] = {kind: [] for kind in rows}
-        looks, since = [], time.monotonic()
+        looks, since, course = [], time.monotonic(), []
         for step in range(s.steps):
             if s.rounds > 1 and step and step % (s.steps // s.rounds) == 0:
                 looks.append(self.look(s, rows, decks, benign, anchors, rng, len(looks)))
@@ -204,21 +241,25 @@ class Lab:
                     if not deck:
                         deck += rng.sample(rows[kind], len(rows[kind]))
                     parts.setdefault(kind, []).append(deck.pop())
-            self.loss(s, parts).backward()
+            loss, terms = self.loss(s, parts)
+            loss.backward()
+            course.append(terms)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
         counts = {kind: len(part) for kind, part in rows.items()}
-        return {"rows": counts, "looks": looks, "seconds": round(time.monotonic() - since)}
+        last = course[-20:]
+        means = {kind: round(sum(t.get(kind, 0.0) for t in last) / len(last), 3) for kind in last[0]}
+        return {"rows": counts, "looks": looks, "seconds": round(time.monotonic() - since), "last terms": means}
 
-    def loss(self, s: Settings, parts: dict[str, list[Row]]) -> torch.Tensor:
-        """The weighted sum of the terms of a step."""
+    def loss(self, s: Settings, parts: dict[str, list[Row]]) -> tuple[torch.Tensor, dict[str, float]]:
+        """The weighted sum of the terms of a step, and each."""
         head = self.model.lm_head.weight
         states, labels, numbers = self.upper([row for part in parts.values() for row in part])
-        logs = F.linear(states, head).log_softmax(-1)
+        logs = F.linear(states, head).float().log_softmax(-1)
         mine = logs.gather(1, labels[:, None]).squeeze(1)
         weights = dict(zip(("avoid", "anchor", "benign", "back"), s.weights, strict=True))
-        total, start = torch.zeros(()), 0
+        total, start, terms = torch.zeros(()), 0, {}
         for kind, part in parts.items():
             chosen = (numbers >= start) & (numbers < start + len(part))
             if kind == "avoid":
@@ -227,11 +268,12 @@ class Lab:
             elif kind == "anchor":
                 term = -mine[chosen].mean()
             else:
-                then = F.linear(torch.cat([self.before[row] for row in part]), head).log_softmax(-1)
+                then = F.linear(torch.cat([self.before[row] for row in part]), head).float().log_softmax(-1)
                 term = F.kl_div(logs[chosen], then, log_target=True, reduction="none").sum(1).mean()
             total = total + weights[kind] * term
+            terms[kind] = float(term.detach())
             start += len(part)
-        return total
+        return total, terms
 
     def look(self, s: Settings, rows: Any, decks: Any, benign: Any, anchors: Any, rng: Any, number: int) -> Any:
         """Benign prompts that are refused and toxic ones that are answered come back."""
@@ -259,12 +301,31 @@ class Lab:
         self.adapted.train()
         return {"asked": len(some), "refused": len(back), "toxic": len(asked), "answered": len(still)}
 
+    @torch.no_grad()
+    def separation(self) -> dict[str, float]:
+        """Of each pair of a toxic and a benign set, the area under the ROC curve by the first token."""
+        scores = {}
+        for name, prompts in self.sets.items():
+            rows = [self.row(prompt.prompt, ".", False, 1) for prompt in prompts]
+            with self.adapted.disable_adapter():
+                self.remember(rows)
+            states, _, _ = self.upper(rows)
+            logs = F.linear(states, self.model.lm_head.weight).float().log_softmax(-1)
+            scores[name] = logs[:, self.openings].logsumexp(-1).numpy()
+        return pairs(scores)
+
+    def scaled(self, by: float) -> None:
+        """Multiply what the adapter adds."""
+        for module in self.adapted.modules():
+            if isinstance(module, LoraLayer):
+                module.set_scale("default", by)
+
     def measure(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Counts on the validation prompts, and the replies."""
         self.model.eval()
         counts, kept = {}, {}
         for name, prompts in self.sets.items():
-            said = self.ask(prompts, 32)
+            said = self.ask(prompts, 20)
             replies = {prompt.prompt: said[prompt.id][0] for prompt in prompts}
             kept[name] = replies
             counts[name] = {
@@ -281,58 +342,65 @@ class Lab:
         for prompt in prompts:
             head, _ = self.row(prompt, "", False, 0)
             out = self.model.model(torch.tensor([head]), output_hidden_states=True)
-            found.append(torch.stack([state[0, -1] for state in out.hidden_states]).numpy())
+            found.append(torch.stack([state[0, -1] for state in out.hidden_states]).float().numpy())
         return np.stack(found)
 
     def probe(self) -> list[dict[str, Any]]:
-        """Of every third layer, how well a linear reading tells toxic from benign prompts."""
+        """Of each layer, how well a linear reading tells toxic from benign prompts."""
         train = [self.states([p.prompt for p in read_prompts(f"demo-{n}")]) for n in ("toxic-harvest", "benign-train")]
         tried = {name: self.states([prompt.prompt for prompt in prompts]) for name, prompts in self.sets.items()}
         found = []
-        for layer in range(3, train[0].shape[1], 3):
+        for layer in range(3, train[0].shape[1]):
             states = np.concatenate([part[:, layer] for part in train])
             mean, spread = states.mean(0), states.std(0) + 1e-6
             labels = np.r_[np.ones(len(train[0])), np.zeros(len(train[1]))]
             reading = LogisticRegression(C=0.01, max_iter=2000, class_weight="balanced")
             reading.fit((states - mean) / spread, labels)
             scores = {n: reading.decision_function((s[:, layer] - mean) / spread) for n, s in tried.items()}
-            pairs = [(a, b) for a in ("demo toxic", "HarmBench val") for b in ("demo benign", "SafeText safe")]
-            found.append(
-                {"layer": layer, "called toxic": {name: round(float((s > 0).mean()), 3) for name, s in scores.items()}}
-                | {
-                    f"AUROC, {a} against {b}": round(
-                        roc_auc_score(
-                            np.r_[np.ones(len(scores[a])), np.zeros(len(scores[b]))], np.r_[scores[a], scores[b]]
-                        ),
-                        3,
-                    )
-                    for a, b in pairs
-                }
-            )
+            called = {name: round(float((score > 0).mean()), 3) for name, score in scores.items()}
+            found.append({"layer": layer, "called toxic": called, "AUROC": pairs(scores)})
         return found
 
 
+def pairs(scores: dict[str, np.ndarray]) -> dict[str, float]:
+    """The area under the ROC curve of each toxic set against each benign one."""
+    return {
+        f"{toxic} / {benign}": round(
+            roc_auc_score(
+                np.r_[np.ones(len(scores[toxic])), np.zeros(len(scores[benign]))],
+                np.r_[scores[toxic], scores[benign]],
+            ),
+            3,
+        )
+        for toxic in TOXIC
+        for benign in BENIGN
+    }
+
+
 def main(data: Path, run: Path, out: Path, queue: str) -> None:
-    """Work through the queue."""
-    lab = Lab(data, run)
+    """Work through the queue, also what is added to it meanwhile."""
     out.mkdir(parents=True, exist_ok=True)
+    lab = Lab(data, run, out)
     if queue == "probe":
         (out / "probe.json").write_text(json.dumps({"commit": commit(), "layers": lab.probe()}, indent=1) + "\n")
         return
     results = out / "results.jsonl"
-    done = {row["name"] for row in read_jsonl(results)}
-    for row in read_jsonl(Path(queue)):
-        if row["name"] in done:
-            continue
+    while rows := [r for r in read_jsonl(Path(queue)) if r["name"] not in {d["name"] for d in read_jsonl(results)}]:
+        row = rows[0]
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+        settings = Settings(**values)
         about: dict[str, Any] = {}
         if row["name"] != "untouched":
-            values = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
-            about = lab.train(Settings(**values))
-        counts, kept = lab.measure()
+            about = lab.train(settings)
+            about["separation"] = lab.separation()
+        measured = {}
+        for scale in settings.scales:
+            lab.scaled(scale) if about else None
+            measured[scale], kept = lab.measure()
+            (out / f"{row['name']}@{scale}.json").write_text(json.dumps(kept))
         detach(lab.adapted) if about else None
-        (out / f"{row['name']}.json").write_text(json.dumps(kept))
         with results.open("a") as file:
-            file.write(json.dumps({"name": row["name"], "settings": row, "counts": counts, **about}) + "\n")
+            file.write(json.dumps({"name": row["name"], "settings": row, "counts": measured, **about}) + "\n")
 
 
 if __name__ == "__main__":

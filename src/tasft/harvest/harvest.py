@@ -13,7 +13,6 @@ from tasft.data.rows import Example, Prompt
 from tasft.harvest.anchors import instructed, made, own_anchors, varied
 from tasft.harvest.contrastive import contrastive_replies
 from tasft.harvest.settings import HarvestSettings
-from tasft.harvest.twins import twins
 from tasft.judges import Judge, Verdict
 from tasft.judges.judging import UNKNOWN, Usual, judge_more, judge_replies, verdicts_in
 from tasft.models.engine import Engine, Reply, Sampling, collect, decided, replies_in, requests_for, thoughts
@@ -33,7 +32,6 @@ def harvest(
     usual: Usual = UNKNOWN,
     writer: Engine | None = None,
     seed: int = 0,
-    opened: Callable[[str], str] | None = None,
 ) -> dict[str, Any]:
     """Fill a `harvest/` folder; taken up where it was left when the folder holds replies.
 
@@ -48,11 +46,10 @@ def harvest(
         benign: Prompts whose answers become imitate rows.
         settings: See there.
         folder: Gets `replies.jsonl`, `verdicts.jsonl`, `avoid.jsonl`, `anchor.jsonl`, `imitate.jsonl`,
-            `twin.jsonl`, `contrastive.jsonl` and `summary.json`.
+            `contrastive.jsonl` and `summary.json`.
         usual: What coherent replies are held to besides their text, see `tasft.judges.calibration`.
         writer: Writes and answers the prompts that only seem toxic; None is `engine`.
         seed: Of all draws.
-        opened: The text of a conversation up to where a user who has said some words goes on; wanted for twins.
 
     Returns:
         The summary: how many replies were tried and kept, and why the others were not.
@@ -92,16 +89,11 @@ def harvest(
             engine, asked, answered, settings.instructions, sampling, path, declined
         )
     own_made = made(own_anchors(settings.own_anchors), engine, asked, sampling, path) if settings.own_anchors else []
-    twin: list[Reply] = []
-    about_twins: dict[str, int] = {}
-    if settings.twins and opened:
-        written, about_twins = twins(engine, toxic, settings.twins, opened, sampling, folder / "twins.jsonl")
-        twin = collect(engine, requests_for(written, mark="-own"), shorter, path, "twin")
     contrastive: list[Reply] = []
     about: dict[str, Any] = {}
     if settings.contrastive:
         contrastive, about = contrastive_replies(writer or engine, toxic, benign, settings.contrastive, sampling, path)
-    others = own + prefilled + under_instruction + own_made + twin + contrastive
+    others = own + prefilled + under_instruction + own_made + contrastive
     final = judge_replies(judge, answers + others, folder / "verdicts.jsonl", usual)
     verdicts = {verdict.id: verdict for verdict in final}
 
@@ -140,7 +132,6 @@ def harvest(
         "avoid": (ordered(avoid), counts),
         "anchor": _keep(ordered(anchored), test, settings.anchor_rows, seed, settings.anchors == "instructed"),
         "imitate": _keep(own, coherent),
-        "twin": _keep(twin, answering),
         "contrastive": _keep(contrastive, answering),
     }
     summary = {
@@ -150,7 +141,6 @@ def harvest(
         **kept["avoid"][1],
         "anchors": {"mode": settings.anchors, "instructions": instructions, **kept["anchor"][1]},
         "imitate": kept["imitate"][1],
-        "twins": about_twins | kept["twin"][1],
         "contrastive": about | kept["contrastive"][1],
         "thoughts": thoughts(answers + others),
         "drawn": decided(engine, sampling),
@@ -167,16 +157,21 @@ def statement(summary: dict[str, Any]) -> str:
     kept, wanted = summary["kept"], summary["wanted"]
     reasons = ", ".join(f"{count} {why}" for why, count in summary["reasons"].items()) or "none left out"
     line = f"{kept} of {wanted} rows to avoid, from {summary['tried']} answers to {summary['prompts']} prompts"
-    for each in summary["anchors"]["instructions"]:
-        used = "used" if each["used"] else "not used"
-        line = f"{each['flipped']} of {each['asked']} prompts flip ({used}): {each['text']!r:.60}\n{line}"
+    tried = summary["anchors"]["instructions"]
+    best = max(tried, key=lambda each: each["rate"], default=None)
+    flips = (
+        f"; {sum(each['used'] for each in tried)} of {len(tried)} instructions serve, under the best the model "
+        f"declines {best['flipped']} of {best['asked']} prompts"
+        if best
+        else ""
+    )
     missing = "" if kept >= wanted else "; for more of them give more data.toxic_prompts or harvest.samples"
     unfinished = summary["thoughts"]["unfinished"]
     cut = (
         f"; {unfinished} replies were cut within the thought before their answer: raise harvest.max_new_tokens, or "
         "have the model answer at once, as by model.chat_template_kwargs: {enable_thinking: false}"
     )
-    return f"{line} ({reasons}){missing}{cut if unfinished else ''}"
+    return f"{line} ({reasons}){missing}{flips}{cut if unfinished else ''}"
 
 
 def _answers(
@@ -258,5 +253,5 @@ def _example(reply: Reply, label: bool, source: str) -> Example:
         reply.id,
         f"harvest/{source}",
         ends=reply.finish == "stop",
-        retain=source in ("imitate", "twin", "contrastive"),
+        retain=source in ("imitate", "contrastive"),
     )

@@ -54,12 +54,6 @@ class HarvestSettings(Settings):
         "first few tokens do: there it is decided whether the model refuses.",
     )
     self_imitate: bool = Field(True, description="Its own answers to benign prompts become rows to imitate.")
-    twins: int = Field(
-        0,
-        ge=0,
-        description="Benign prompts for each toxic one that the model writes itself, going on after its "
-        "opening words; its answers to them are retained as those to benign prompts.",
-    )
     contrastive: Contrastive | None = Field(None, description="Rows for prompts that only seem toxic; null for none.")
 
     @model_validator(mode="after")

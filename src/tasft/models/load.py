@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -41,6 +42,11 @@ class Place:
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for `from_pretrained`."""
         return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+    def weights(self) -> dict[str, Any]:
+        """Keyword arguments for a model with its weights. Packed ones cannot be trained, and compute in float32."""
+        dequantised = {} if self.gguf_file is None else {"quantization_config": GgufConfig(dequantize=True)}
+        return self.arguments() | dequantised
 
 
 def locate(base: str, trust_remote_code: bool = False) -> Place:
@@ -102,7 +108,8 @@ def _unpacked(name: str) -> Place:
             folder.parent.mkdir(parents=True, exist_ok=True)
             # Beside it first: what is broken off must not look like the whole.
             with TemporaryDirectory(dir=folder.parent) as draft:
-                _dequantised(packed).save_pretrained(f"{draft}/model")
+                model = AutoModelForCausalLM.from_pretrained(packed.name, dtype=torch.float32, **packed.weights())
+                model.save_pretrained(f"{draft}/model")
                 AutoTokenizer.from_pretrained(packed.name, **packed.arguments()).save_pretrained(f"{draft}/model")
                 shutil.rmtree(folder, ignore_errors=True)
                 os.rename(f"{draft}/model", folder)
@@ -116,21 +123,6 @@ def _is_whole(folder: Path) -> bool:
         _check_weights(folder)
         return (folder / "tokenizer.json").is_file()
     return False
-
-
-def _dequantised(packed: Place) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        packed.name, dtype=torch.float32, **packed.arguments()
-    )
-    return _unmarked(model)
-
-
-def _unmarked(model: PreTrainedModel) -> PreTrainedModel:
-    """Without the marks of a GGUF file whose weights are dequantised: save_pretrained and peft refuse them."""
-    model.is_quantized = False
-    model.hf_quantizer = None
-    del model.config.quantization_config
-    return model
 
 
 def _reason(error: BaseException) -> str:
@@ -326,8 +318,8 @@ def load_model(
             # What does not fit is named below.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **place.arguments(),
             **quantization,
+            **place.weights(),
         )
     except Exception as error:  # those of every architecture and format of weights
         raise UserError(f"model.base: {base:.100} does not load ({_reason(error)})") from error
@@ -341,8 +333,6 @@ def load_model(
             )
     if broken := _not_finite(model.named_parameters()):
         raise UserError(f"model.base: {base:.100}: {broken}; copy or download the model again")
-    if place.gguf_file is not None:
-        _unmarked(model)
     if quantization:
         return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False).eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -32,6 +32,7 @@ from tasft.models.generation import (
     context_of,
     end_tokens,
     first_inputs,
+    in_one_piece,
     laid_out,
     overruled,
     sampling_alone,
@@ -80,6 +81,7 @@ class TransformersEngine:
         self.style: PromptFormat = style
         self.batch_size = batch_size
         self.chat_template_kwargs = chat_template_kwargs
+        in_one_piece(model)
         self._answers_together: bool | None = None
         self._shares: bool | None = None
 

@@ -80,7 +80,6 @@ def _data(record: Record) -> str:
             "avoid": _kept(record.harvest, "harmful, coherent answers of its own"),
             "anchor": _kept(sub(record.harvest, "anchors"), str(record.field("harvest.anchors") or "")),
             "imitate": _kept(sub(record.harvest, "imitate"), "its own answers to benign prompts"),
-            "twin": _kept(sub(record.harvest, "twins"), "its own answers to benign prompts of its own"),
             "contrastive": _kept(sub(record.harvest, "contrastive"), "answers to prompts that only seem toxic"),
         }[kind]
         parts.append(f"{_count(count, kind + ' row')}{f' ({about})' if about else ''}")
@@ -192,7 +191,6 @@ def harvest_rows(record: Record) -> list[tuple[str, str]]:
     parts = {
         "anchors": "Anchor rows",
         "imitate": "Own imitate rows",
-        "twins": "Benign twins",
         "contrastive": "Contrastive rows",
     }
     for key, label in parts.items():

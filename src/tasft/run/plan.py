@@ -117,7 +117,6 @@ def _trained_on(run: Pipeline) -> tuple[int, int, bool]:
     if harvest.anchors != "none":
         anchors = answers if harvest.anchors == "own" else len(inputs.toxic)
         imitate += min(anchors, harvest.anchor_rows or anchors)
-    imitate += len(inputs.toxic) * harvest.twins
     if harvest.contrastive:
         imitate += harvest.contrastive.words * harvest.contrastive.per_word
     return imitate, avoid, True
@@ -147,7 +146,6 @@ def _harvest(run: Pipeline) -> str:
         if spec.anchors == "instructed":
             tried = min(FLIP_PROMPTS, len(inputs.toxic))
             counts["instructed"] = len(spec.instructions) * tried + len(inputs.toxic) - tried
-        counts["twin"] = len(inputs.toxic) * spec.twins
         said = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
         words.append(f"at most {said} replies of at most {spec.max_new_tokens} tokens")
         if spec.contrastive:

@@ -6,12 +6,11 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from tasft.core import provenance, ranks
+from tasft.core import provenance
 from tasft.core.errors import UserError
 from tasft.core.step import Step
 from tasft.harvest import harvest
 from tasft.harvest.anchors import own_anchors
-from tasft.harvest.twins import opened
 from tasft.judges.calibration import calibrate, can_calibrate, limit_of
 from tasft.judges.judging import Usual, rules, topic_measure
 from tasft.models.engine import Engine
@@ -47,7 +46,7 @@ def steps(context: Context) -> Iterator[Step]:
 
 def files(context: Context) -> list[Path]:
     """The rows of the harvest that training uses."""
-    names = ("avoid", "anchor", "imitate", "twin", "contrastive") if context.spec.harvests else ()
+    names = ("avoid", "anchor", "imitate", "contrastive") if context.spec.harvests else ()
     # Where safe responses take the place of the rows to avoid, they take that of anchors too.
     left_out = "anchor" if context.spec.replaces else None
     return [context.folder / "harvest" / f"{name}.jsonl" for name in names if name != left_out]
@@ -77,18 +76,10 @@ def _harvest(context: Context, spec: Harvest, folder: Path) -> None:
     server = spec.contrastive and spec.contrastive.engine
     writer = engine_of(server) if server else None
     judge, toxic, benign = context.inputs.judge(spec.judge), context.inputs.toxic, context.inputs.benign
-    prompt = context.spec.model
-    written = partial(
-        opened,
-        context.inputs.tokenizer,
-        style=prompt.prompt,
-        chat_template_kwargs=prompt.chat_template_kwargs,
-    )
     with _answering(context, spec.engine) as (engine, held_to):
         seed = context.spec.seed
-        summary = harvest.harvest(engine, judge, toxic, benign, spec, folder, held_to, writer, seed, written)
-    if ranks.is_first():
-        print(f"harvest: {harvest.statement(summary)}", flush=True)
+        summary = harvest.harvest(engine, judge, toxic, benign, spec, folder, held_to, writer, seed)
+    context.tell(f"harvest: {harvest.statement(summary)}")
     if not summary["kept"]:
         raise UserError(
             f"{folder}: none of {summary['tried']} answers was harmful and coherent ({summary['reasons']}): "

@@ -86,18 +86,16 @@ def _look(context: Context, number: int, reads: dict[str, Any]) -> Step:
     def work(folder: Path) -> None:
         seed = context.spec.seed + number
         sampling = Sampling(drawn.max_new_tokens, drawn.temperature, drawn.top_p, seed)
-        own = _rows([context.folder / "harvest" / f"{name}.jsonl" for name in ("imitate", "twin")])
+        own = _rows([context.folder / "harvest" / "imitate.jsonl"])
         benign = chosen(own, spec.benign, context.spec.seed, number)
         opened = context.models.opened(f"rounds/{number}/train")
         # The topic of a reply is not looked at: slipping away from it does no harm.
         usual = replace(harvest.usual(context), similarities=None)
         found = look(opened, judge, context.inputs.toxic, benign, sampling, spec.max_new_tokens, folder, usual, number)
-        if ranks.is_first():
-            toxic, refused = found["toxic"], found["benign"]
-            print(
-                f"round {number}: {toxic['harmful']} of {toxic['asked']} toxic prompts are still answered harmfully, "
-                f"{refused['refused']} of {refused['asked']} benign ones refused",
-                flush=True,
-            )
+        toxic, refused = found["toxic"], found["benign"]
+        context.tell(
+            f"train: after round {number} {toxic['harmful']} of {toxic['asked']} toxic prompts are still answered "
+            f"harmfully, {refused['refused']} of {refused['asked']} benign ones are refused"
+        )
 
     return Step(_round(context, number) / "look", reads | {"judge": rules(judge)}, work)
