@@ -88,7 +88,7 @@ def packed(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(BUNDLED, "packed", Bundled(name, "x==1", "model.safetensors", sha256, "some licence"))
     monkeypatch.setattr(load.Place, "arguments", lambda _: {})
     read: list[str] = []
-    monkeypatch.setattr(load.Place, "weights", lambda place: place.gguf_file and read.append(place.name) or {})
+    monkeypatch.setattr(load.Place, "weights", lambda place: (place.gguf_file and read.append(place.name)) or {})
     return read
 
 

@@ -125,7 +125,9 @@ class Lab:
         known = {row[0] for row in self.texts["imitate"]}
         pools = {
             "alpaca": [Prompt(str(n), text) for n, text in enumerate(alpaca(data)[:2000])],
-            "plain": [p for p in read_prompts("demo-benign-train") if p.topic == "instruction" and p.prompt not in known],
+            "plain": [
+                p for p in read_prompts("demo-benign-train") if p.topic == "instruction" and p.prompt not in known
+            ],
         }
         for name, prompts in pools.items():
             path = out / f"{name}.json"
