@@ -346,7 +346,7 @@ def _multiply(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) ->
 @contextmanager
 def _short_factors(allowed: bool) -> Iterator[None]:
     """Whether a CPU may round both factors of a float32 product to bfloat16; sums stay in float32, as on a GPU."""
-    matmul = torch.backends.mkldnn.matmul
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009
     before = matmul.fp32_precision
     if allowed:
         matmul.fp32_precision = "bf16"
