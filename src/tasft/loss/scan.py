@@ -24,7 +24,6 @@ Shapes: M positions, all of them counted; V tokens, D width of the model, E widt
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -331,29 +330,25 @@ class _Scan:
 
 
 def _multiply(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> None:
-    """Put left @ right into `out`, or add it, summed in the dtype of `out` whatever that of the factors."""
+    """Put left @ right into `out`, or add it, summed in the dtype of `out` whatever that of the factors.
+
+    Within autocast a CPU too takes bfloat16 weights as they are, and rounds what they are multiplied with.
+    """
     options: dict[str, Any] = {"out": out} if left.dtype == out.dtype else {"out": out, "out_dtype": out.dtype}
-    with _short_factors(
-        out.device.type == "cpu" and right.dtype == torch.bfloat16 and torch.is_autocast_enabled("cpu")
-    ):
-        right = right.to(left.dtype)
+    narrow = out.device.type == "cpu" and right.dtype == torch.bfloat16 and torch.is_autocast_enabled("cpu")
+    right = right.to(left.dtype)
+    factors: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009
+    before = factors.fp32_precision
+    if narrow:
+        factors.fp32_precision = "bf16"
+    try:
         if add:
             torch.addmm(out, left, right, **options)
         else:
             torch.mm(left, right, **options)
-
-
-@contextmanager
-def _short_factors(allowed: bool) -> Iterator[None]:
-    """Whether a CPU may round both factors of a float32 product to bfloat16; sums stay in float32, as on a GPU."""
-    matmul: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009
-    before = matmul.fp32_precision
-    if allowed:
-        matmul.fp32_precision = "bf16"
-    try:
-        yield
     finally:
-        matmul.fp32_precision = before
+        if narrow:
+            factors.fp32_precision = before
 
 
 class _OnePass(Function):
