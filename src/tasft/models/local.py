@@ -32,6 +32,7 @@ from tasft.models.generation import (
     context_of,
     end_tokens,
     first_inputs,
+    in_one_piece,
     laid_out,
     overruled,
     sampling_alone,
@@ -80,6 +81,7 @@ class TransformersEngine:
         self.style: PromptFormat = style
         self.batch_size = batch_size
         self.chat_template_kwargs = chat_template_kwargs
+        in_one_piece(model)
         self._answers_together: bool | None = None
         self._shares: bool | None = None
 
@@ -344,15 +346,14 @@ class TransformersEngine:
         device = self.model.device
         first = min(len(p) for _, p, _ in batch)
         keep = ids.shape[1] - first + 1
-        logits = self.model(
-            input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=keep
-        ).logits.float()
+        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=keep).logits
         losses = []
         for scores, (_, prompt, completion) in zip(logits, batch, strict=True):
             # scores[k] is of the token at position first + k.
             begin = len(prompt) - first
             wanted = torch.tensor(completion, device=device)
-            losses.append(float(F.cross_entropy(scores[begin : begin + len(completion)], wanted)))
+            # A row at a time: where the vocabulary is large, those of a batch in float32 are gigabytes.
+            losses.append(float(F.cross_entropy(scores[begin : begin + len(completion)].float(), wanted)))
         return losses
 
 
