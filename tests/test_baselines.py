@@ -103,6 +103,13 @@ def test_each_row_is_paired_with_the_completion_of_its_neighbour_in_the_micro_ba
     assert rows[2]["completion_ids"] == [12]
 
 
+def test_a_reply_begins_at_its_first_label_for_kto_too():
+    """Between reply and end a template may write what is no label."""
+    labels = [IGNORE_INDEX, 8, IGNORE_INDEX, 2]
+    (row, _) = kto_rows([{"input_ids": [7, 8, 9, 2], "labels": labels, "avoid": True}] * 2, 2)
+    assert (row["prompt_ids"], row["completion_ids"]) == ([7], [8, 9, 2])
+
+
 def beginning_tokenizer():
     """One that puts a token before every text that it is not told to leave alone, as Llama's does."""
     tokenizer = tiny_tokenizer()

@@ -20,7 +20,7 @@ from tasft.core import provenance
 from tasft.core.errors import UserError
 from tasft.core.step import done_key
 from tasft.data.template import ALPACA, encode_prompt
-from tasft.models.generation import end_tokens
+from tasft.models.generation import end_tokens, fit_padding
 from tasft.models.load import attach_adapter, load_model, load_tokenizer, saved
 from tasft.report import write_card
 from tasft.report.read import read_run
@@ -208,6 +208,7 @@ def _set_generation(merged: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     config = merged.generation_config
     config._from_model_config = False  # What is said here is meant, and not to be made anew from the other config.
     config.eos_token_id = end_tokens(merged, tokenizer, spec.prompt, spec.chat_template_kwargs)
+    fit_padding(merged, tokenizer)
     config.pad_token_id = tokenizer.pad_token_id
     try:
         config.validate(strict=True)
