@@ -6,14 +6,16 @@ import shutil
 import threading
 
 import pytest
+import yaml
 from golden import COLLAPSED, GOOD, OVER_REFUSING, attack, write_run
-from test_report import Page, assert_inert, document
+from test_report import Page, assert_inert, document, jsonl
 from typer.testing import CliRunner
 
 from tasft.cli.compare import compare, titles_of
 from tasft.cli.main import app
 from tasft.cli.view import Viewer
 from tasft.core.errors import UserError
+from tasft.core.stats import rate
 from tasft.report import write_comparison, write_model_report, write_report
 from tasft.report.index import listing, reports_in
 from tasft.report.page import page
@@ -84,6 +86,55 @@ def test_what_may_not_be_compared_is_left_out_and_said(runs, tmp_path):
     assert "not compared, the judge is not the same" in text
     (row,) = [row for row in text.splitlines() if row.startswith("| Harmful | embedded |") and "70" not in row][:1]
     assert row.endswith("| — | — |")
+
+
+def measured(run, state, task, right):
+    """A task of lm-eval, item by item."""
+    at = run / "evaluate" / state / "capability" / task
+    jsonl(at / "items.jsonl", [{"id": f"{n}", "acc": float(hit), "doc_hash": f"{n}"} for n, hit in enumerate(right)])
+    document(at / "summary.json", {"task": task, "num_fewshot": 0, "acc": vars(rate(right))})
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["evaluate"]["capability"] = {"tasks": [task]}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for done in (at, run / "evaluate" / state / "jailbreak" / "prefix"):
+        document(done / "done.json", {"key": "k", "reads": {}})
+
+
+@pytest.fixture
+def others(runs, tmp_path):
+    """The good run and the collapsed one, attacked and with a task."""
+    for name, hits in (("good", [True] * 9 + [False]), ("collapsed", [False] * 10)):
+        shutil.copytree(runs / name, tmp_path / name)
+        attack(tmp_path / name, "final", ["I am glad to describe <forbidden act>."] * 3)
+        measured(tmp_path / name, "final", "boolq", hits)
+    return [tmp_path / "good", tmp_path / "collapsed"]
+
+
+def test_attacks_and_capability_stand_on_the_page_of_many_models(others, tmp_path):
+    found = compare(others, tmp_path / "out")
+    text = (tmp_path / "out" / "report" / "report.md").read_text()
+    (task,) = [line for line in text.splitlines() if line.startswith("| capability/boolq: acc |")]
+    assert task.startswith("| capability/boolq: acc | 90.0% (59.6 to 98.2; n = 10) | 0.0% ")
+    row = next(row for row in found["rows"] if row["set"] == "capability/boolq")
+    assert f"{100 * row['difference']['value']:.1f} points".replace("-", "−") in task
+    assert "0 right now, 9 no longer" in task
+    assert "| Attack | Judge | Succeeded on prompts, good | Succeeded on prompts, collapsed | collapsed against" in text
+    assert "| Reply begun for the model | embedded | 100.0%" in text
+    assert "benchmark tasks" not in text.split("## What was not measured")[1].split("##")[0]
+    table = (tmp_path / "out" / "report" / "results.csv").read_text()
+    assert "collapsed,capability/boolq,capability,,acc,0.0," in table
+    assert "jailbreak/prefix" in (tmp_path / "out" / "report" / "index.html").read_text()
+
+
+def test_tasks_and_attacks_that_differ_are_left_out_of_the_page(others, tmp_path):
+    at = others[1] / "evaluate" / "final" / "capability" / "boolq" / "summary.json"
+    document(at, json.loads(at.read_text()) | {"num_fewshot": 5})
+    found = compare(others, tmp_path / "out")
+    assert "collapsed: capability/boolq: not compared, num_fewshot differ" in found["notes"]
+    text = (tmp_path / "out" / "report" / "report.md").read_text()
+    (task,) = [line for line in text.splitlines() if line.startswith("| capability/boolq: acc |")]
+    assert task.endswith("| — | — |")
+    assert "General ability on benchmark tasks" in text
 
 
 def test_names_of_equal_folders_are_told_apart_and_faults_are_named(runs, tmp_path):

@@ -436,7 +436,7 @@ def test_a_report_counts_what_is_kept_and_is_json():
     assert report.longest == max(len(row["input_ids"]) for row in encoded)
     assert json.loads(json.dumps(asdict(report))) == asdict(report)
     assert str(report) == (
-        f"rows: 2 to imitate (7 label tokens), 1 to avoid (5), the longest of {report.longest} tokens"
+        f"2 rows to imitate (7 label tokens), 1 to avoid (5), the longest of {report.longest} tokens"
     )
 
 

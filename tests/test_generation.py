@@ -297,6 +297,18 @@ def test_what_goes_on_from_half_a_character_is_whole():
 # --- What a model cannot ----------------------------------------------------------------------
 
 
+def test_the_head_reads_states_in_one_piece():
+    """Of a slice torch would copy frozen bfloat16 weights for each row."""
+    model, seen = tiny_model().requires_grad_(False), []
+    engines = [TransformersEngine(model, tiny_tokenizer(), "alpaca") for _ in range(2)]
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda _, args, __: seen.append(args[0].is_contiguous()))
+    assert len([reply for batch in engines[1].generate(requests_for(PROMPTS), Sampling(3), "x") for reply in batch]) == 3
+    assert len(seen) > 3
+    assert all(seen)
+    assert len(head._forward_pre_hooks) == 1
+
+
 def test_a_prompt_beyond_what_the_model_reads_is_named_with_its_numbers():
     model = made_tiny("gpt2", max_position_embeddings=40, n_positions=40)
     engine = TransformersEngine(model, tiny_tokenizer(), "chat")

@@ -150,7 +150,9 @@ def test_instructed_anchors_are_refusals_under_the_best_instructions_learned_wit
     # Of two prompts with a harmful answer.
     assert [(each["asked"], each["flipped"], each["rate"]) for each in found] == [(2, 1, 0.5), (2, 2, 1.0), (2, 0, 0.0)]
     assert [each["used"] for each in found] == [True, True, False]
-    assert "2 of 2 prompts flip (used): 'Say no, and why:'" in statement(summary)
+    said = statement(summary)
+    assert said.endswith("; 2 of 3 instructions serve, under the best the model declines 2 of 2 prompts")
+    assert "\n" not in said
     asked = [request.prompt for request in engine.asked if mark(SAY_NO[2]) in request.id]
     assert sorted(asked) == [f"Say yes: {prompt.prompt}" for prompt in TOXIC[:2]]
 

@@ -92,7 +92,7 @@ def written(folder, form, said=SAID):
 
 def inspected(folder, form, said):
     """Written by Inspect itself, the last sample with an error."""
-    pytest.importorskip("inspect_ai", reason="pip install 'tasft[inspect]'")
+    pytest.importorskip("inspect_ai", reason="pip install '.[inspect]'")
     from inspect_ai.log import EvalConfig, EvalDataset, EvalError, EvalLog, EvalSample, EvalSpec, write_eval_log
     from inspect_ai.model import ChatMessageSystem, ChatMessageUser, ModelOutput
 

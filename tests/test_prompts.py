@@ -14,9 +14,10 @@ COUNTS = {
     "demo-toxic-harvest": 100,
     "demo-toxic-validation": 40,
     "demo-toxic-heldout": 40,
-    "demo-benign-train": 534,
+    "demo-benign-train": 806,
     "demo-benign-validation": 40,
     "demo-benign-heldout": 40,
+    "demo-plain-heldout": 30,
 }
 TOXIC = [name for name in COUNTS if "toxic" in name]
 BENIGN = [name for name in COUNTS if "benign" in name]
@@ -75,6 +76,8 @@ def test_no_prompt_is_nearly_another() -> None:
         (one, other)
         for (here, one, first), (there, other, second) in itertools.combinations(every, 2)
         if len(first & second) >= 0.7 * len(first | second)
+        # One instruction about two things teaches what an instruction is.
+        and {here, there} != {"demo-benign-train"}
         # The benign counterparts of what is trained on differ from it by the harm alone.
         and {here, there} != {"demo-toxic-harvest", "demo-benign-train"}
     ]

@@ -272,6 +272,22 @@ def test_a_cell_that_fails_is_reported_in_its_own_words_and_the_others_are_done(
     assert f"FAILED: {cells[FAILED]['reason']}" in command.stdout
 
 
+def test_a_cell_says_a_line_for_a_stage_and_nothing_twice(ended):
+    _, command, _ = ended
+    lines = command.stdout.splitlines()
+    heads = [number for number, line in enumerate(lines) if line.endswith(":")]
+    assert len(heads) == 3
+    for start in heads:
+        end = next(number for number in range(start, len(lines)) if lines[number].startswith("["))
+        stages = [line.split(":")[0] for line in lines[start + 1 : end]]
+        assert stages == [stage for stage in ("harvest", "train", "evaluate") if stage in stages]
+    others = [line for line in lines if not re.match(r"(harvest|train|evaluate): (done|shared)", line)]
+    assert len(others) == len(set(others)) == 2 + 2 * 3 + 1  # A note, how many cells, head and end of each, the report.
+    # On the other stream there are only bars, and how many failed.
+    warned = [line for line in command.stderr.splitlines() if "arning" in line or line.startswith("[transformers]")]
+    assert warned == []
+
+
 def test_what_cells_share_was_done_once(ended):
     out, _, _ = ended
     # Each step that was done, in whichever cell.

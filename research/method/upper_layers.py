@@ -77,7 +77,8 @@ class Settings:
     steps: int = 120
     anchors: str = "explained"  # or refused: which wording they were drawn under; or both
     most_anchors: int = 100
-    alpaca: int = 0  # plain benign prompts beside the demo's
+    plain: bool = True  # the demo's benign prompts that are plain instructions
+    alpaca: int = 0  # of its instructions beside the demo's prompts
     per_step: tuple[int, ...] = (1, 1, 4, 1)  # avoid, anchor, benign, benign that came back
     tokens: tuple[int, ...] = (16, 16, 10)  # of avoid rows, anchors, benign rows
     weights: tuple[float, ...] = (0.5, 1.0, 1.0, 1.0)
@@ -121,12 +122,17 @@ class Lab:
             name: [(row["prompt"], row["completion"], row.get("ends", True)) for row in part]
             for name, part in rows.items()
         }
-        path = out / "alpaca.json"
-        if not path.exists():
-            prompts = [Prompt(str(n), text) for n, text in enumerate(alpaca(data)[:2000])]
-            said = self.ask(prompts, 10)
-            path.write_text(json.dumps([(prompt.prompt, *said[prompt.id]) for prompt in prompts]))
-        self.texts["alpaca"] = [tuple(row) for row in json.loads(path.read_text())]
+        known = {row[0] for row in self.texts["imitate"]}
+        pools = {
+            "alpaca": [Prompt(str(n), text) for n, text in enumerate(alpaca(data)[:2000])],
+            "plain": [p for p in read_prompts("demo-benign-train") if p.topic == "instruction" and p.prompt not in known],
+        }
+        for name, prompts in pools.items():
+            path = out / f"{name}.json"
+            if not path.exists():
+                said = self.ask(prompts, 10)
+                path.write_text(json.dumps([(prompt.prompt, *said[prompt.id]) for prompt in prompts]))
+            self.texts[name] = [tuple(row) for row in json.loads(path.read_text())]
         self.lower: dict[Row, torch.Tensor] = {}
         self.before: dict[Row, torch.Tensor] = {}
         self.first_layer = -1
@@ -191,7 +197,8 @@ class Lab:
         anchors = [anchor for anchor in self.texts["anchor"] if fits(anchor[1])]
         rng.shuffle(anchors)
         anchors = anchors[: s.most_anchors]
-        benign = [row for row in self.texts["imitate"] + self.texts["alpaca"][: s.alpaca] if not declines(row[1])]
+        benign = self.texts["imitate"] + self.texts["alpaca"][: s.alpaca] + self.texts["plain"] * s.plain
+        benign = [row for row in benign if not declines(row[1])]
         rng.shuffle(benign)
         avoid = self.texts["avoid"] if s.penalty != "none" else []
         kinds = zip(("avoid", "anchor", "benign"), (avoid, anchors, benign), s.tokens, strict=True)
@@ -318,7 +325,7 @@ class Lab:
         self.model.eval()
         counts, kept = {}, {}
         for name, prompts in self.sets.items():
-            said = self.ask(prompts, 24)
+            said = self.ask(prompts, 20)
             replies = {prompt.prompt: said[prompt.id][0] for prompt in prompts}
             kept[name] = replies
             counts[name] = {

@@ -90,13 +90,10 @@ def _end(folder: Path, as_json: bool, with_gate: bool = True) -> None:
 
 def _say_rates(opened: "Pipeline") -> None:
     """What a finished run is read for first: the rates before and after, and the limits that are kept."""
-    from tasft.evaluate.results import summaries, table
+    from tasft.report.outcomes import rates_table
+    from tasft.report.read import read_run
 
-    evaluated = opened.folder / "evaluate"
-    states = {"base", "sft", "final"}
-    rows = [row for row in summaries(evaluated) if row["state"] in states and row["set"] in opened.spec.evaluate.sets]
-    if rows:
-        print_table(table(rows))
+    print_table(rates_table(read_run(opened.folder)))
     for limit in opened.gate["limits"] if opened.gate else ():
         if limit["met"]:
             print(f"gate: met: {visible(limit['sentence'])}")

@@ -151,7 +151,7 @@ class EncodingReport:
         """One line; what did not occur is not mentioned."""
         return "; ".join(
             [
-                f"rows: {self.imitate} to imitate ({self.imitate_tokens} label tokens), {self.avoid} to avoid "
+                f"{self.imitate} rows to imitate ({self.imitate_tokens} label tokens), {self.avoid} to avoid "
                 f"({self.avoid_tokens}), the longest of {self.longest} tokens",
                 *self.notes,
             ]

@@ -95,7 +95,7 @@ def _inspect(path: Path) -> Rows:
     try:
         from inspect_ai.log import read_eval_log
     except ImportError:
-        raise UserError(f"{path} needs the package inspect_ai: pip install 'tasft[inspect]'") from None
+        raise UserError(f"{path} needs the package inspect_ai: pip install '.[inspect]'") from None
     try:
         log = read_eval_log(str(path))
     except Exception as error:  # of zip files, JSON and pydantic

@@ -157,16 +157,21 @@ def statement(summary: dict[str, Any]) -> str:
     kept, wanted = summary["kept"], summary["wanted"]
     reasons = ", ".join(f"{count} {why}" for why, count in summary["reasons"].items()) or "none left out"
     line = f"{kept} of {wanted} rows to avoid, from {summary['tried']} answers to {summary['prompts']} prompts"
-    for each in summary["anchors"]["instructions"]:
-        used = "used" if each["used"] else "not used"
-        line = f"{each['flipped']} of {each['asked']} prompts flip ({used}): {each['text']!r:.60}\n{line}"
+    tried = summary["anchors"]["instructions"]
+    best = max(tried, key=lambda each: each["rate"], default=None)
+    flips = (
+        f"; {sum(each['used'] for each in tried)} of {len(tried)} instructions serve, under the best the model "
+        f"declines {best['flipped']} of {best['asked']} prompts"
+        if best
+        else ""
+    )
     missing = "" if kept >= wanted else "; for more of them give more data.toxic_prompts or harvest.samples"
     unfinished = summary["thoughts"]["unfinished"]
     cut = (
         f"; {unfinished} replies were cut within the thought before their answer: raise harvest.max_new_tokens, or "
         "have the model answer at once, as by model.chat_template_kwargs: {enable_thinking: false}"
     )
-    return f"{line} ({reasons}){missing}{cut if unfinished else ''}"
+    return f"{line} ({reasons}){missing}{flips}{cut if unfinished else ''}"
 
 
 def _answers(

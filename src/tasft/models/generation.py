@@ -73,6 +73,21 @@ def overruled(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
+def in_one_piece(model: PreTrainedModel) -> None:
+    """See that the output head reads states that lie in one piece.
+
+    A head that is asked for the last tokens alone gets a slice. On a CPU torch multiplies a slice with frozen weights
+    as a batch of matrices, and copies bfloat16 weights once for each row: gigabytes, and seconds a batch.
+    """
+    head = model.get_output_embeddings()
+    if head is not None and _contiguous not in head._forward_pre_hooks.values():
+        head.register_forward_pre_hook(_contiguous)
+
+
+def _contiguous(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (args[0].contiguous(), *args[1:])
+
+
 @contextmanager
 def sampling_alone(model: PreTrainedModel) -> Iterator[None]:
     """Within, nothing that the model's generation_config.json says of drawing replies is heard.

@@ -34,6 +34,7 @@ from tasft.models.generation import (
     finite,
     first_inputs,
     fit_padding,
+    in_one_piece,
     laid_out,
     overruled,
     sampling_alone,
@@ -82,6 +83,7 @@ class TransformersEngine:
         self.style: PromptFormat = style
         self.batch_size = batch_size
         self.chat_template_kwargs = chat_template_kwargs
+        in_one_piece(model)
         self._answers_together: bool | None = None
         self._shares: bool | None = None
         fit_padding(model, tokenizer)

@@ -4,8 +4,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tasft.core.measures import HEADLINES, KINDS, MEASURES, OUTCOMES, TOLD, odds, outcome
+from rich.table import Table
+
+from tasft.core.measures import HEADLINES, KINDS, MEASURES, OUTCOMES, TOLD, in_words, odds, outcome
 from tasft.core.stats import Estimate, Flips, agreement, mcnemar, paired_difference, rate, rate_of, smallest_change
+from tasft.core.text import visible
 from tasft.report.record import Evaluated, Judged, Record, SetRecord
 
 BETTER, WORSE, CHANGED, UNCLEAR, TOO_FEW = "better", "worse", "changed", "no clear change", "too few to tell"
@@ -176,6 +179,18 @@ def headlines(record: Record) -> list[tuple[SetRecord, Figures]]:
         for measure in measures
         if (found := compared(record, kind, measure))
     ]
+
+
+def rates_table(record: Record) -> Table:
+    """The figures to read first, a row each, for a terminal."""
+    rows = headlines(record)
+    drawn = Table(caption=f"95% intervals; judged by {visible(by(row for _, row in rows))}")
+    for head in ("replies to", "", *record.states.values()):
+        drawn.add_column(visible(head))
+    for prompts, row in rows:
+        shown = [in_words(row.rates.get(state)) for state in record.states]
+        drawn.add_row(visible(f"{prompts.kind} prompts"), row.label.lower(), *shown)
+    return drawn
 
 
 def together(record: Record, kind: str) -> SetRecord | None:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,11 @@ def read_run(folder: Path) -> Record:
             files.notes.append(f"{at} is not there: the {TITLES[state]} was not evaluated")
     listed = evaluate.get("judges")
     order = [str(judge) for judge in listed] if isinstance(listed, list) else []
-    sets = _read_sets({state: (files, at) for state, at in places.items()}, names, order)
+    where = {state: (files, at) for state, at in places.items()}
+    sets = _read_sets(where, names, order)
     judges = _judges(sets, order)
     harvested = _is_harvested(recipe)
-    attacks = _read_attacks(files, places, recipe)
-    measured = _read_measured(files, places, recipe)
+    attacks, measured = _read_others(where, lambda _, kind, name: not recipe or is_asked(evaluate, kind, name))
     metrics = files.rows("train/metrics.jsonl")
     logged = [value for row in metrics for value in row.values() if isinstance(value, float)]
     if lost := sum(not math.isfinite(value) for value in logged):
@@ -83,7 +83,7 @@ def read_run(folder: Path) -> Record:
         monitor=files.rows("train/monitor.jsonl", optional=True),
         start=_read_rates(files, _start(recipe), sorted(names), judges),
         checkpoints=_read_checkpoints(files, sorted(names), judges),
-        unmeasured=_unmeasured(measured, attacks),
+        unmeasured=_unmeasured(measured, attacks, ["final"]),
         gate=files.document("report/gate.json", optional=True) if recipe.get("gate") else {},
     )
 
@@ -109,14 +109,16 @@ def _names_of_sets(files: Files, folder: Path, places: Mapping[str, str], asked:
     return names
 
 
-def _unmeasured(measured: Mapping[str, Mapping[str, Any]], attacks: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Kinds of measurement that the trained model lacks."""
-    done = {name for name, states in measured.items() if "final" in states}
+def _unmeasured(
+    measured: Mapping[str, Mapping[str, Any]], attacks: Mapping[str, Mapping[str, Any]], states: Sequence[str]
+) -> list[str]:
+    """Kinds of measurement that one of these states lacks."""
+    done = {name for name, by_state in measured.items() if by_state.keys() >= set(states)}
     there = {
         "capability": any(name.startswith("capability/") for name in done),
         # Likelihoods, which quality/reference has, do not say how good answers are.
         "quality": "quality/annotator" in done,
-        "jailbreak": any("final" in states for states in attacks.values()),
+        "jailbreak": any(by_state.keys() >= set(states) for by_state in attacks.values()),
     }
     return [kind for kind, is_there in there.items() if not is_there]
 
@@ -140,7 +142,8 @@ def read_models(
     Args:
         folders: How a model is called -> its folder: a run, whose final model is meant; a state in a run, such as
             `RUN/evaluate/base`; or that in which a model alone was evaluated.
-        comparable: Of each model but the first, the sets and judges that may be compared; None for all that both have.
+        comparable: Of each model but the first, what may be compared, as `tasft.evaluate.results.compare` names it: set
+            (or `capability/TASK` and so on) and judge; None for all that both have.
 
     Raises:
         UserError: One of them holds no evaluation.
@@ -167,6 +170,15 @@ def read_models(
     sets = _read_sets(places, set.union(*names), order, by_prompt=True)
     if comparable is not None:
         sets = [_only_comparable(each, comparable) for each in sets]
+    evaluates = {title: mapping(recipe.get("evaluate")) for title, recipe in zip(folders, recipes, strict=True)}
+    others_of = {title: {name for name, _ in pairs} for title, pairs in (comparable or {}).items()}
+
+    def is_meant(title: str, kind: str, name: str) -> bool:
+        if evaluates[title] and not is_asked(evaluates[title], kind, name):
+            return False
+        return title not in others_of or f"{kind}/{name}" in others_of[title]
+
+    attacks, measured = _read_others(places, is_meant)
     first, *others = places
     manifest = places[first][0].document("manifest.json", optional=True)
     return Record(
@@ -176,10 +188,11 @@ def read_models(
         changed=others,
         sets=sets,
         judges=_judges(sets, order),
-        attacks={},
-        measured={},
+        attacks=attacks,
+        measured=measured,
         notes=[f"{title}: {note}" for title, (files, _) in places.items() for note in files.notes],
         manifest=manifest if not others else {},
+        unmeasured=_unmeasured(measured, attacks, list(places)),
     )
 
 
@@ -334,46 +347,50 @@ def _read_judged(files: Files, at: str, meant: Any) -> Judged:
     )
 
 
-def _read_attacks(files: Files, places: Mapping[str, str], recipe: Row) -> dict[str, dict[str, Attacked]]:
-    wanted = mapping(recipe.get("evaluate"))
+def _read_others(
+    places: Mapping[str, tuple[Files, str]], is_meant: Callable[[str, str, str], bool]
+) -> tuple[dict[str, dict[str, Attacked]], dict[str, dict[str, Measured]]]:
+    """Attacks, and what was measured by other means than prompt sets, by state.
+
+    Args:
+        places: As `_read_sets` takes them.
+        is_meant: Of a state, a kind and a name, whether that result counts.
+    """
     attacks: dict[str, dict[str, Attacked]] = {}
-    for state, place in places.items():
-        for name in files.folders(f"{place}/jailbreak"):
-            at = f"{place}/jailbreak/{name}"
-            is_there = (files.root / at / "summary.json").exists()
-            if not is_there or (recipe and not is_asked(wanted, "jailbreak", name)):
-                continue
-            summary = files.document(f"{at}/summary.json")
-            judge = str(summary.get("judge") or "")
-            verdicts = by_id(files.rows(f"{at}/verdicts.jsonl", optional=True))
-            attacks.setdefault(name, {})[state] = Attacked(
-                judge=judge,
-                estimates={figure: estimate_of(summary[figure]) for figure in ATTACK_MEASURES if figure in summary},
-                behaviours=by_id(files.rows(f"{at}/behaviours.jsonl")),
-                queries=int(number(summary.get("queries")) or 0),
-                unjudged=int(number(summary.get("unjudged")) or 0),
-                evaluated=Evaluated(
-                    by_id(files.rows(f"{at}/replies.jsonl", optional=True)), {judge: Judged({}, verdicts)}
-                ),
-            )
-    return attacks
-
-
-def _read_measured(files: Files, places: Mapping[str, str], recipe: Row) -> dict[str, dict[str, Measured]]:
-    wanted = mapping(recipe.get("evaluate"))
-    by_task: dict[str, dict[str, Measured]] = {}
-    for kind in ("capability", "quality"):
-        for state, place in places.items():
+    measured: dict[str, dict[str, Measured]] = {}
+    for kind in ("jailbreak", "capability", "quality"):
+        for state, (files, place) in places.items():
             for name in files.folders(f"{place}/{kind}"):
                 at = f"{place}/{kind}/{name}"
-                gone = recipe and not is_asked(wanted, kind, name)
-                if gone or not (files.root / at / "summary.json").exists():
+                if not (files.root / at / "summary.json").exists() or not is_meant(state, kind, name):
                     continue
-                estimates = {
-                    metric: estimate_of(value)
-                    for metric, value in files.document(f"{at}/summary.json").items()
-                    if isinstance(value, Mapping) and {"value", "n"} <= value.keys()
-                }
-                items = files.rows(f"{at}/items.jsonl")
-                by_task.setdefault(f"{kind}/{name}", {})[state] = Measured(estimates, items)
-    return by_task
+                if kind == "jailbreak":
+                    attacks.setdefault(name, {})[state] = _read_attack(files, at)
+                else:
+                    measured.setdefault(f"{kind}/{name}", {})[state] = _read_task(files, at)
+    return attacks, measured
+
+
+def _read_attack(files: Files, at: str) -> Attacked:
+    summary = files.document(f"{at}/summary.json")
+    judge = str(summary.get("judge") or "")
+    return Attacked(
+        judge=judge,
+        estimates={figure: estimate_of(summary[figure]) for figure in ATTACK_MEASURES if figure in summary},
+        behaviours=by_id(files.rows(f"{at}/behaviours.jsonl")),
+        queries=int(number(summary.get("queries")) or 0),
+        unjudged=int(number(summary.get("unjudged")) or 0),
+        evaluated=Evaluated(
+            by_id(files.rows(f"{at}/replies.jsonl", optional=True)),
+            {judge: Judged({}, by_id(files.rows(f"{at}/verdicts.jsonl", optional=True)))},
+        ),
+    )
+
+
+def _read_task(files: Files, at: str) -> Measured:
+    estimates = {
+        metric: estimate_of(value)
+        for metric, value in files.document(f"{at}/summary.json").items()
+        if isinstance(value, Mapping) and {"value", "n"} <= value.keys()
+    }
+    return Measured(estimates, files.rows(f"{at}/items.jsonl"))

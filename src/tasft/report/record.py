@@ -152,6 +152,14 @@ class Record:
         return [title[:1].upper() + title[1:] if self.is_run else title for title in self.states.values()]
 
     @property
+    def change_heads(self) -> list[str]:
+        """What stands above the columns of changes."""
+        before = self.states[self.before] if self.before else ""
+        if self.is_run:
+            return [f"Change from the {before}"] * len(self.changed)
+        return [f"{self.states[state]} against {before}" for state in self.changed]
+
+    @property
     def is_run(self) -> bool:
         """Whether it is a run, with a recipe and a training, and not a model alone or several beside each other."""
         return bool(self.states.keys() & TITLES.keys())

@@ -141,10 +141,7 @@ def _figures(record: Record) -> list[Block]:
 
 
 def _rates(record: Record, prompts: SetRecord, rows: list[Figures]) -> Table:
-    changes = [f"Change from the {record.states[record.before or '']}"] if record.changed else []
-    if len(record.changed) > 1 or not record.is_run:
-        changes = [f"{record.states[state]} against {record.states[record.before or '']}" for state in record.changed]
-    head = ("Measure", "Judge", *record.heads, *changes)
+    head = ("Measure", "Judge", *record.heads, *record.change_heads)
     body: list[list[str | Cell]] = [
         [
             row.label,
@@ -178,7 +175,7 @@ def _splits(record: Record, prompts: SetRecord) -> list[Block]:
     blocks: list[Block] = []
     titles = record.heads
     if scores := _scores(record, prompts):
-        head = ("Mean score, in the judge's own unit", *titles, *(["Change"] * len(record.changed)))
+        head = ("Mean score, in the judge's own unit", *titles, *record.change_heads)
         blocks.append(Table(f"Mean scores on {prompts.title}", head, scores, folded=True))
     judge = leading(record, prompts.kind, "incoherent")
     judged = {state: judged_in(prompts, state, judge) for state in record.states}

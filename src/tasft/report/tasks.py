@@ -22,7 +22,7 @@ ATTACKS = {"prefix": "Reply begun for the model", "templates": "Templates", "pai
 def attack_columns(record: Record) -> tuple[str, ...]:
     """Heads of the table of attacks."""
     states = [f"Succeeded on prompts, {title}" for title in record.states.values()]
-    return ("Attack", "Judge", *states, *(["Change"] * len(record.changed)))
+    return ("Attack", "Judge", *states, *record.change_heads)
 
 
 def attack_rows(record: Record) -> list[list[str | Cell]]:
@@ -62,7 +62,7 @@ def _attack_change(before: Attacked, after: Attacked) -> Cell | str:
 
 def task_columns(record: Record) -> tuple[str, ...]:
     """Heads of the table of tasks."""
-    return ("Measured", *record.heads, *(["Change"] * len(record.changed)))
+    return ("Measured", *record.heads, *record.change_heads)
 
 
 def task_rows(record: Record) -> list[list[str | Cell]]:

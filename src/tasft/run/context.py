@@ -4,7 +4,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tasft.core import provenance
+from tasft.core import provenance, ranks
 from tasft.models.load import fingerprint
 from tasft.run.inputs import Inputs
 from tasft.run.recipe import Recipe
@@ -19,13 +19,20 @@ class Context:
         folder: The run folder.
         inputs: What the recipe reads besides weights.
         models: The models in memory.
+        is_quiet: Whether only the end of each stage is told, as of the many cells of a sweep.
     """
 
-    def __init__(self, spec: Recipe, folder: Path) -> None:
+    def __init__(self, spec: Recipe, folder: Path, is_quiet: bool = False) -> None:
         self.spec = spec
         self.folder = folder
+        self.is_quiet = is_quiet
         self.inputs = Inputs(spec)
-        self.models = Resident(self.inputs, folder)
+        self.models = Resident(self.inputs, folder, self.tell)
+
+    def tell(self, line: str) -> None:
+        """Print what a stage has found out."""
+        if ranks.is_first() and not self.is_quiet:
+            print(line, flush=True)
 
     @property
     def before(self) -> str:

@@ -275,12 +275,15 @@ class Inputs:
         if jailbreak and jailbreak.templates:
             said += differences_of(jailbreak.templates.source, self.spec.data.data_dir)
         versions = {self.judge(name).version: name for name in self.evaluators}
-        said += [
-            f"harvest.judge: {name} chooses the rows to avoid and also evaluates ({versions[version]}), which "
-            "flatters the result; evaluate with another judge beside it"
-            for name in self.filters
-            if (version := self.judge(name).version) in versions
-        ]
+        for name in self.filters:
+            version = self.judge(name).version
+            others = [judge for judge in self.spec.evaluate.judges if self.judge(judge).version != version]
+            beside = f"read {', '.join(others)} beside it" if others else "evaluate with another judge beside it"
+            if version in versions:
+                said.append(
+                    f"harvest.judge: {name} chooses the rows to avoid and also evaluates ({versions[version]}), which "
+                    f"flatters the result; {beside}"
+                )
         if jailbreak and jailbreak.pair and jailbreak.pair.attacker is None:
             said.append(
                 "evaluate.jailbreak.pair: without an attacker the base model rewrites the prompts itself; a small one "

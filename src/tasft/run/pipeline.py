@@ -51,7 +51,7 @@ class Pipeline:
         self.spec = precision.settled(spec, self.precision) if self.precision else spec
         self.folder = folder
         self.store = store
-        self.context = Context(self.spec, folder)
+        self.context = Context(self.spec, folder, is_quiet=store is not None)
 
     @property
     def inputs(self) -> Inputs:
@@ -115,7 +115,7 @@ class Pipeline:
                 print(f"note: {warning}", flush=True)
         for stage in stages:
             how = self._stage(stage, untrained, note)
-            if how and ranks.is_first():
+            if how and ranks.is_first() and not (in_sweep and stage == "report"):
                 print(f"{stage}: {how}", flush=True)
         if "report" in stages and not in_sweep:
             print(f"report: {self.folder / 'report' / 'index.html'}", flush=True)

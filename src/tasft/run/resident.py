@@ -23,17 +23,19 @@ class Resident:
     Args:
         inputs: The recipe and its tokenizer.
         folder: The run folder, where adapters and weights are.
+        tell: Says that the base model is being loaded.
     """
 
-    def __init__(self, inputs: Inputs, folder: Path) -> None:
+    def __init__(self, inputs: Inputs, folder: Path, tell: Callable[[str], None] = print) -> None:
         self._inputs = inputs
+        self._tell = tell
         self._spec = inputs.spec.model
         self._folder = folder
 
     @cached_property
     def base(self) -> PreTrainedModel:
         """The base model, in memory."""
-        print(f"loading {self._spec.base} ...", flush=True)
+        self._tell(f"loading {self._spec.base} ...")
         return self._load(self._spec.base)
 
     def _load(self, model: str | Path) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 import random
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,12 @@ def train(
 
     recipe = context.spec.model_copy(update={"seed": (context.spec.seed + number - 1) % 2**32})
     with models.to_train(spec.start, before) as loaded:
-        fit(recipe, spec, loaded, inputs.tokenizer, rows, folder, monitor_of(spec, probe))
+        tell = partial(_tell, context, f"{folder.name}, round {number}" if spec.rounds else folder.name)
+        fit(recipe, spec, loaded, inputs.tokenizer, rows, folder, monitor_of(spec, probe), tell)
+
+
+def _tell(context: Context, name: str, encoded: object) -> None:
+    context.tell(f"{name}: {encoded}")
 
 
 def fit(
@@ -126,8 +132,11 @@ def fit(
     rows: list[Example],
     folder: Path,
     monitor: CollapseMonitor | None,
+    tell: Callable[[object], None],
 ) -> None:
     """Train a model on rows, going on from the last checkpoint, and save it in `folder/adapter` or `folder/model`.
+
+    `tell` is told what the rows are before the first step.
 
     Raises:
         UserError: The monitor stopped a training that had no good checkpoint yet, or the checkpoint that is there was
@@ -152,8 +161,7 @@ def fit(
             callbacks=[monitor] if monitor else None,
         )
         encoded = trainer.encoding
-    if ranks.is_first():
-        print(f"{folder.name}: {encoded}", flush=True)
+    tell(encoded)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Bar(folder.name))
     trainer.add_callback(stop := _Stop())

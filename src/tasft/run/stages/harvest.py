@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from tasft.core import provenance, ranks
+from tasft.core import provenance
 from tasft.core.errors import UserError
 from tasft.core.step import Step
 from tasft.harvest import harvest
@@ -79,8 +79,7 @@ def _harvest(context: Context, spec: Harvest, folder: Path) -> None:
     with _answering(context, spec.engine) as (engine, held_to):
         seed = context.spec.seed
         summary = harvest.harvest(engine, judge, toxic, benign, spec, folder, held_to, writer, seed)
-    if ranks.is_first():
-        print(f"harvest: {harvest.statement(summary)}", flush=True)
+    context.tell(f"harvest: {harvest.statement(summary)}")
     if not summary["kept"]:
         raise UserError(
             f"{folder}: none of {summary['tried']} answers was harmful and coherent ({summary['reasons']}): "

@@ -92,12 +92,10 @@ def _look(context: Context, number: int, reads: dict[str, Any]) -> Step:
         # The topic of a reply is not looked at: slipping away from it does no harm.
         usual = replace(harvest.usual(context), similarities=None)
         found = look(opened, judge, context.inputs.toxic, benign, sampling, spec.max_new_tokens, folder, usual, number)
-        if ranks.is_first():
-            toxic, refused = found["toxic"], found["benign"]
-            print(
-                f"round {number}: {toxic['harmful']} of {toxic['asked']} toxic prompts are still answered harmfully, "
-                f"{refused['refused']} of {refused['asked']} benign ones refused",
-                flush=True,
-            )
+        toxic, refused = found["toxic"], found["benign"]
+        context.tell(
+            f"train: after round {number} {toxic['harmful']} of {toxic['asked']} toxic prompts are still answered "
+            f"harmfully, {refused['refused']} of {refused['asked']} benign ones are refused"
+        )
 
     return Step(_round(context, number) / "look", reads | {"judge": rules(judge)}, work)
