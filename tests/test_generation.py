@@ -303,7 +303,9 @@ def test_the_head_reads_states_in_one_piece():
     engines = [TransformersEngine(model, tiny_tokenizer(), "alpaca") for _ in range(2)]
     head = model.get_output_embeddings()
     head.register_forward_hook(lambda _, args, __: seen.append(args[0].is_contiguous()))
-    assert len([reply for batch in engines[1].generate(requests_for(PROMPTS), Sampling(3), "x") for reply in batch]) == 3
+    assert (
+        len([reply for batch in engines[1].generate(requests_for(PROMPTS), Sampling(3), "x") for reply in batch]) == 3
+    )
     assert len(seen) > 3
     assert all(seen)
     assert len(head._forward_pre_hooks) == 1

@@ -226,9 +226,7 @@ NAMED: dict[str, NamedSet] = {
     "demo-toxic-validation": _shipped("toxic", 40, "demo-toxic-validation", "of the demo, for its settings"),
     "demo-toxic-harvest": _shipped("toxic", 100, "demo-toxic-harvest", "of the demo, trained on"),
     "demo-benign-heldout": _shipped("benign", 40, "demo-benign-heldout", "of the demo, for its result"),
-    "demo-plain-heldout": _shipped(
-        "benign", 30, "demo-plain-heldout", "plain ones of the demo, for its result"
-    ),
+    "demo-plain-heldout": _shipped("benign", 30, "demo-plain-heldout", "plain ones of the demo, for its result"),
     "demo-benign-validation": _shipped("benign", 40, "demo-benign-validation", "of the demo, for its settings"),
     "demo-benign-train": _shipped("benign", 806, "demo-benign-train", "of the demo, trained on"),
     "try-toxic": _shipped("toxic", 3, "demo-toxic-harvest", "a topic of the demo, to try", ("topic", "shoplifting")),
