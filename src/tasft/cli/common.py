@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, a run folder, or a shipped name such as demo.")]
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(help="Fields to override, e.g. train.penalty=nlcl.", show_default=False)

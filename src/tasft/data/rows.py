@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
 from tasft.core.errors import UserError
+from tasft.core.provenance import content_hash
 from tasft.data.cells import fault_of_parts, joined, measure, plain, text_of, truth
 from tasft.data.forms import FORMS, PROMPT_COLUMNS, form_of, renamed_columns, turns_before, turns_of
 from tasft.data.sources import Source, read_source
@@ -25,6 +26,11 @@ class Prompt:
     prompt: str
     topic: str = ""
     kind: str = ""
+
+
+def prompts_hash(prompts: Sequence[Prompt]) -> str:
+    """What replies to prompts depend on: a topic that is filed anew asks for no other reply."""
+    return content_hash([[prompt.id, prompt.prompt] for prompt in prompts])
 
 
 @dataclass(frozen=True)
