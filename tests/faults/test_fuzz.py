@@ -1,6 +1,6 @@
 """Whatever a file holds, reading it ends in rows or in sentences: never in a traceback, never in a changed file.
 
-`HYPOTHESIS_PROFILE=long pytest tests/faults/test_fuzz.py` searches for minutes instead of seconds.
+`HYPOTHESIS_PROFILE=long pytest tests/faults/test_fuzz.py --timeout 0` searches for minutes instead of seconds.
 """
 
 import gzip
