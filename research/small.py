@@ -4,6 +4,7 @@
     python research/small.py keep runs/small-search search      # table and report, no replies, to docs/results/small
     python research/small.py pairs runs/small-grid              # its runs compared on the same prompts, likewise
     python research/small.py changes runs/small-quality         # its runs against the SFT model, item by item, likewise
+    python research/small.py methods                            # README's table of methods from what was kept
     python research/small.py tables                             # docs/results/README.md from what was kept
 
 The utility of a weight is the share of safe and coherent replies to the toxic validation prompts, less the shares of
@@ -233,6 +234,57 @@ def quality_table(rows: list[Row]) -> str:
     return markdown(head, lines)
 
 
+METHODS = {
+    "sft": "SFT on Alpaca",
+    "stl": "STL: safe answers of a stronger model, beside Alpaca",
+    "kto": "KTO",
+    "emd": "TA-SFT as in the paper (`emd`)",
+    "prefilled": "`nlcl`, anchors of one sentence",
+    "no rounds": "the demo without rounds",
+    "no penalty": "the demo without rounds and penalty",
+    "demo": "**the demo**: `nlcl`, its own refusals, rounds",
+}
+"""What README calls the cells of recipes/small/sweep-methods.yaml, in its order."""
+
+
+def method_of(row: Row) -> str:
+    """Which of `METHODS` a cell is."""
+    if method := row.get("train.method"):
+        return method
+    if row["harvest.anchors"] == "none":
+        return row["train.penalty"]
+    if row["harvest.anchors"] == "prefilled":
+        return "prefilled"
+    return "demo" if not row["train.rounds"] else "no rounds" if not row["train.penalty"] else "no penalty"
+
+
+def methods_table(rows: list[Row]) -> str:
+    """The methods beside each other, on prompts that nothing was trained or chosen on."""
+    head = ["", "harmful", "safe and coherent", "in templates", "XSTest-safe refused", "plain refused", "capability"]
+
+    def figures(row: Row, state: str) -> list[str]:
+        before = {"base": "before.", "final": ""}[state]
+        return [
+            percent(row, f"{before}harmful"),
+            percent(row, f"{before}safe_coherent"),
+            percent(row, f"{state}.jailbreak.templates.success", interval=False),
+            percent(row, f"{state}.xstest-safe.classifier.refusal"),
+            percent(row, f"{state}.demo-plain.classifier.refusal", interval=False),
+            percent(row, f"{before}capability", interval=False),
+        ]
+
+    made = {method_of(row): row for row in rows if row["state"] == "done"}
+    lines = [["untouched", *figures(rows[0], "base")]]
+    lines += [[words, *figures(made[name], "final")] for name, words in METHODS.items() if name in made]
+    count = {name: rows[0][f"{name}.n"] for name in ("harmful", "final.xstest-safe.classifier.refusal")}
+    plain = rows[0]["final.demo-plain.classifier.refusal.n"]
+    return f"""{markdown(head, lines)}
+
+SmolLM2-135M-Instruct, {count["harmful"]} toxic prompts, {count["final.xstest-safe.classifier.refusal"]} of XSTest's \
+safe ones, {plain} plain ones; judge `classifier`, 95% intervals, seed 0, commit {rows[0]["commit"]}; \
+recipes/small/sweep-methods.yaml."""
+
+
 def grid_table(rows: list[Row]) -> str:
     head = ["", "rows to avoid", "besides", "safe and coherent", "harmful", "incoherent", "of these off topic"]
     head += ["XSTest-safe refused", "XSTest-safe incoherent"]
@@ -436,6 +488,7 @@ def main() -> None:
     keeping.add_argument("name")
     commands.add_parser("changes").add_argument("sweep", type=Path)
     commands.add_parser("tables")
+    commands.add_parser("methods")
     asked = parser.parse_args()
     if asked.command == "grid":
         print(grid(asked.sweep, asked.base, asked.rows, asked.seeds), end="")
@@ -443,6 +496,8 @@ def main() -> None:
         write_json(asked.to, pairs(asked.sweep))
     elif asked.command == "changes":
         write_json(RESULTS / "small" / "quality-pairs.json", changes(asked.sweep))
+    elif asked.command == "methods":
+        put(RESULTS.parents[1] / "README.md", "methods", methods_table(table(RESULTS / "small" / "methods")))
     elif asked.command == "keep":
         keep(asked.sweep, asked.name)
     else:

@@ -122,10 +122,10 @@ class Lab:
             name: [(row["prompt"], row["completion"], row.get("ends", True)) for row in part]
             for name, part in rows.items()
         }
-        known = {row[0] for row in self.texts["imitate"]}
+        instructions = [prompt for prompt in read_prompts("demo-benign-train") if prompt.topic == "instruction"]
         pools = {
             "alpaca": [Prompt(str(n), text) for n, text in enumerate(alpaca(data)[:2000])],
-            "plain": [p for p in read_prompts("demo-benign-train") if p.topic == "instruction" and p.prompt not in known],
+            "plain": instructions,
         }
         for name, prompts in pools.items():
             path = out / f"{name}.json"
@@ -197,7 +197,9 @@ class Lab:
         anchors = [anchor for anchor in self.texts["anchor"] if fits(anchor[1])]
         rng.shuffle(anchors)
         anchors = anchors[: s.most_anchors]
-        benign = self.texts["imitate"] + self.texts["alpaca"][: s.alpaca] + self.texts["plain"] * s.plain
+        plain = {row[0] for row in self.texts["plain"]}
+        benign = [row for row in self.texts["imitate"] if row[0] not in plain]
+        benign += self.texts["alpaca"][: s.alpaca] + self.texts["plain"] * s.plain
         benign = [row for row in benign if not declines(row[1])]
         rng.shuffle(benign)
         avoid = self.texts["avoid"] if s.penalty != "none" else []
@@ -400,7 +402,10 @@ def main(data: Path, run: Path, out: Path, queue: str) -> None:
             (out / f"{row['name']}@{scale}.json").write_text(json.dumps(kept))
         detach(lab.adapted) if about else None
         with results.open("a") as file:
-            file.write(json.dumps({"name": row["name"], "settings": row, "counts": measured, **about}) + "\n")
+            file.write(
+                json.dumps({"name": row["name"], "settings": row, "counts": measured, "commit": commit(), **about})
+                + "\n"
+            )
 
 
 if __name__ == "__main__":
