@@ -274,7 +274,7 @@ def test_kto_goes_the_whole_path_and_writes_down_its_counts_and_weights(small, t
     assert (about["desirable"], about["undesirable"], about["beta"]) == (len(rows) - undesirable, undesirable, 0.2)
     assert 1 <= about["desirable_weight"] * about["desirable"] / (about["undesirable_weight"] * undesirable) <= 4 / 3
     out = capsys.readouterr().out
-    assert f"{about['desirable']} to imitate" in out
+    assert f"{about['desirable']} rows to imitate" in out
     assert f"{about['undesirable_weight']:.3g} undesirable" in out
     assert [row["step"] for row in read(run / "train" / "metrics.jsonl")] == [1, 5]
     assert {path.name for path in (run / "train" / "adapter").iterdir()} == {
