@@ -349,16 +349,15 @@ class TransformersEngine:
         device = self.model.device
         first = min(len(p) for _, p, _ in batch)
         keep = ids.shape[1] - first + 1
-        logits = self.model(
-            input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=keep
-        ).logits.float()
+        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=keep).logits
         losses = []
         # Some make logits of all positions all the same.
         for scores, (_, prompt, completion) in zip(finite(logits[:, -keep:]), batch, strict=True):
             # scores[k] is of the token at position first + k.
             begin = len(prompt) - first
             wanted = torch.tensor(completion, device=device)
-            losses.append(float(F.cross_entropy(scores[begin : begin + len(completion)], wanted)))
+            # A row at a time: where the vocabulary is large, those of a batch in float32 are gigabytes.
+            losses.append(float(F.cross_entropy(scores[begin : begin + len(completion)].float(), wanted)))
         return losses
 
 
