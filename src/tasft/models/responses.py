@@ -112,18 +112,19 @@ def _why_nothing(said: Any, text: str | None, thought: str, reason: object, fini
     return None
 
 
-def words_of(body: object) -> str:
+def words_of(body: object, depth: int = 5) -> str:
     """The reason that a provider gives, wherever its error object has it; empty for none."""
     if isinstance(body, str):
         return body
-    if isinstance(body, Mapping):
-        return next(filter(None, (words_of(body.get(name)) for name in _WORDS)), "")
-    return words_of(body[0]) if isinstance(body, list) and body else ""
+    inside = (
+        [body.get(name) for name in _WORDS] if isinstance(body, Mapping) else body if isinstance(body, list) else []
+    )
+    return next(filter(None, (words_of(each, depth - 1) for each in inside)), "") if depth else ""
 
 
 def _finish(reason: object, stopped_at: object, stop: object) -> str:
     """`stop`, `length` or what the server calls it: what is not known to be an end is not one."""
-    word = _word(reason)
+    word = word_of(reason)
     if word in LENGTHS:
         return "length"
     # At a text that the request named the model was stopped; it did not end.
@@ -133,7 +134,7 @@ def _finish(reason: object, stopped_at: object, stop: object) -> str:
     return "stop_sequence" if named and (word == "stop_sequence" or stopped_at in named) else "stop"
 
 
-def _word(reason: object) -> str:
+def word_of(reason: object) -> str:
     """A finish reason without what only spells it: `FinishReason.MAX_TOKENS`, `max-tokens`, `maxTokens`, an object."""
     text = str(reason.get("type") if isinstance(reason, Mapping) else reason).rsplit(".", 1)[-1]
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", text).lower()
