@@ -119,7 +119,9 @@ def test_a_set_is_downloaded_once_and_what_cannot_be_had_is_named(folder, tmp_pa
         monkeypatch.setitem(NAMED, "harmfulq", replace(NAMED["harmfulq"], url=f"{address}/HarmfulQ.json"))
         monkeypatch.setitem(NAMED, "i-cona", replace(NAMED["i-cona"], url=f"{address}/nowhere.json"))
         assert len(read_prompts("harmfulq")) == 2
-        with pytest.raises(UserError, match=r"i-cona: .*nowhere.json could not be downloaded .*404.*I-CoNa.json.*--data-dir"):
+        with pytest.raises(
+            UserError, match=r"i-cona: .*nowhere.json could not be downloaded .*404.*I-CoNa.json.*--data-dir"
+        ):
             read_prompts("i-cona")
     assert len(read_prompts("harmfulq")) == 2
     assert not list((tmp_path / "home").rglob("I-CoNa*"))

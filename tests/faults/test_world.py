@@ -421,6 +421,15 @@ def test_a_training_that_diverges_ends_with_what_to_do_and_keeps_its_last_good_c
         same_end(recipe_file, run, whole)
 
 
+def test_a_training_whose_weights_have_run_away_ends_though_all_is_finite(recipe_file, tmp_path):
+    """Norms make 0 of what is too large: no loss is infinite, and nothing is learned any more."""
+    with pytest.raises(
+        UserError, match=r"no weight has a gradient at step \d, though the loss is 5.*; lower learning_rate"
+    ):
+        go(recipe_file, tmp_path / "run", "train.max_steps=8", "train.learning_rate=1e30")
+    assert not (tmp_path / "run" / "train" / "done.json").exists()
+
+
 def test_weights_that_are_not_finite_are_neither_evaluated_nor_reported_nor_exported(recipe_file, whole, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole, run)

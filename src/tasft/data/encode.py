@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from tasft.core.errors import UserError
 from tasft.core.settings import setting
+from tasft.data.left_out import CALL, left_out
 from tasft.data.rows import Example, Messages, example_of
 from tasft.data.settings import AvoidSettings, Duplicates, Overlong, PromptFormat, PromptSettings, RowSettings, Turns
-from tasft.data.template import CALL, Writer, WrittenTurn, asked, encode_prompt
+from tasft.data.template import Writer, WrittenTurn, asked, encode_prompt
 from tasft.loss.tokens import IGNORE_INDEX
 
 Row = dict[str, Any]
@@ -231,10 +232,13 @@ class _Encoder:
         spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if self.encoding.turns == "last":
             spoken = spoken[-1:]
+        spoken = [index for index in spoken if messages[index].get("weight", 1) != 0]
+        if not spoken:
+            raise UserError('its replies have "weight": 0, so there is nothing to learn; drop the row')
         if spoken[0] == 0:
             raise UserError("the first message is the assistant's, with no prompt to learn it from: use turns=last")
-        left_out = self.writer.left_out(messages, example.tools)
-        if any(what == CALL and number in spoken for number, what in left_out):
+        missing = left_out(self.writer, messages, example.tools)
+        if any(what == CALL and number in spoken for number, what in missing):
             raise UserError(
                 "its reply calls a tool, which the chat template does not write: use a template that does, or drop the "
                 "row"
@@ -246,7 +250,7 @@ class _Encoder:
                 "the model would learn another text than it is to say: use turns=last, a row for each reply, or "
                 "chat_template_kwargs that keep it"
             )
-        return turns, tuple(dict.fromkeys(what for _, what in left_out))
+        return turns, tuple(dict.fromkeys(what for _, what in missing))
 
 
 def _messages(example: Example) -> Messages:

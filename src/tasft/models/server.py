@@ -73,7 +73,7 @@ class ServerEngine:
             answer.finish,
             seed,
             request.sample,
-            thought=said.thought,
+            thought=answer.thought or said.thought,
             note=answer.note,
         )
 

@@ -53,8 +53,9 @@ def _side(name: str, prompt: PromptFormat) -> Side:
     path = Path(name)
     if _is_run(path):
         return _state(path, "final")
-    if path.parent.name == "evaluate" and _is_run(path.parent.parent):
-        return _state(path.parent.parent, path.name)
+    whole = path.absolute()
+    if whole.parent.name == "evaluate" and _is_run(whole.parents[1]):
+        return _state(whole.parents[1], whole.name)
     if (path / "adapter_config.json").is_file():
         return Side(name, Model(base=base_of(path), prompt=prompt, dtype=fastest().dtype), path)
     return Side(name, Model(base=name, prompt=prompt, dtype=fastest().dtype))
