@@ -1,6 +1,6 @@
 """What the sweeps of recipes/small say: the weight that is chosen for each penalty, and the tables of docs/results.
 
-    python research/small.py grid runs/gemma-search             # a sweep with the weights that were chosen, on stdout
+    python research/small.py grid runs/small-search             # a sweep with the weights that were chosen, on stdout
     python research/small.py keep runs/small-search search      # table and report, no replies, to docs/results/small
     python research/small.py pairs runs/small-grid              # its runs compared on the same prompts, likewise
     python research/small.py changes runs/small-quality         # its runs against the SFT model, item by item, likewise
@@ -480,7 +480,7 @@ def main() -> None:
     pairing.add_argument("--to", type=Path, default=RESULTS / "small" / "pairs.json")
     making = commands.add_parser("grid")
     making.add_argument("sweep", type=Path)
-    making.add_argument("--base", default="gemma.yaml", help="beside the sweep that is made")
+    making.add_argument("--base", default="smollm2.yaml", help="beside the sweep that is made")
     making.add_argument("--rows", type=int, nargs="+", default=[100, 300, 500, 1000])
     making.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     keeping = commands.add_parser("keep")

@@ -1,6 +1,8 @@
 """Models that come as Python packages."""
 
 import hashlib
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from peft import LoraConfig
 
 from tasft.core.errors import UserError
 from tasft.data.rows import Example, Prompt
+from tasft.models import load
 from tasft.models.bundled import BUNDLED, Bundled
 from tasft.models.engine import Sampling, requests_for
 from tasft.models.load import base_of, load_model, load_tokenizer
@@ -71,6 +74,54 @@ def test_an_adapter_of_a_model_in_parts_knows_it_by_its_folder(parted, tmp_path,
         f'{{"peft_type": "LORA", "base_model_name_or_path": "{parted.folder}"}}'
     )
     assert base_of(tmp_path) == "parted"
+
+
+@pytest.fixture
+def packed(tiny, tmp_path, monkeypatch):
+    """A bundled model whose file transformers reads as it reads the tiny one; what is read of it is counted."""
+    name = f"packed_{hashlib.sha256(str(tmp_path).encode()).hexdigest()[:8]}"
+    shutil.copytree(tiny, tmp_path / name)
+    (tmp_path / name / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    sha256 = hashlib.sha256((tmp_path / name / "model.safetensors").read_bytes()).hexdigest()
+    monkeypatch.setitem(BUNDLED, "packed", Bundled(name, "x==1", "model.safetensors", sha256, "some licence"))
+    monkeypatch.setattr(load.Place, "arguments", lambda _: {})
+    read: list[str] = []
+    monkeypatch.setattr(load.Place, "weights", lambda place: (place.gguf_file and read.append(place.name)) or {})
+    return read
+
+
+def test_a_bundled_model_is_unpacked_once_and_is_the_same(packed, tiny):
+    first, again, own = load_model("packed"), load_model("packed"), load_model(str(tiny))
+    assert len(packed) == 1
+    for found in (first, again):
+        assert all(torch.equal(found.state_dict()[name], value) for name, value in own.state_dict().items())
+    assert load_tokenizer("packed")("A river.").input_ids == load_tokenizer(str(tiny))("A river.").input_ids
+    assert len(packed) == 1
+
+
+def test_an_unpacked_model_that_is_damaged_is_made_anew(packed, tmp_path):
+    folder = Path(load.locate("packed").name)
+    assert folder.is_relative_to(tmp_path / "cache")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:100])
+    load_model("packed")
+    assert (folder / "model.safetensors").read_bytes() == whole
+    assert len(packed) == 2
+    assert [each.name for each in folder.parent.iterdir() if each.is_dir()] == [folder.name]
+
+
+def test_where_the_cache_cannot_be_written_a_bundled_model_is_read_as_it_is(packed, tmp_path):
+    (tmp_path / "cache").write_text("no folder")
+    assert load.locate("packed").name == str(BUNDLED["packed"].folder)
+    load_model("packed")
+
+
+def test_an_adapter_of_an_unpacked_model_knows_it_by_its_folder(packed, tmp_path):
+    base = load.locate("packed").name
+    (tmp_path / "adapter_config.json").write_text(f'{{"peft_type": "LORA", "base_model_name_or_path": "{base}"}}')
+    assert base_of(tmp_path) == "packed"
 
 
 def test_every_bundled_model_has_a_version_a_hash_and_a_licence():

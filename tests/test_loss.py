@@ -681,6 +681,29 @@ def test_autocast_takes_no_precision(name):
 
 
 @every_penalty
+def test_autocast_takes_the_factors_of_a_narrow_head_as_they_are(name, monkeypatch):
+    """On a CPU: bfloat16 weights are multiplied as such, hidden states rounded to them, sums are of float32."""
+    case = Case.draw(31, 41)
+    case = tracked(replace(case.to(torch.bfloat16), hidden=case.hidden.bfloat16().float(), bias=case.bias.float()))
+    plain = fast(name, case).total
+    allowed: list[str] = []
+    for product in ("mm", "addmm"):
+        real = getattr(torch, product)
+        monkeypatch.setattr(
+            torch,
+            product,
+            lambda *args, real=real, **kwargs: (
+                allowed.append(torch.backends.mkldnn.matmul.fp32_precision) or real(*args, **kwargs)
+            ),
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        total = fast(name, case).total
+    assert set(allowed) == {"bf16"}
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+    torch.testing.assert_close(total, plain, rtol=1e-2, atol=1e-3)
+
+
+@every_penalty
 def test_gradients_have_the_types_of_what_they_belong_to(name):
     case = Case.draw(31, 41)
     case = tracked(replace(case.to(torch.bfloat16), hidden=case.hidden.float(), bias=case.bias.float()), head=True)

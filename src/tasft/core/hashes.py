@@ -8,9 +8,13 @@ from pathlib import Path
 from tasft.core.provenance import atomic_write_text, file_hash
 
 
+def caches() -> Path:
+    """The user's folder for what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "tasft"
+
+
 def _memory() -> Path:
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(caches) / "tasft" / "hashes.json"
+    return caches() / "hashes.json"
 
 
 def _read() -> dict[str, list[object]]:

@@ -330,13 +330,25 @@ class _Scan:
 
 
 def _multiply(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> None:
-    """Put left @ right into `out`, or add it, summed in the dtype of `out` whatever that of the factors."""
-    right = right.to(left.dtype)
+    """Put left @ right into `out`, or add it, summed in the dtype of `out` whatever that of the factors.
+
+    Within autocast a CPU too takes bfloat16 weights as they are, and rounds what they are multiplied with.
+    """
     options: dict[str, Any] = {"out": out} if left.dtype == out.dtype else {"out": out, "out_dtype": out.dtype}
-    if add:
-        torch.addmm(out, left, right, **options)
-    else:
-        torch.mm(left, right, **options)
+    narrow = out.device.type == "cpu" and right.dtype == torch.bfloat16 and torch.is_autocast_enabled("cpu")
+    right = right.to(left.dtype)
+    factors: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009
+    before = factors.fp32_precision
+    if narrow:
+        factors.fp32_precision = "bf16"
+    try:
+        if add:
+            torch.addmm(out, left, right, **options)
+        else:
+            torch.mm(left, right, **options)
+    finally:
+        if narrow:
+            factors.fp32_precision = before
 
 
 class _OnePass(Function):

@@ -2,15 +2,18 @@
 
 import json
 import os
+import shutil
 import textwrap
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -25,7 +28,7 @@ from transformers import (
 )
 
 from tasft.core.errors import UserError
-from tasft.core.hashes import known_hash
+from tasft.core.hashes import caches, known_hash
 from tasft.models.bundled import BUNDLED
 
 
@@ -40,6 +43,11 @@ class Place:
         """Keyword arguments for `from_pretrained`."""
         return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
 
+    def weights(self) -> dict[str, Any]:
+        """Keyword arguments for a model with its weights. Packed ones cannot be trained, and compute in float32."""
+        dequantised = {} if self.gguf_file is None else {"quantization_config": GgufConfig(dequantize=True)}
+        return self.arguments() | dequantised
+
 
 def locate(base: str, trust_remote_code: bool = False) -> Place:
     """Find a model without loading a weight.
@@ -52,7 +60,7 @@ def locate(base: str, trust_remote_code: bool = False) -> Place:
         UserError: It is not there; says what would bring it.
     """
     if base in BUNDLED:
-        return Place(str(BUNDLED[base].found()), BUNDLED[base].file)
+        return _unpacked(base)
     path = Path(base)
     if base.endswith(".gguf"):
         if not os.path.isfile(path):
@@ -80,6 +88,41 @@ def locate(base: str, trust_remote_code: bool = False) -> Place:
     if is_folder:
         _check_weights(path)
     return Place(base)
+
+
+def _kept(name: str) -> Path:
+    """Where a bundled model is kept unpacked; another version of transformers may read its file in another way."""
+    return caches() / f"{name}-{BUNDLED[name].sha256[:12]}-transformers-{transformers.__version__}"
+
+
+def _unpacked(name: str) -> Place:
+    """A bundled model as a saved one, in the user's cache: a GGUF file with many words is read for a minute.
+
+    Raises:
+        UserError: It is not installed, or another file than the one that was tested.
+    """
+    packed, folder = Place(str(BUNDLED[name].found()), BUNDLED[name].file), _kept(name)
+    if not _is_whole(folder):
+        print(f"unpacking {name} into {folder} ...", flush=True)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            # Beside it first: what is broken off must not look like the whole.
+            with TemporaryDirectory(dir=folder.parent) as draft:
+                model = AutoModelForCausalLM.from_pretrained(packed.name, dtype=torch.float32, **packed.weights())
+                model.save_pretrained(f"{draft}/model")
+                AutoTokenizer.from_pretrained(packed.name, **packed.arguments()).save_pretrained(f"{draft}/model")
+                shutil.rmtree(folder, ignore_errors=True)
+                os.rename(f"{draft}/model", folder)
+        except OSError:  # The cache cannot be written, or another process was first.
+            return Place(str(folder)) if _is_whole(folder) else packed
+    return Place(str(folder))
+
+
+def _is_whole(folder: Path) -> bool:
+    with suppress(UserError):
+        _check_weights(folder)
+        return (folder / "tokenizer.json").is_file()
+    return False
 
 
 def _reason(error: BaseException) -> str:
@@ -275,9 +318,8 @@ def load_model(
             # What does not fit is named below.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **place.arguments(),
-            # Packed weights cannot be trained, and their kernels compute in float32.
-            **({"quantization_config": GgufConfig(dequantize=True)} if place.gguf_file else quantization),
+            **quantization,
+            **place.weights(),
         )
     except Exception as error:  # those of every architecture and format of weights
         raise UserError(f"model.base: {base:.100} does not load ({_reason(error)})") from error
@@ -289,6 +331,7 @@ def load_model(
                 f"model.base: {base:.100}: by its config.json, weights are {what}: {', '.join(names[:3])}{more}; copy "
                 "or download the model again"
             )
+    model.config.return_dict = True  # Its config.json may say that it answers with tuples.
     if broken := _not_finite(model.named_parameters()):
         raise UserError(f"model.base: {base:.100}: {broken}; copy or download the model again")
     if quantization:
@@ -321,8 +364,8 @@ def base_of(adapter: Path) -> str:
     if not base:
         raise UserError(f"{adapter / 'adapter_config.json'}: base_model_name_or_path is empty: write the model there")
     for name, bundled in BUNDLED.items():
-        # A GGUF file is loaded from its folder, which is all that the adapter remembers.
-        if base == str(bundled.folder):
+        # The folder that it is loaded from is all that the adapter remembers: unpacked, or of the file.
+        if base in (str(bundled.folder), str(_kept(name))):
             return name
     return str(base)
 

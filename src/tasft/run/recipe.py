@@ -315,8 +315,9 @@ class Recipe(Settings):
         for name in ("retain", "rounds"):
             if getattr(self.train, name) and self.sft is not None:
                 yield (
-                    f"train.{name} keeps to model.base, but the SFT model answers the prompts: merge it (tasft export "
-                    "--merge) and name it as model.base, without an sft section"
+                    f"train.{name} keeps to model.base, but the SFT model answers the prompts: make it in a run of its "
+                    "own (train.method: sft), tasft export that, and name the folder as model.base, without an sft "
+                    "section"
                 )
         if self.train.start == "sft" and self.sft is None:
             yield "train.start is sft: add an sft section"
