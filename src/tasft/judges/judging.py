@@ -187,7 +187,7 @@ def judge_more(
             if why is None:
                 verdict = next(verdicts)
                 if verdict.refusal:  # In other words than `has_topic` knows.
-                    measured = {**measured, "similarity": None}
+                    measured = {name: value for name, value in measured.items() if name != "similarity"}
                 why = incoherence(reply.prompt, reply.completion, loss_limit_nats=usual.loss_limit_nats, **measured)
             elif every:
                 verdict = next(verdicts)
