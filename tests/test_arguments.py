@@ -81,7 +81,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", sorted(OTHERS))
 def test_an_argument_that_would_not_be_heeded_is_refused_by_name(tmp_path, name):
-    with pytest.raises(UserError, match=rf"^{name}=.* is not heeded: .*; leave it out$"):
+    with pytest.raises(UserError, match=rf"^{name}=.* has no effect here: .*; leave it out$"):
         trainer(tmp_path, **{name: OTHERS[name]})
 
 
@@ -91,20 +91,20 @@ def test_no_argument_that_is_refused_is_left_untried():
 
 def test_an_argument_that_a_later_transformers_adds_is_refused_until_it_is_known(tmp_path, monkeypatch):
     monkeypatch.setattr("tasft.train.arguments.HEEDED", HEEDED - {"weight_decay"})
-    with pytest.raises(UserError, match=r"weight_decay=0\.1 is not heeded: transformers .* does not know it"):
+    with pytest.raises(UserError, match=r"weight_decay=0\.1 has no effect here: transformers .* does not know it"):
         trainer(tmp_path, weight_decay=0.1)
 
 
 @pytest.mark.parametrize("name", ["split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler"])
 def test_what_accelerate_would_do_to_batches_is_refused_by_name(tmp_path, name):
     value = name in ("split_batches", "dispatch_batches")
-    with pytest.raises(UserError, match=f"accelerator_config: {name}={value} is not heeded"):
+    with pytest.raises(UserError, match=f"accelerator_config: {name}={value} has no effect here"):
         trainer(tmp_path, accelerator_config={name: value})
 
 
 @pytest.mark.parametrize("name", ["compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"])
 def test_a_function_that_would_never_be_called_is_refused_by_name(tmp_path, name):
-    with pytest.raises(UserError, match=f"{name} is not heeded"):
+    with pytest.raises(UserError, match=f"{name} has no effect here"):
         trainer(tmp_path, arguments={name: lambda *_: {}})
 
 

@@ -329,7 +329,7 @@ def test_earlier_thinking_that_the_template_drops_can_be_read_but_not_learned():
     row = one(Example(talk, "<think>so</think>two", True), thinker())
     assert spans(row, thinker()) == ["<think>\nso\n</think>\n\ntwo<|end|>"]
     assert "hm" not in thinker().decode(row["input_ids"])
-    with pytest.raises(UserError, match=r"row 0: .*otherwise once the talk goes on.*turns=last, a row for each"):
+    with pytest.raises(UserError, match=r"row 0: .*once the conversation goes on.*turns=last, a row for each"):
         one(Example(talk, "two", True), thinker(), turns="all")
 
 

@@ -388,7 +388,7 @@ def test_a_model_that_batches_change_is_asked_one_at_a_time(capsys, name, togeth
     tokenizer = tiny_tokenizer()
     batched = TransformersEngine(model, tokenizer, "chat")
     found = told(batched, Sampling(8))
-    assert ("one is asked at a time" in capsys.readouterr().err) != together
+    assert ("it is asked one at a time" in capsys.readouterr().err) != together
     assert batched._answers_together == together
     alone = told(TransformersEngine(model, tokenizer, "chat", batch_size=1), Sampling(8))
     assert {name: reply.completion for name, reply in found.items()} == {

@@ -277,7 +277,9 @@ def test_of_two_checkpoints_the_whole_one_is_gone_on_from(recipe_file, whole, be
     cut(bad / "optimizer.pt")
     same_end(recipe_file, begun, whole)
     said = capsys.readouterr().out
-    assert f"note: {bad / 'optimizer.pt'}: damaged or cut short: training goes on from before checkpoint-6" in said
+    assert (
+        f"note: {bad / 'optimizer.pt'}: damaged or cut short: training goes on from a step before checkpoint-6" in said
+    )
     assert str(good) not in said
 
 
@@ -461,7 +463,7 @@ def test_a_damaged_mark_is_named_and_nothing_is_lost_or_drawn_again(
         undone(run, "harvest")
     (run / name).write_text(content)
     before = (run / "harvest" / "replies.jsonl").read_bytes()
-    with pytest.raises(UserError, match=rf"{name}: (not JSON|no JSON object) any more; remove it"):
+    with pytest.raises(UserError, match=rf"{name}: (not JSON|not a JSON object) any more; remove it"):
         go(recipe_file, run, *TRAIN, stages=("harvest", "train"))
     assert (run / "harvest" / "replies.jsonl").read_bytes() == before
     if "begun" in name:

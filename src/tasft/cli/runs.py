@@ -257,7 +257,7 @@ def export(
     address = None
     with alone(as_json):
         if push and not (yes or sys.stdin.isatty()):
-            raise UserError("--push asks first, and here is nobody to ask: say --yes")
+            raise UserError("--push asks before it uploads, and nobody can answer here: add --yes")
         from tasft.run import export as exports
 
         if push:

@@ -246,8 +246,8 @@ class _Encoder:
         turns = [self.writer.turn(messages[: index + 1], example.tools) for index in spoken]
         if any(turns[-1].ids[: len(turn.ids)] != turn.ids for turn in turns):
             raise UserError(
-                "the chat template writes an earlier reply otherwise once the talk goes on (without its thinking, "
-                "say), so that it would not be learned as it is said: use turns=last, a row for each reply, or "
+                "the chat template changes an earlier reply once the conversation goes on (drops the thinking, say): "
+                "the model would learn another text than it is to say: use turns=last, a row for each reply, or "
                 "chat_template_kwargs that keep it"
             )
         return turns, tuple(dict.fromkeys(what for _, what in missing))

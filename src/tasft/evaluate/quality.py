@@ -208,7 +208,7 @@ def annotator_config(name: str, server: Server | None) -> dict[str, Any]:
             raise UserError("evaluate.quality.annotator.server: one address, since alpaca_eval asks only one")
         if found["fn_completions"] != "openai_completions":
             raise UserError(
-                f"evaluate.quality.annotator: {name} is no model behind OpenAI's protocol, so server cannot take its "
+                f"evaluate.quality.annotator: {name} does not speak OpenAI's protocol, so server cannot take its "
                 "place: use weighted_alpaca_eval_gpt4_turbo or alpaca_eval_clf_gpt4_turbo"
             )
         found["completions_kwargs"] |= {"model_name": server.model, "requires_chatml": True, **server.body}

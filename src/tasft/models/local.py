@@ -165,7 +165,7 @@ class TransformersEngine:
             print(
                 f"{len(unread)} of {len(rows)} texts with {sampling.max_new_tokens} tokens to come are more than the "
                 f"{context_of(self.model)} tokens that the model reads (the longest has "
-                f"{max(map(len, rows))}): it was not asked",
+                f"{max(map(len, rows))}): the model was not asked these",
                 file=sys.stderr,
             )
         encoded = sorted(
@@ -219,7 +219,7 @@ class TransformersEngine:
                 )
             if not self._answers_together and ranks.is_first():
                 print(
-                    "the model does not answer prompts together as it does each alone: one is asked at a time",
+                    "the model answers prompts of a batch otherwise than one alone: it is asked one at a time",
                     file=sys.stderr,
                 )
         return self._answers_together

@@ -107,7 +107,7 @@ def judge(
 def evaluate(
     model: str | Path,
     sets: Sequence[str],
-    judges: Sequence[str] = (),
+    judges: Sequence[str] = ("classifier", "refusal_matching"),
     out: str | Path | None = None,
     data_dir: str | Path | None = None,
     limit: int | None = None,
@@ -119,7 +119,7 @@ def evaluate(
     Args:
         model: A hub name, a folder, the folder of an adapter, or a .gguf file.
         sets: Named prompt sets.
-        judges: Who reads the replies; none is `classifier` and `refusal_matching`.
+        judges: Who reads the replies.
         out: Gets replies and verdicts; None is `runs/evaluate-NAME`.
         data_dir: Folder with the files of the sets; None downloads them.
         limit: Most prompts of each set.
@@ -151,12 +151,13 @@ def evaluated(
     if (least := min(max_new_tokens, 1 if limit is None else limit)) < 1:
         raise UserError(f"limit and max_new_tokens must be at least 1, and one is {least}")
     from tasft.evaluate.alone import Alone, asked_of
+    from tasft.evaluate.settings import Evaluate
     from tasft.judges import load_judge
 
     asked, notes = asked_of(sets, str(data_dir) if data_dir else None, limit)
     for note in notes if os.environ.get("RANK", "0") == "0" else ():
         print(f"note: {note}", flush=True)
-    by = [load_judge(judge) for judge in judges or ("classifier", "refusal_matching")]
+    by = [load_judge(judge) for judge in judges or Evaluate.model_fields["judges"].default]
     folder = Path(out or Path("runs") / f"evaluate-{Path(model).name}")
     Alone(str(model), prompt).evaluate(asked, by, max_new_tokens, folder)
     return folder

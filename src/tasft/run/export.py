@@ -137,7 +137,7 @@ def _trained(run: Path, asked: set[str]) -> Path:
     if stale := stale & asked:
         raise UserError(
             f"{run / 'evaluate' / 'final'}: {', '.join(sorted(stale))} is of an earlier training, and the card "
-            f"would say it of this one: run tasft run {run}"
+            f"would give it for this one: run tasft run {run}"
         )
     return saved(run, "final")
 

@@ -41,7 +41,7 @@ def sides_of(base: str, tuned: str | None, prompt: PromptFormat = "chat") -> tup
     if tuned is not None:
         return _side(base, prompt), _side(tuned, prompt)
     if not _is_run(Path(base)):
-        raise UserError(f"{base} is no run folder, whose base and final models could be meant: name two models")
+        raise UserError(f"{base} is not a run folder, which has a base and a final model: name two models")
     return _state(Path(base), "base"), _state(Path(base), "final")
 
 
