@@ -1,7 +1,6 @@
 """Keep the figures of finished runs, without their replies, and put them as a table where they are quoted.
 
-    python research/collect.py --json docs/results/demo.json --into docs/results/demo.md:demo --plot docs/img/demo.svg RUN
-    python research/collect.py --json docs/results/demo.json --into docs/results/demo.md:demo --plot docs/img/demo.svg
+    python research/collect.py --json PATH --into docs/results/demo.md:demo --plot docs/img/demo.svg [RUN ...]
 
 Without runs the table and the picture are drawn anew from the JSON. It holds for each run its recipe, rates, last
 metrics, seconds of each step, commit and machine. The table goes between `<!-- NAME:begin -->` and `<!-- NAME:end -->`
