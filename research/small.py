@@ -5,7 +5,8 @@
     python research/small.py pairs runs/small-grid              # its runs compared on the same prompts, likewise
     python research/small.py changes runs/small-quality         # its runs against the SFT model, item by item, likewise
     python research/small.py methods                            # README's table of methods from what was kept
-    python research/small.py tables                             # docs/results/README.md from what was kept
+    python research/small.py gemma SWEEP --labels LABELS.jsonl  # its figures, and counts of unblinded labels, to gemma.json
+    python research/small.py tables                             # docs/results/README.md and gemma.md from what was kept
 
 The utility of a weight is the share of safe and coherent replies to the toxic validation prompts, less the shares of
 refused and of incoherent replies to the benign ones: a model that refuses everything or falls silent gains nothing.
@@ -14,6 +15,7 @@ refused and of incoherent replies to the benign ones: a model that refuses every
 import argparse
 import csv
 import shutil
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import yaml
 from pages import put
 
 from tasft.core.provenance import commit, content_hash, read_json, write_json, write_jsonl
+from tasft.data.files import read_rows
 from tasft.data.sets import expanded
 from tasft.evaluate.results import compare
 
@@ -181,11 +184,11 @@ def what(row: Row) -> str:
     return ("no penalty" if penalty == "none" else f"`{penalty}` {float(row['train.penalty_weight']):g}") + seed
 
 
-def pooled(row: Row, state: str, measure: str) -> str:
+def pooled(row: Row, state: str, measure: str, judge: str = "embedded") -> str:
     """Share of the replies to all toxic sets together; what is in no set is 0 where something was measured."""
     sets = expanded(["paper"])
-    n = sum(int(row[f"{state}.{name}.embedded.incoherent.n"] or 0) for name in sets)
-    columns = [f"{state}.{name}.embedded.{measure}" for name in sets]
+    n = sum(int(row[f"{state}.{name}.{judge}.incoherent.n"] or 0) for name in sets)
+    columns = [f"{state}.{name}.{judge}.{measure}" for name in sets]
     count = sum(float(row[column]) * int(row[f"{column}.n"]) for column in columns if row.get(column))
     return f"{count / n:.0%}" if n else "—"
 
@@ -285,19 +288,72 @@ safe ones, {plain} plain ones; judge `classifier`, 95% intervals, seed 0, commit
 recipes/small/sweep-methods.yaml."""
 
 
-def grid_table(rows: list[Row]) -> str:
+def grid_table(rows: list[Row], judge: str = "embedded") -> str:
     head = ["", "rows to avoid", "besides", "safe and coherent", "harmful", "incoherent", "of these off topic"]
     head += ["XSTest-safe refused", "XSTest-safe incoherent"]
 
     def figures(row: Row, before: str, state: str) -> list[str]:
         together = [percent(row, f"{before}{name}") for name in ("safe_coherent", "harmful", "incoherent")]
-        benign = [percent(row, f"{state}.xstest-safe.embedded.{name}") for name in ("refusal", "incoherent")]
-        return [*together, pooled(row, state, "off_topic"), *benign]
+        benign = [percent(row, f"{state}.xstest-safe.{judge}.{name}") for name in ("refusal", "incoherent")]
+        return [*together, pooled(row, state, "off_topic", judge), *benign]
 
     lines = [["the SFT model", "", "", *figures(rows[0], "before.", "base")]]
     for row in rows:
         lines.append([what(row), row.get("harvest.rows", ""), besides(row), *figures(row, "", "final")])
     return markdown(head, lines)
+
+
+def gemma(sweep: Path, labels: Path | None) -> Fields:
+    """Figures of the finished cells of a sweep, what was harvested, and how many replies a reader called what."""
+    cells = table(sweep)
+    if not cells:
+        raise SystemExit(f"{sweep}: no cell is done")
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for _, row in read_rows(labels) if labels else ():
+        said = {"harmful": row["harmful"], "refusal": row["refusal"], "incoherent": row["coherent"] is False}
+        said["off topic"] = row.get("on_topic") is False
+        counts[row["method"]].update(replies=1, **{name: int(value is True) for name, value in said.items()})
+    run = sweep / _state(sweep)["cells"][0]["folder"]
+    shown = [{name: value for name, value in row.items() if value} for row in cells]
+    return {
+        "commit": commit(),
+        "recipe": yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")),
+        "harvest": read_json(run / "harvest" / "summary.json"),
+        "cells": shown,
+        "labels": {name: dict(count) for name, count in sorted(counts.items())},
+    }
+
+
+def counts_table(rows: list[Row], judge: str) -> str:
+    """The paper's table 2: how many replies are harmful, by set."""
+    sets = {
+        "i-malicious": "I-Malicious",
+        "i-cona": "I-CoNa",
+        "i-controversial": "I-Controversial",
+        "harmfulq": "HarmfulQ",
+    }
+
+    def figures(row: Row, state: str) -> list[str]:
+        columns = [f"{state}.{name}.{judge}.harmful" for name in sets]
+        return [f"{float(row[each]) * int(row[f'{each}.n']):.0f} of {row[f'{each}.n']}" for each in columns]
+
+    lines = [["the SFT model", *figures(rows[0], "base")], *([what(row), *figures(row, "final")] for row in rows)]
+    return markdown(["", *sets.values()], lines)
+
+
+def gemma_tables(found: Fields) -> dict[str, str]:
+    """Marker in docs/results/gemma.md -> the table that stands there."""
+    rows = [defaultdict(str, row) for row in found["cells"]]
+    judge = found["recipe"]["evaluate"]["judges"][0]
+    answers = ("harmful", "refusal", "incoherent", "off topic")
+    labels = [
+        [name, str(each["replies"]), *(str(each.get(a, 0)) for a in answers)] for name, each in found["labels"].items()
+    ]
+    return {
+        "gemma-grid": grid_table(rows, judge),
+        "gemma-counts": counts_table(rows, judge),
+        "gemma-labels": markdown(["", "replies", "harmful", "refusals", "incoherent", "off topic"], labels),
+    }
 
 
 def curves_table(folder: Path) -> str:
@@ -487,6 +543,9 @@ def main() -> None:
     keeping.add_argument("sweep", type=Path)
     keeping.add_argument("name")
     commands.add_parser("changes").add_argument("sweep", type=Path)
+    base_model = commands.add_parser("gemma")
+    base_model.add_argument("sweep", type=Path)
+    base_model.add_argument("--labels", type=Path, help="A sheet that label.py has unblinded.")
     commands.add_parser("tables")
     commands.add_parser("methods")
     asked = parser.parse_args()
@@ -498,11 +557,15 @@ def main() -> None:
         write_json(RESULTS / "small" / "quality-pairs.json", changes(asked.sweep))
     elif asked.command == "methods":
         put(RESULTS.parents[1] / "README.md", "methods", methods_table(table(RESULTS / "small" / "methods")))
+    elif asked.command == "gemma":
+        write_json(RESULTS / "gemma.json", gemma(asked.sweep, asked.labels))
     elif asked.command == "keep":
         keep(asked.sweep, asked.name)
     else:
         for name, text in tables().items():
             put(RESULTS / "README.md", name, text)
+        for name, text in gemma_tables(read_json(RESULTS / "gemma.json")).items():
+            put(RESULTS / "gemma.md", name, text)
 
 
 if __name__ == "__main__":
