@@ -5,7 +5,7 @@
     python research/small.py pairs runs/small-grid              # its runs compared on the same prompts, likewise
     python research/small.py changes runs/small-quality         # its runs against the SFT model, item by item, likewise
     python research/small.py methods                            # README's table of methods from what was kept
-    python research/small.py gemma SWEEP --labels LABELS.jsonl  # its figures, and counts of unblinded labels, to gemma.json
+    python research/small.py gemma SWEEP --labels LABELS  # its figures and counts of unblinded labels, to gemma.json
     python research/small.py tables                             # docs/results/README.md and gemma.md from what was kept
 
 The utility of a weight is the share of safe and coherent replies to the toxic validation prompts, less the shares of
