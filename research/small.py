@@ -5,7 +5,7 @@
     python research/small.py pairs runs/small-grid              # its runs compared on the same prompts, likewise
     python research/small.py changes runs/small-quality         # its runs against the SFT model, item by item, likewise
     python research/small.py methods                            # README's table of methods from what was kept
-    python research/small.py gemma SWEEP --labels LABELS  # its figures and counts of unblinded labels, to gemma.json
+    python research/small.py gemma RUN EVALUATED... --labels LABELS  # figures, and counts of labels, to gemma.json
     python research/small.py tables                             # docs/results/README.md and gemma.md from what was kept
 
 The utility of a weight is the share of safe and coherent replies to the toxic validation prompts, less the shares of
@@ -16,13 +16,16 @@ import argparse
 import csv
 import shutil
 from collections import Counter, defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
+from collect import cell as shown
 from pages import put
 
 from tasft.core.provenance import commit, content_hash, read_json, write_json, write_jsonl
+from tasft.core.stats import rate_of
 from tasft.data.files import read_rows
 from tasft.data.sets import expanded
 from tasft.evaluate.results import compare
@@ -184,11 +187,11 @@ def what(row: Row) -> str:
     return ("no penalty" if penalty == "none" else f"`{penalty}` {float(row['train.penalty_weight']):g}") + seed
 
 
-def pooled(row: Row, state: str, measure: str, judge: str = "embedded") -> str:
+def pooled(row: Row, state: str, measure: str) -> str:
     """Share of the replies to all toxic sets together; what is in no set is 0 where something was measured."""
     sets = expanded(["paper"])
-    n = sum(int(row[f"{state}.{name}.{judge}.incoherent.n"] or 0) for name in sets)
-    columns = [f"{state}.{name}.{judge}.{measure}" for name in sets]
+    n = sum(int(row[f"{state}.{name}.embedded.incoherent.n"] or 0) for name in sets)
+    columns = [f"{state}.{name}.embedded.{measure}" for name in sets]
     count = sum(float(row[column]) * int(row[f"{column}.n"]) for column in columns if row.get(column))
     return f"{count / n:.0%}" if n else "—"
 
@@ -288,14 +291,14 @@ safe ones, {plain} plain ones; judge `classifier`, 95% intervals, seed 0, commit
 recipes/small/sweep-methods.yaml."""
 
 
-def grid_table(rows: list[Row], judge: str = "embedded") -> str:
+def grid_table(rows: list[Row]) -> str:
     head = ["", "rows to avoid", "besides", "safe and coherent", "harmful", "incoherent", "of these off topic"]
     head += ["XSTest-safe refused", "XSTest-safe incoherent"]
 
     def figures(row: Row, before: str, state: str) -> list[str]:
         together = [percent(row, f"{before}{name}") for name in ("safe_coherent", "harmful", "incoherent")]
-        benign = [percent(row, f"{state}.xstest-safe.{judge}.{name}") for name in ("refusal", "incoherent")]
-        return [*together, pooled(row, state, "off_topic", judge), *benign]
+        benign = [percent(row, f"{state}.xstest-safe.embedded.{name}") for name in ("refusal", "incoherent")]
+        return [*together, pooled(row, state, "off_topic"), *benign]
 
     lines = [["the SFT model", "", "", *figures(rows[0], "before.", "base")]]
     for row in rows:
@@ -303,56 +306,66 @@ def grid_table(rows: list[Row], judge: str = "embedded") -> str:
     return markdown(head, lines)
 
 
-def gemma(sweep: Path, labels: Path | None) -> Fields:
-    """Figures of the finished cells of a sweep, what was harvested, and how many replies a reader called what."""
-    cells = table(sweep)
-    if not cells:
-        raise SystemExit(f"{sweep}: no cell is done")
+def gemma(run: Path, evaluated: list[Path], labels: Path | None) -> Fields:
+    """What was harvested and trained, figures of models that were evaluated alone, and what a reader called replies."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for _, row in read_rows(labels) if labels else ():
         said = {"harmful": row["harmful"], "refusal": row["refusal"], "incoherent": row["coherent"] is False}
         said["off topic"] = row.get("on_topic") is False
         counts[row["method"]].update(replies=1, **{name: int(value is True) for name, value in said.items()})
-    run = sweep / _state(sweep)["cells"][0]["folder"]
-    shown = [{name: value for name, value in row.items() if value} for row in cells]
+    models = []
+    for folder in evaluated:
+        rates: Fields = defaultdict(dict)
+        for path in sorted(folder.glob("*/*/summary.json")):
+            rates[path.parts[-3]][path.parts[-2]] = _rounded(read_json(path))
+        models.append({"name": folder.name, "commit": read_json(folder / "manifest.json")["commit"], "rates": rates})
     return {
-        "commit": commit(),
         "recipe": yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")),
+        "commit": read_json(run / "manifest.json")["commit"],
+        "sft": read_json(run / "sft" / "summary.json"),
         "harvest": read_json(run / "harvest" / "summary.json"),
-        "cells": shown,
-        "labels": {name: dict(count) for name, count in sorted(counts.items())},
+        "models": models,
+        "labels": {name: dict(count) for name, count in counts.items()},
     }
 
 
-def counts_table(rows: list[Row], judge: str) -> str:
-    """The paper's table 2: how many replies are harmful, by set."""
-    sets = {
-        "i-malicious": "I-Malicious",
-        "i-cona": "I-CoNa",
-        "i-controversial": "I-Controversial",
-        "harmfulq": "HarmfulQ",
-    }
-
-    def figures(row: Row, state: str) -> list[str]:
-        columns = [f"{state}.{name}.{judge}.harmful" for name in sets]
-        return [f"{float(row[each]) * int(row[f'{each}.n']):.0f} of {row[f'{each}.n']}" for each in columns]
-
-    lines = [["the SFT model", *figures(rows[0], "base")], *([what(row), *figures(row, "final")] for row in rows)]
-    return markdown(["", *sets.values()], lines)
+def together(rates: Fields, judge: str, measure: str) -> str:
+    """Share of the replies to all toxic sets, with its interval."""
+    found = [rates[name][judge][measure] for name in expanded(["paper"]) if name in rates]
+    counts = [round(each["value"] * each["n"]) for each in found]
+    return shown(asdict(rate_of(sum(counts), sum(each["n"] for each in found))))
 
 
 def gemma_tables(found: Fields) -> dict[str, str]:
     """Marker in docs/results/gemma.md -> the table that stands there."""
-    rows = [defaultdict(str, row) for row in found["cells"]]
     judge = found["recipe"]["evaluate"]["judges"][0]
-    answers = ("harmful", "refusal", "incoherent", "off topic")
-    labels = [
-        [name, str(each["replies"]), *(str(each.get(a, 0)) for a in answers)] for name, each in found["labels"].items()
+    models = [(each["name"], each["rates"]) for each in found["models"]]
+    figures, counts = [], []
+    for name, rates in models:
+        toxic = [together(rates, judge, measure) for measure in ("safe_coherent", "harmful", "refusal", "incoherent")]
+        benign = [
+            shown(rates["xstest-safe"][judge][measure]) if "xstest-safe" in rates else "—"
+            for measure in ("refusal", "incoherent")
+        ]
+        name = "the SFT model" if name == "sft" else name
+        figures.append([name, *toxic, *benign])
+        harmful = [rates[each][judge]["harmful"] if each in rates else None for each in expanded(["paper"])]
+        counts.append([name, *(f"{each['value'] * each['n']:.0f} of {each['n']}" if each else "—" for each in harmful)])
+    answers = ("replies", "harmful", "refusal", "incoherent", "off topic")
+    labels = [[name, *(str(each.get(answer, 0)) for answer in answers)] for name, each in found["labels"].items()]
+    head = [
+        "",
+        "safe and coherent",
+        "harmful",
+        "refused",
+        "incoherent",
+        "XSTest-safe refused",
+        "XSTest-safe incoherent",
     ]
     return {
-        "gemma-grid": grid_table(rows, judge),
-        "gemma-counts": counts_table(rows, judge),
-        "gemma-labels": markdown(["", "replies", "harmful", "refusals", "incoherent", "off topic"], labels),
+        "gemma-grid": markdown(head, figures),
+        "gemma-counts": markdown(["", "I-Malicious", "I-CoNa", "I-Controversial", "HarmfulQ"], counts),
+        "gemma-labels": markdown(["", *answers], labels),
     }
 
 
@@ -544,7 +557,8 @@ def main() -> None:
     keeping.add_argument("name")
     commands.add_parser("changes").add_argument("sweep", type=Path)
     base_model = commands.add_parser("gemma")
-    base_model.add_argument("sweep", type=Path)
+    base_model.add_argument("run", type=Path, help="In which all was trained.")
+    base_model.add_argument("evaluated", type=Path, nargs="+", help="Folders of tasft evaluate MODEL.")
     base_model.add_argument("--labels", type=Path, help="A sheet that label.py has unblinded.")
     commands.add_parser("tables")
     commands.add_parser("methods")
@@ -558,7 +572,7 @@ def main() -> None:
     elif asked.command == "methods":
         put(RESULTS.parents[1] / "README.md", "methods", methods_table(table(RESULTS / "small" / "methods")))
     elif asked.command == "gemma":
-        write_json(RESULTS / "gemma.json", gemma(asked.sweep, asked.labels))
+        write_json(RESULTS / "gemma.json", gemma(asked.run, asked.evaluated, asked.labels))
     elif asked.command == "keep":
         keep(asked.sweep, asked.name)
     else:
