@@ -80,11 +80,16 @@ def computing() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--replies", type=int, default=20_000)
+    parser.add_argument("--quick", action="store_true", help="400 replies, once: whether it works")
+    parser.add_argument("--replies", type=int, help="default 20,000")
     parser.add_argument("--characters", type=int, nargs="+", default=[200, 800, 2_000])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "report.json")
+    parser.add_argument("--out", type=Path, help="default benchmarks/results/report.json, quick: report-quick.json")
     asked = parser.parse_args()
+    if asked.quick:
+        asked.characters, asked.rounds = [200], 1
+    asked.replies = asked.replies or (400 if asked.quick else 20_000)
+    asked.out = asked.out or ROOT / "benchmarks" / "results" / f"report{'-quick' * asked.quick}.json"
     results = []
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     with sync_playwright() as playwright:

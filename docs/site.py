@@ -72,7 +72,11 @@ def on_post_build(config: Any, **_: Any) -> None:
     for path in Path(config["site_dir"]).rglob("*.html"):
         if found := loaded.search(path.read_text(encoding="utf-8")):
             raise PluginError(f"{path}: loads something from elsewhere: {found[0]}")
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("[gs]*/*.md"))):
+    for path in (
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "docs").glob("[gs]*/*.md")),
+    ):
         words = prose(path.read_text(encoding="utf-8"))
         print(f"Flesch {textstat.flesch_reading_ease(words):5.1f}  {path.relative_to(ROOT)}")
 

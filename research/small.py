@@ -275,7 +275,7 @@ def methods_table(rows: list[Row]) -> str:
             percent(row, f"{before}safe_coherent"),
             percent(row, f"{state}.jailbreak.templates.success", interval=False),
             percent(row, f"{state}.xstest-safe.classifier.refusal"),
-            percent(row, f"{state}.demo-plain.classifier.refusal", interval=False),
+            percent(row, f"{state}.plain.classifier.refusal", interval=False),
             percent(row, f"{before}capability", interval=False),
         ]
 
@@ -283,7 +283,7 @@ def methods_table(rows: list[Row]) -> str:
     lines = [["untouched", *figures(rows[0], "base")]]
     lines += [[words, *figures(made[name], "final")] for name, words in METHODS.items() if name in made]
     count = {name: rows[0][f"{name}.n"] for name in ("harmful", "final.xstest-safe.classifier.refusal")}
-    plain = rows[0]["final.demo-plain.classifier.refusal.n"]
+    plain = rows[0]["final.plain.classifier.refusal.n"]
     return f"""{markdown(head, lines)}
 
 SmolLM2-135M-Instruct, {count["harmful"]} toxic prompts, {count["final.xstest-safe.classifier.refusal"]} of XSTest's \

@@ -27,6 +27,29 @@ def trainer(folder, rows=ROWS, evaluate=None, arguments=(), **settings):
     return TASFTTrainer(tiny_model(), config, rows, evaluate, processing_class=tiny_tokenizer(), **dict(arguments))
 
 
+WRONG = {
+    "sampling": "unifrom",
+    "normalization": "per_grp",
+    "cost_space": "inptu",
+    "penalty_weight": -1.0,
+    "beta": 0.0,
+    "retain": -1.0,
+    "kl_rows": -3,
+    "avoid_per_step": 0,
+    "penalize_eos": "no",
+    "padding_free": "no",
+    "turns": "al",
+    "prompt_format": "alpcaa",
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_value_that_no_recipe_may_have_is_refused_in_python_too(tmp_path, name):
+    """`sampling="unifrom"` would be taken for stratified, `penalize_eos="no"` for yes."""
+    with pytest.raises(UserError, match=f"{'style' if name == 'prompt_format' else name} is {WRONG[name]!r}"):
+        trainer(tmp_path, **{name: WRONG[name]})
+
+
 # Each argument ---------------------------------------------------------------------------------------------------
 
 
@@ -58,7 +81,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", sorted(OTHERS))
 def test_an_argument_that_would_not_be_heeded_is_refused_by_name(tmp_path, name):
-    with pytest.raises(UserError, match=rf"^{name}=.* is not heeded: .*; leave it out$"):
+    with pytest.raises(UserError, match=rf"^{name}=.* has no effect here: .*; leave it out$"):
         trainer(tmp_path, **{name: OTHERS[name]})
 
 
@@ -68,20 +91,20 @@ def test_no_argument_that_is_refused_is_left_untried():
 
 def test_an_argument_that_a_later_transformers_adds_is_refused_until_it_is_known(tmp_path, monkeypatch):
     monkeypatch.setattr("tasft.train.arguments.HEEDED", HEEDED - {"weight_decay"})
-    with pytest.raises(UserError, match=r"weight_decay=0\.1 is not heeded: transformers .* does not know it"):
+    with pytest.raises(UserError, match=r"weight_decay=0\.1 has no effect here: transformers .* does not know it"):
         trainer(tmp_path, weight_decay=0.1)
 
 
 @pytest.mark.parametrize("name", ["split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler"])
 def test_what_accelerate_would_do_to_batches_is_refused_by_name(tmp_path, name):
     value = name in ("split_batches", "dispatch_batches")
-    with pytest.raises(UserError, match=f"accelerator_config: {name}={value} is not heeded"):
+    with pytest.raises(UserError, match=f"accelerator_config: {name}={value} has no effect here"):
         trainer(tmp_path, accelerator_config={name: value})
 
 
 @pytest.mark.parametrize("name", ["compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"])
 def test_a_function_that_would_never_be_called_is_refused_by_name(tmp_path, name):
-    with pytest.raises(UserError, match=f"{name} is not heeded"):
+    with pytest.raises(UserError, match=f"{name} has no effect here"):
         trainer(tmp_path, arguments={name: lambda *_: {}})
 
 
@@ -256,3 +279,12 @@ def test_a_stream_that_is_shuffled_comes_in_another_order_in_each_epoch(tmp_path
         loader.set_epoch(epoch)
         orders.append(json.dumps([row.tolist() for batch in loader for row in batch["input_ids"]]))
     assert orders[0] != orders[1]
+
+
+def test_a_padding_token_that_the_model_does_not_know_pads_all_the_same(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    settings = {"output_dir": str(tmp_path), "max_steps": 2, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    config = TASFTConfig(save_strategy="no", **settings)
+    found = TASFTTrainer(tiny_model(), config, ROWS, processing_class=tokenizer).train().training_loss
+    assert found == trainer(tmp_path).train().training_loss

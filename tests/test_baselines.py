@@ -103,6 +103,13 @@ def test_each_row_is_paired_with_the_completion_of_its_neighbour_in_the_micro_ba
     assert rows[2]["completion_ids"] == [12]
 
 
+def test_a_reply_begins_at_its_first_label_for_kto_too():
+    """Between reply and end a template may write what is no label."""
+    labels = [IGNORE_INDEX, 8, IGNORE_INDEX, 2]
+    (row, _) = kto_rows([{"input_ids": [7, 8, 9, 2], "labels": labels, "avoid": True}] * 2, 2)
+    assert (row["prompt_ids"], row["completion_ids"]) == ([7], [8, 9, 2])
+
+
 def beginning_tokenizer():
     """One that puts a token before every text that it is not told to leave alone, as Llama's does."""
     tokenizer = tiny_tokenizer()
@@ -267,7 +274,7 @@ def test_kto_goes_the_whole_path_and_writes_down_its_counts_and_weights(small, t
     assert (about["desirable"], about["undesirable"], about["beta"]) == (len(rows) - undesirable, undesirable, 0.2)
     assert 1 <= about["desirable_weight"] * about["desirable"] / (about["undesirable_weight"] * undesirable) <= 4 / 3
     out = capsys.readouterr().out
-    assert f"{about['desirable']} to imitate" in out
+    assert f"{about['desirable']} rows to imitate" in out
     assert f"{about['undesirable_weight']:.3g} undesirable" in out
     assert [row["step"] for row in read(run / "train" / "metrics.jsonl")] == [1, 5]
     assert {path.name for path in (run / "train" / "adapter").iterdir()} == {

@@ -80,6 +80,16 @@ def test_a_rehearsal_writes_one_json_and_one_page(tmp_path):
 
 @pytest.mark.slow
 @needs_models
+def test_how_soon_a_page_opens_is_measured(chromium, tmp_path):
+    out = tmp_path / "report.json"
+    command = [sys.executable, "benchmarks/report.py", "--quick", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(out.read_text())["results"]
+    assert found["replies"] == 400
+    assert 0 < found["open_s_median"] <= found["open_s_worst"]
+
+
 def test_a_quick_look_at_speed_has_every_part(tmp_path):
     command = [sys.executable, "benchmarks/speed.py", "--quick", "--out", str(tmp_path / "speed")]
     subprocess.run(command, cwd=ROOT, check=True)

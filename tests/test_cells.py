@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from tasft.core.errors import UserError
@@ -17,7 +18,11 @@ def talk(role, *parts):
     return [{"role": role, "content": list(parts)}]
 
 
-@pytest.mark.parametrize("parts", [[{"type": "text", "text": "Bl"}, {"type": "text", "text": "ue"}], ["Bl", "ue"]])
+PARTS = [{"type": "text", "text": "Bl"}, {"type": "text", "text": "ue"}], ["Bl", "ue"]
+PARTS += ([{"type": "input_text", "text": "Bl"}, {"type": "output_text", "text": "ue"}],)
+
+
+@pytest.mark.parametrize("parts", PARTS)
 def test_text_in_parts_is_learned_as_one_text(parts):
     example = example_of(
         row(prompt=talk("user", {"type": "text", "text": "A colour?"}), completion=talk("assistant", *parts)), "x"
@@ -32,6 +37,34 @@ def test_what_is_no_text_is_refused_by_its_name(kind, field):
     talked = talk("assistant", {"type": "text", "text": "See"}, {"type": kind, "url": "x"})
     with pytest.raises(UserError, match=f"\"{field}\" holds '?{kind}'? in its content: only text is learned"):
         example_of(row(**{field: talked}), "x")
+
+
+@pytest.mark.parametrize("write", [json.dumps, repr])
+@pytest.mark.parametrize("fields", [("role", "content"), ("from", "value")])
+def test_a_conversation_that_a_table_wrote_as_text_is_one(tmp_path, write, fields):
+    """As `DataFrame.to_csv` writes lists; the model would learn the brackets."""
+    said = [dict(zip(fields, turn, strict=True)) for turn in (("user", "It's what?"), ("assistant", "Blue"))]
+    path = tmp_path / "rows.csv"
+    pd.DataFrame({"prompt": [write(said[:1])], "completion": ["Blue"]}).to_csv(path, index=False)
+    (example,) = read_examples(path)
+    assert (example.prompt, example.completion) == ([{"role": "user", "content": "It's what?"}], "Blue")
+    whole = example_of({"messages": write(said), "label": True}, "x")
+    assert whole.completion == [{"role": "assistant", "content": "Blue"}]
+    assert [prompt.prompt for prompt in read_prompts(path)] == ["It's what?"]
+    text = '[{"a": 1}] is JSON'
+    assert example_of(row(prompt=text), "x").prompt == text
+
+
+@pytest.mark.parametrize("key", ["prompt", "messages"])
+def test_a_message_that_says_nothing_is_refused(key):
+    asked = [{"role": "user", "content": None}]
+    fields = row(prompt=asked) if key == "prompt" else {"messages": [*asked, *talk("assistant", "Blue")], "label": True}
+    with pytest.raises(UserError, match=f'"{key}" holds a message whose content is null'):
+        example_of(fields, "x")
+    with pytest.raises(UserError, match='last message of "completion" is blank'):
+        example_of(row(completion=[{"role": "assistant", "content": " "}]), "x")
+    call = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}]
+    assert example_of(row(completion=call), "x").completion == call
 
 
 @pytest.mark.parametrize("value", [True, "true", "True", "TRUE", " true ", np.True_, np.bool_(True)])

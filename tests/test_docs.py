@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, needs_models
+from test_pipeline import small_recipe
 from typer.testing import CliRunner
 
 from tasft.cli.main import app
@@ -126,14 +127,33 @@ def test_the_recipe_parts_of_the_pages_are_recipes(page, tmp_path):
             recipe_file.load(str(path))
 
 
-def test_the_python_of_the_readme_runs(tiny, tmp_path):
-    (text,) = [text for kind, text in BLOCKS if kind == "python"]
-    text = text.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tiny))
+EXECUTED = ["README.md", "docs/python.md"]
+
+
+def test_no_other_page_has_python_that_is_not_executed():
+    pages = [page for page in ("README.md", "CONTRIBUTING.md", *PAGES) if "```python" in (ROOT / page).read_text()]
+    # Those of the parts are executed by test_parts.py.
+    assert set(pages) == {*EXECUTED, "docs/guides/parts.md"}
+
+
+@pytest.mark.parametrize("page", EXECUTED)
+def test_the_python_of_the_pages_runs(page, tiny, tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     script = tmp_path / "snippet.py"
-    script.write_text(text)
+    script.write_text("\n".join(blocks).replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tiny)))
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(small_recipe(tmp_path, tiny)))
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_workflow_of_the_gate_is_yaml_whose_commands_are_checked():
+    page = (ROOT / "docs" / "guides" / "gate.md").read_text()
+    (text,) = re.findall(r"```yaml title=\S+\n(.*?)```", page, re.DOTALL)
+    steps = yaml.safe_load(text)["jobs"]["model"]["steps"]
+    lines = [shlex.join(shlex.split(step["run"])) for step in steps if "run" in step]
+    assert lines
+    assert set(lines) <= set(SHELL)
 
 
 @pytest.mark.parametrize(

@@ -329,7 +329,7 @@ def test_earlier_thinking_that_the_template_drops_can_be_read_but_not_learned():
     row = one(Example(talk, "<think>so</think>two", True), thinker())
     assert spans(row, thinker()) == ["<think>\nso\n</think>\n\ntwo<|end|>"]
     assert "hm" not in thinker().decode(row["input_ids"])
-    with pytest.raises(UserError, match=r"row 0: .*otherwise once the talk goes on.*turns=last, a row for each"):
+    with pytest.raises(UserError, match=r"row 0: .*once the conversation goes on.*turns=last, a row for each"):
         one(Example(talk, "two", True), thinker(), turns="all")
 
 
@@ -636,3 +636,65 @@ def test_a_token_that_begins_texts_stands_before_the_prompt_alone():
     assert row["input_ids"][0] == first
     assert row["input_ids"].count(first) == 1
     assert spans(row, tokenizer) == ["ok<|end|>"]
+
+
+# --- what a template leaves out
+
+WRITTEN = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}BODY<|end|>{% endfor %}"
+ASKS = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+TOOL = {"type": "function", "function": {"name": "rain", "description": "Says when it rains.", "parameters": {}}}
+CALLS = says("assistant", "", tool_calls=[{"function": {"name": "rain", "arguments": {"city": "Paris"}}}])
+LEFT_OUT = {
+    "parts of a call": ("{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}", {"completion": [CALLS]}),
+    "parts of tools": ("{% for t in tools or [] %}{{ t.function.name }}{% endfor %}", {"tools": [TOOL]}),
+    "the field 'name' of a message": ("", {"prompt": [says("user", "Hi?", name="Anna")]}),
+    "the field 'reasoning_details' of a message": (
+        "",
+        {"completion": [says("assistant", "Yes", reasoning_details="hm")]},
+    ),
+}
+
+
+def left_out_of(template, **fields):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template + ASKS
+    _, report = encode_rows([{"prompt": "Hi?", "completion": "Yes", "label": True} | fields], tokenizer, Encoding())
+    return report.left_out
+
+
+@pytest.mark.parametrize("what", LEFT_OUT)
+def test_what_a_template_writes_in_part_is_counted(what):
+    body, fields = LEFT_OUT[what]
+    assert left_out_of(WRITTEN.replace("BODY", body), **fields) == {what: 1}
+    whole = (
+        "{{ m.tool_calls | tojson if m.tool_calls }}{{ tools | tojson if tools }}{{ m.name }}{{ m.reasoning_details }}"
+    )
+    assert left_out_of(WRITTEN.replace("BODY", whole), **fields) == {}
+
+
+def test_a_text_that_is_said_twice_and_written_once_is_counted():
+    talk = [says("user", "go on"), says("assistant", "go on"), says("user", "go on")]
+    assert left_out_of(WRITTEN.replace("BODY", ""), prompt=talk) == {}
+    drops = WRITTEN.replace("BODY", "").replace("in messages", "in [messages[0]] + messages[2:]")
+    assert left_out_of(drops, prompt=talk) == {"a user's message": 1}
+
+
+def test_who_speaks_is_counted_where_the_template_does_not_tell():
+    named = "{{ '<|user|>' if m.role == 'user' else '<|assistant|>' }}"
+    template = WRITTEN.replace("<|{{ m.role }}|>", named).replace("BODY", "")
+    assert left_out_of(template, prompt=[says("narrator", "Hi?")]).keys() == {"who says it, 'narrator',"}
+    assert left_out_of(WRITTEN.replace("BODY", ""), prompt=[says("narrator", "Hi?")]) == {}
+
+
+def test_a_reply_of_weight_0_is_not_learned():
+    talk = [
+        says("user", "a?"),
+        says("assistant", "one", weight=0),
+        says("user", "b?"),
+        says("assistant", "two", weight=1),
+    ]
+    row = one(Example(talk[:-1], talk[-1:], True), TOKENIZER, turns="all")
+    assert spans(row, TOKENIZER) == ["two<|end|>"]
+    talk[-1]["weight"] = 0
+    with pytest.raises(UserError, match='its replies have "weight": 0'):
+        one(Example(talk[:-1], talk[-1:], True), TOKENIZER)

@@ -2,7 +2,8 @@
 
 import itertools
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from conftest import rows
@@ -21,6 +22,7 @@ from tasft.judges import Verdict, load_judge
 from tasft.models import engine, local
 from tasft.models.bundled import BUNDLED, Bundled
 from tasft.models.load import add_lora, base_of, load_model
+from tasft.report import write_model_report
 
 PROMPTS = [Prompt(f"p{index}", f"How do I <forbidden act {index}>?", "ab"[index % 2]) for index in range(12)]
 
@@ -51,6 +53,28 @@ def test_a_model_alone_leaves_the_files_of_a_state_and_does_nothing_twice(tiny, 
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="holds something else"):
         evaluate(tiny, tmp_path / "full")
+
+
+def test_prompts_that_are_filed_under_another_topic_keep_their_replies_and_verdicts(tiny, tmp_path):
+    """Topics are read when rates are counted: nothing is asked again for them."""
+    out = tmp_path / "out"
+    evaluate(tiny, out)
+    kept = ("replies.jsonl", "refusal_matching/verdicts.jsonl")
+    before = [(out / "toxic" / name).stat().st_mtime_ns for name in kept]
+    other = [Asked("toxic", "toxic", "mine.jsonl", [replace(prompt, topic="c") for prompt in PROMPTS])]
+    Alone(str(tiny)).evaluate(other, [load_judge("refusal_matching")], 8, out)
+    assert [(out / "toxic" / name).stat().st_mtime_ns for name in kept] == before
+    summary = json.loads((out / "toxic" / "refusal_matching" / "summary.json").read_text())
+    assert list(summary["by_topic"]) == ["c"]
+    assert not (out / "earlier").exists()
+
+
+def test_a_folder_may_be_named_from_beside_it_and_a_recipe_above_is_not_its_own(tiny, tmp_path, monkeypatch):
+    (tmp_path / "recipe.yaml").write_text("not: a recipe of this model\nevaluate: [")
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path / "runs")
+    evaluate(tiny, Path("alone"), limit=2)
+    assert write_model_report(Path("alone")).is_file()
 
 
 def test_a_killed_evaluation_keeps_its_replies_and_ends_where_the_undisturbed_one_does(tiny, tmp_path, monkeypatch):

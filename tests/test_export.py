@@ -356,7 +356,7 @@ def test_a_file_that_somebody_lays_beside_is_not_pushed(exported, tmp_path, logg
 @pytest.mark.parametrize(
     ("token", "options", "sentence"),
     [
-        ("x", ["--push", "me/small"], "here is nobody to ask: say --yes"),
+        ("x", ["--push", "me/small"], "nobody can answer here: add --yes"),
         (None, ["--push", "me/small", "--yes"], "nobody is logged in"),
         ("x", ["--push", "no//name", "--yes"], "--push no//name"),
     ],

@@ -54,6 +54,41 @@ def test_of_a_conversation_the_last_turn_is_the_completion(tmp_path, talk):
     assert (row.prompt, row.completion, row.label) == (TALK[:-1], TALK[-1:], False)
 
 
+@pytest.mark.parametrize(
+    ("user", "assistant"),
+    [("User", "Assistant"), ("USER", "ai"), ("human", "bot"), ("prompter", "model"), (" user", "gpt")],
+)
+@pytest.mark.parametrize("names", [("role", "content"), ("from", "value")])
+def test_who_speaks_is_known_by_any_of_their_names(tmp_path, user, assistant, names):
+    """A template that asks whether a role is `user` would write `User` as somebody else."""
+    said = [dict(zip(names, turn, strict=True)) for turn in ((user, "Name a fruit."), (assistant, "A pear."))]
+    (row,) = read_examples(jsonl(tmp_path / "rows.jsonl", {"messages": said}))
+    assert (row.prompt, row.completion) == ([ASK], [ANSWER])
+    assert [prompt.prompt for prompt in read_prompts(str(tmp_path / "rows.jsonl"))] == ["Name a fruit."]
+
+
+@pytest.mark.parametrize("form", ROWS)
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_a_system_message_and_a_history_in_columns_of_their_own_come_before_the_prompt(tmp_path, form, column):
+    """As LLaMA-Factory's and OpenOrca's; they would be passed over."""
+    system = {"role": "system", "content": "Be brief."}
+    history = [["Name a fruit.", "A pear."]]
+    (row,) = read_examples(jsonl(tmp_path / "rows.jsonl", ROWS[form] | {column: "Be brief.", "history": history}))
+    assert row.prompt == [system, ASK, ANSWER, ASK]
+    (row,) = read_examples(jsonl(tmp_path / "rows.jsonl", ROWS[form] | {column: "", "history": []}))
+    assert row.prompt in ("Name a fruit.", [ASK])
+    jsonl(tmp_path / "rows.jsonl", ROWS[form] | {"history": "what came before"})
+    with pytest.raises(UserError, match='"system" or "history" is neither text nor turns'):
+        read_examples(str(tmp_path / "rows.jsonl"))
+
+
+def test_an_input_stays_with_its_instruction_where_there_is_a_system_message(tmp_path):
+    row = {"instruction": "Sort.", "input": "b, a", "output": "a, b", "system": "Be brief."}
+    (found,) = read_examples(jsonl(tmp_path / "rows.jsonl", row))
+    assert found.prompt == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Sort.\n\nb, a"}]
+    assert found.input == ""
+
+
 def test_a_conversation_is_learned_by_the_trainer_as_its_prompt_and_completion_are(tiny):
     from transformers import AutoTokenizer
 

@@ -12,10 +12,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from tasft.core.errors import UserError
 from tasft.data.rows import Example, Prompt
-from tasft.data.template import THOUGHTS, Writer, answer_in, decoded
+from tasft.data.template import THOUGHTS, Writer, answer_in, decoded, special_tokens
 from tasft.evaluate.safety import answer
 from tasft.models.engine import Reply, Sampling, requests_for, thoughts
-from tasft.models.generation import end_tokens, overruled
+from tasft.models.generation import context_of, end_tokens, overruled
 from tasft.models.load import add_lora
 from tasft.models.local import TransformersEngine
 
@@ -109,6 +109,17 @@ def test_a_reply_ends_where_rows_teach_it_to():
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     assert end_tokens(model, tokenizer, "chat") == sorted([end, tokenizer.eos_token_id])
     assert end_tokens(model, tokenizer, "alpaca") == [tokenizer.eos_token_id]
+
+
+def test_a_mark_that_was_not_added_as_a_special_token_ends_a_turn_too():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<|im_end|>"])
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "<|im_end|>")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end not in special_tokens(tokenizer)
+    assert end_tokens(tiny_model(), tokenizer, "chat") == [tokenizer.eos_token_id, end]
+    assert spans(one(Example("Hi?", "Yes", True), tokenizer), tokenizer) == ["Yes<|im_end|>"]
+    assert spans(one(Example("Hi?", "Yes", False), tokenizer), tokenizer) == ["Yes"]
 
 
 def test_a_turn_that_ends_with_two_tokens_is_learned_to_its_last():
@@ -324,6 +335,51 @@ def test_a_token_beyond_the_embeddings_is_named():
         told(TransformersEngine(tiny_model(), tokenizer, "chat"), Sampling(4))
 
 
+def test_a_padding_token_that_the_model_does_not_know_is_replaced_by_the_end_token():
+    padded = tiny_tokenizer()
+    padded.add_special_tokens({"pad_token": "[PAD]"})
+    assert padded.pad_token_id == tiny_model().get_input_embeddings().num_embeddings
+    found, wanted = (
+        told(TransformersEngine(speaking(), each, "chat"), Sampling(6)) for each in (padded, tiny_tokenizer())
+    )
+    assert found == wanted
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_told(temperature):
+    """All weights are finite: what they make is not."""
+    model = tiny_model(tied=False)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(3e38)
+    engine = TransformersEngine(model, tiny_tokenizer(), "chat")
+    with pytest.raises(UserError, match="logits are not finite numbers, though its weights are"):
+        told(engine, Sampling(4, temperature))
+    with pytest.raises(UserError, match="logits are not finite numbers"):
+        list(engine.stream("Why?", Sampling(4, temperature)))
+    with pytest.raises(UserError, match="logits are not finite numbers"):
+        engine.mean_losses([Reply("a", "s", "?", "Sure", "stop", 0, 0)])
+
+
+def test_a_model_that_makes_logits_of_all_positions_all_the_same_has_the_same_losses(monkeypatch):
+    """As xLSTM, which passes over `logits_to_keep`."""
+    engine = TransformersEngine(speaking(), tiny_tokenizer(), "chat")
+    replies = [Reply(f"r{index}", "s", "Why?" * index, "Blue" * (3 - index), "stop", 0, 0) for index in (1, 2)]
+    wanted = engine.mean_losses(replies)
+    forward = engine.model.forward
+    monkeypatch.setattr(engine.model, "forward", lambda logits_to_keep=0, **inputs: forward(**inputs))
+    assert engine.mean_losses(replies) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "reads"), [("llama", 256), ("roberta", 255), ("camembert", 255), ("xlnet", None)])
+def test_how_much_a_model_reads_is_what_it_can_read(name, reads):
+    """RoBERTa's kin count positions from behind the padding's; XLNet's settings say -1 for no limit."""
+    model = made_tiny(name)
+    assert context_of(model) == reads
+    if name != "llama":
+        ids = torch.full((1, reads or 300), 9)
+        assert model(input_ids=ids, use_cache=False).logits.shape[1] == ids.shape[1]
+
+
 @pytest.mark.parametrize(("name", "together"), [("llama", True), ("rwkv", False), ("minimax", False)])
 def test_a_model_that_batches_change_is_asked_one_at_a_time(capsys, name, together):
     """RWKV reads the padding, and of MiniMax no row can leave a batch."""
@@ -332,7 +388,7 @@ def test_a_model_that_batches_change_is_asked_one_at_a_time(capsys, name, togeth
     tokenizer = tiny_tokenizer()
     batched = TransformersEngine(model, tokenizer, "chat")
     found = told(batched, Sampling(8))
-    assert ("one is asked at a time" in capsys.readouterr().err) != together
+    assert ("it is asked one at a time" in capsys.readouterr().err) != together
     assert batched._answers_together == together
     alone = told(TransformersEngine(model, tokenizer, "chat", batch_size=1), Sampling(8))
     assert {name: reply.completion for name, reply in found.items()} == {

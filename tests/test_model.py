@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -35,6 +36,14 @@ def test_a_saved_adapter_gives_the_logits_it_had(tmp_path):
     expected = adapted(input_ids=ids).logits
     adapted.save_pretrained(tmp_path)
     assert torch.allclose(attach_adapter(tiny_model(), tmp_path)(input_ids=ids).logits, expected, atol=1e-6)
+
+
+def test_a_model_whose_settings_ask_for_tuples_loads(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(settings | {"return_dict": False}))
+    model = load_model(str(tmp_path / "model"))
+    assert model(input_ids=torch.arange(5, 9)[None]).logits.shape[1] == 4
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])

@@ -92,5 +92,5 @@ def test_a_panel_of_panels_is_refused(members):
         "inner": JudgeSettings(kind="panel", of=["yes", "no"]),
         "outer": JudgeSettings(kind="panel", of=["inner", "yes"]),
     }
-    with pytest.raises(UserError, match="inner: a panel of panels is not made"):
+    with pytest.raises(UserError, match="inner: a panel cannot hold another panel"):
         load_judge("outer", declared)

@@ -39,7 +39,7 @@ def test_each_state_of_a_bar_is_a_line_of_its_own():
 
     lines = shown(work).splitlines()
     assert [line.split(" (")[0] for line in lines if "between" not in line] == [
-        *("replies: 0 of 2", "replies: 1 of 2", "replies: 2 of 2", "replies: 2 of 2"),
+        *("replies: 0 of 2", "replies: 1 of 2", "replies: 2 of 2"),
         "after",
     ]
     assert "between" in lines

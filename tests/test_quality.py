@@ -162,7 +162,7 @@ def test_annotators_that_there_are_not_and_servers_that_cannot_be_asked_are_refu
         quality.annotator_config("nobody", None)
     with pytest.raises(UserError, match="one address"):
         quality.annotator_config(CONFIG, Server(urls=["http://a/v1", "http://b/v1"], model="inert"))
-    with pytest.raises(UserError, match="no model behind OpenAI's protocol"):
+    with pytest.raises(UserError, match="does not speak OpenAI's protocol"):
         quality.annotator_config("claude", server)
 
 

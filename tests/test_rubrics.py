@@ -162,7 +162,7 @@ def test_harmful_is_the_rubric_of_who_names_none():
 
 
 def test_nobody_to_ask_is_said():
-    with pytest.raises(UserError, match="judge llm_judge: nobody to ask; give it a server, or a model"):
+    with pytest.raises(UserError, match="judge llm_judge: it has neither a server nor a model: give it one"):
         load_judge("llm_judge")
 
 

@@ -26,7 +26,7 @@ from transformers import GenerationConfig
 from tasft.core.errors import UserError
 from tasft.data.rows import Prompt
 from tasft.models import requests
-from tasft.models.engine import Sampling, collect, requests_for
+from tasft.models.engine import Sampling, collect, requests_for, thoughts
 from tasft.models.load import load_model
 from tasft.models.local import TransformersEngine
 from tasft.models.server import ServerEngine
@@ -262,6 +262,18 @@ ONE = {
     "a call of a tool": (chat(None, message={"tool_calls": [{"id": "a"}]}), 1, "no reply (a call of a tool and no"),
     "nothing": (chat(None), 1, "no reply (content null, finish_reason stop)"),
     "withheld": (chat(None, finish_reason="content_filter"), 1, "no reply (content null, finish_reason content_filter"),
+    "withheld, with no text": (
+        chat("", finish_reason="content_filter"),
+        1,
+        "content empty, finish_reason content_filter",
+    ),
+    "nothing, for no reason": (chat("", finish_reason=None), 1, "content empty, finish_reason None"),
+    "a thought beside nothing": (
+        chat("", message={"reasoning_content": "hmm"}),
+        1,
+        "no reply (a thought and no answer)",
+    ),
+    "a call beside nothing": (chat("", message={"tool_calls": [{"id": "a"}]}), 1, "no reply (a call of a tool and no"),
     "a fault at this one": ("500", 3, "status 500"),
     "half a JSON": ("half a JSON", 3, "a reply that cannot be read (not JSON)"),
     "no choice": ("no choice", 3, "a reply that cannot be read (no choice in it)"),
@@ -335,6 +347,11 @@ def test_where_nothing_is_ever_answered_a_refusal_is_taken_for_one_of_all(count)
         ({"error": "You exceeded your current quota"}, 1, "exceeded your current quota"),
         ({"object": "error", "message": "Incorrect API key", "code": 40101}, 1, "Incorrect API key"),
         ({"choices": [{"index": 0, "error": {"message": "no model m", "code": 404}}]}, 1, "no model m"),
+        ({"code": 1113, "msg": "Insufficient balance, please recharge"}, 1, "Insufficient balance"),
+        ({"base_resp": {"status_code": 1008, "status_msg": "insufficient balance"}}, 1, "insufficient balance"),
+        ({"error_code": 401, "error_msg": "Invalid signature"}, 1, "Invalid signature"),
+        ({"errors": [{"message": "Unauthorized"}]}, 1, "Unauthorized"),
+        ({"detail": "The server is overloaded"}, 3, "The server is overloaded"),
         ({"error": {"message": "Rate limit reached", "code": "rate_limit"}}, 3, "Rate limit reached"),
         ({"error": {"message": "Overloaded", "type": "overloaded_error"}}, 3, "Overloaded"),
         ({"error": {"message": "something went wrong"}}, 3, "something went wrong"),
@@ -352,7 +369,10 @@ def test_an_error_in_a_success_is_told_and_asked_again_only_where_that_can_help(
     ("reason", "finish"),
     [
         *((word, "stop") for word in ("stop", "STOP", "eos", "eos_token", "end_turn", "COMPLETE", "stop_sequence")),
-        *((word, "length") for word in ("length", "max_tokens", "MAX_TOKENS", "model_length")),
+        *((word, "stop") for word in ("FinishReason.STOP", "FINISH_REASON_STOP", "endTurn", "end-turn", "end_id")),
+        ({"type": "stop", "matched": 2}, "stop"),
+        *((word, "length") for word in ("length", "max_tokens", "MAX_TOKENS", "model_length", "maxTokens", "limit")),
+        ({"type": "length", "length": 48}, "length"),
         *((word, word) for word in ("content_filter", "recitation", "error", "insufficient_system_resource", "abort")),
         (None, "unknown"),
     ],
@@ -377,7 +397,17 @@ def test_a_reply_in_parts_is_their_text():
         {"type": "text", "text": "so."},
     ]
     with Odd(chat(parts), word="forbidden") as server:
-        assert replies(engine_for(server), prompts=PROMPTS[:1])[0].completion == "First so."
+        (reply,) = replies(engine_for(server), prompts=PROMPTS[:1])
+    assert (reply.completion, reply.thought) == ("First so.", "hmm")
+
+
+@pytest.mark.parametrize(("text", "finish"), [("First so.", "stop"), ("", "length"), (None, "length")])
+def test_a_thought_that_comes_apart_is_kept_and_counted(text, finish):
+    told = chat(text, finish_reason=finish, message={"reasoning_content": "hmm"})
+    with Odd(told, word="forbidden") as server:
+        (reply,) = replies(engine_for(server), prompts=PROMPTS[:1])
+    assert (reply.completion, reply.finish, reply.thought) == (text or "", finish, "hmm")
+    assert thoughts([reply]) == {"n": 1, "unfinished": int(not text)}
 
 
 @pytest.mark.parametrize("form", ["seconds", "date"])

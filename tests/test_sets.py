@@ -89,7 +89,7 @@ def test_another_file_under_the_name_of_a_set_is_refused(tmp_path):
     (tmp_path / "xstest_prompts.csv").write_text("id,question\n1,What?\n")
     with pytest.raises(UserError, match=r"xstest_prompts.csv:2: label, prompt, type is missing: not the file of https"):
         read_prompts("xstest-safe", str(tmp_path))
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         read_prompts("xstest-safe", str(tmp_path / "nowhere"))
 
 
@@ -119,7 +119,9 @@ def test_a_set_is_downloaded_once_and_what_cannot_be_had_is_named(folder, tmp_pa
         monkeypatch.setitem(NAMED, "harmfulq", replace(NAMED["harmfulq"], url=f"{address}/HarmfulQ.json"))
         monkeypatch.setitem(NAMED, "i-cona", replace(NAMED["i-cona"], url=f"{address}/nowhere.json"))
         assert len(read_prompts("harmfulq")) == 2
-        with pytest.raises(UserError, match=r"i-cona: .*nowhere.json cannot be had .*404.*I-CoNa.json.*--data-dir"):
+        with pytest.raises(
+            UserError, match=r"i-cona: .*nowhere.json could not be downloaded .*404.*I-CoNa.json.*--data-dir"
+        ):
             read_prompts("i-cona")
     assert len(read_prompts("harmfulq")) == 2
     assert not list((tmp_path / "home").rglob("I-CoNa*"))

@@ -345,7 +345,7 @@ def test_an_unknown_penalty_and_bad_rows_are_named(tmp_path):
     with pytest.raises(UserError, match="emd_hinge"):
         trainer(tmp_path, penalty="emdd")
     with pytest.raises(UserError) as caught:
-        trainer(tmp_path, max_length=3)
+        trainer(tmp_path, max_length=8)
     assert len(caught.value.faults) == len(ROWS)
 
 

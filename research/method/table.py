@@ -1,4 +1,4 @@
-"""The trials of `trial.py` as a file without texts, and as a table in the log.
+"""The trials of `trial.py` as a file without texts, and as a table in the log. Commit 8cf1c72 has it; it was taken out.
 
     python research/method/table.py OUT... [--json docs/results/method/trials.json] [--page docs/results/method.md]
 

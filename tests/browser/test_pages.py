@@ -36,6 +36,7 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     jsonl(runs["collapsed"] / "train" / "monitor.jsonl", [{"step": 9, "measure": "entropy", "message": "step 9: low."}])
     files = {name: write_report(run) for name, run in runs.items()}
     named = {"good": runs["good"], "collapsed": runs["collapsed"], "the untouched one": runs["good"] / "evaluate/base"}
+    named |= {"penalty=nlcl,penalty_weight=0.5,seed=1": runs["good"]}
     files["comparison"] = write_comparison(named, folder / "comparison", notes=["good: another judge, not compared"])
     alone = folder / "alone"
     shutil.copytree(runs["good"] / "evaluate" / "base", alone)
@@ -190,9 +191,14 @@ def test_sections_fold_and_the_contents_lead_to_them(chromium, pages):
 def test_replies_of_several_models_stand_side_by_side(chromium, pages):
     with opened(chromium, pages["comparison"]) as page:
         first = page.locator("#list article").first
-        assert first.locator("h4").all_text_contents() == ["Good", "Collapsed", "The untouched one"]
+        assert first.locator("h4").all_text_contents() == [
+            "Good",
+            "Collapsed",
+            "The untouched one",
+            "Penalty=nlcl,penalty_weight=0.5,seed=1",
+        ]
         page.locator("#state-1").select_option(label="incoherent")
-        assert page.locator("#count").text_content().startswith("73 prompts of 80")
+        assert page.locator("#count").text_content().startswith("73 prompts of 83")
         assert "another judge, not compared" in page.locator("main").text_content()
 
 

@@ -1,6 +1,6 @@
 """Whatever a file holds, reading it ends in rows or in sentences: never in a traceback, never in a changed file.
 
-`HYPOTHESIS_PROFILE=long pytest tests/faults/test_fuzz.py` searches for minutes instead of seconds.
+`HYPOTHESIS_PROFILE=long pytest tests/faults/test_fuzz.py --timeout 0` searches for minutes instead of seconds.
 """
 
 import gzip
@@ -220,7 +220,11 @@ PARTS = st.lists(
 
 
 @fuzz
-@given(row=st.dictionaries(st.sampled_from([*ROWS[0], *ROWS[2], "ends", "tools", "retain"]), VALUES | TYPED | PARTS))
+@given(
+    row=st.dictionaries(
+        st.sampled_from([*ROWS[0], *ROWS[2], "ends", "tools", "retain", "system", "history"]), VALUES | TYPED | PARTS
+    )
+)
 def test_a_row_of_any_types_is_an_example_of_plain_ones_or_refused(row):
     row = {"prompt": "What?", "completion": "That.", "label": True} | row
     for name in ("prompt", "completion"):
@@ -230,6 +234,8 @@ def test_a_row_of_any_types_is_an_example_of_plain_ones_or_refused(row):
         example = example_of(row, "x")
         assert isinstance(example.label, bool)
         assert isinstance(example.weight, float)
+        for turns in (example.prompt, example.completion):
+            assert isinstance(turns, str) or all(isinstance(turn["role"], str) for turn in turns)
         json.dumps(example.row())
 
 
@@ -253,7 +259,7 @@ def test_whatever_a_server_says_it_is_a_reply_or_one_of_three_faults(said, stop)
     )
     fault = None
     try:
-        text, finish = responses.read(found, True, stop)
+        text, finish, thought = responses.read(found, True, stop)
     except (responses.ErrorInside, responses.Unreadable, responses.Withheld) as error:
         fault = error
     if fault:
@@ -261,7 +267,8 @@ def test_whatever_a_server_says_it_is_a_reply_or_one_of_three_faults(said, stop)
         assert isinstance(responses.is_about_content(fault), bool)
         return
     assert isinstance(text, str)
-    assert finish != "stop" or str(said["choices"][0].get("finish_reason")).lower() in responses.ENDS
+    assert isinstance(thought, str)
+    assert finish != "stop" or responses.word_of(said["choices"][0].get("finish_reason")) in responses.ENDS
 
 
 VERDICT = {

@@ -277,7 +277,9 @@ def test_of_two_checkpoints_the_whole_one_is_gone_on_from(recipe_file, whole, be
     cut(bad / "optimizer.pt")
     same_end(recipe_file, begun, whole)
     said = capsys.readouterr().out
-    assert f"note: {bad / 'optimizer.pt'}: damaged or cut short: training goes on from before checkpoint-6" in said
+    assert (
+        f"note: {bad / 'optimizer.pt'}: damaged or cut short: training goes on from a step before checkpoint-6" in said
+    )
     assert str(good) not in said
 
 
@@ -419,6 +421,15 @@ def test_a_training_that_diverges_ends_with_what_to_do_and_keeps_its_last_good_c
         same_end(recipe_file, run, whole)
 
 
+def test_a_training_whose_weights_have_run_away_ends_though_all_is_finite(recipe_file, tmp_path):
+    """Norms make 0 of what is too large: no loss is infinite, and nothing is learned any more."""
+    with pytest.raises(
+        UserError, match=r"no weight has a gradient at step \d, though the loss is 5.*; lower learning_rate"
+    ):
+        go(recipe_file, tmp_path / "run", "train.max_steps=8", "train.learning_rate=1e30")
+    assert not (tmp_path / "run" / "train" / "done.json").exists()
+
+
 def test_weights_that_are_not_finite_are_neither_evaluated_nor_reported_nor_exported(recipe_file, whole, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
@@ -452,7 +463,7 @@ def test_a_damaged_mark_is_named_and_nothing_is_lost_or_drawn_again(
         undone(run, "harvest")
     (run / name).write_text(content)
     before = (run / "harvest" / "replies.jsonl").read_bytes()
-    with pytest.raises(UserError, match=rf"{name}: (not JSON|no JSON object) any more; remove it"):
+    with pytest.raises(UserError, match=rf"{name}: (not JSON|not a JSON object) any more; remove it"):
         go(recipe_file, run, *TRAIN, stages=("harvest", "train"))
     assert (run / "harvest" / "replies.jsonl").read_bytes() == before
     if "begun" in name:

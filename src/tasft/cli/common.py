@@ -13,12 +13,9 @@ import typer
 
 from tasft.core.errors import UserError
 from tasft.core.text import visible
-from tasft.run.doors import opened_run
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from tasft.run.pipeline import Pipeline
 
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, a run folder, or a shipped name such as demo.")]
@@ -86,11 +83,6 @@ def print_table(found: "Table") -> None:
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else 160).print(found)
-
-
-def open_run(source: str, overrides: Sequence[str] | None, out: Path | None) -> "Pipeline":
-    """The run of a recipe, in its folder."""
-    return opened_run(source, out, overrides or ())
 
 
 @contextmanager

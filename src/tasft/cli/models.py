@@ -17,7 +17,6 @@ from tasft.cli.common import (
     ProcessesOption,
     again,
     alone,
-    open_run,
     print_json,
     print_table,
     resumable,
@@ -25,6 +24,7 @@ from tasft.cli.common import (
 from tasft.cli.runs import print_plan
 from tasft.core.errors import UserError
 from tasft.core.text import visible
+from tasft.run.doors import evaluated, opened_run
 
 
 def evaluate(
@@ -90,12 +90,13 @@ def evaluate(
         return
     with resumable(), alone(as_json):
         if is_recipe:
-            opened = open_run(what, fields, out)
+            opened = opened_run(what, out, fields)
             opened.go(("evaluate",))
             # Not what an earlier form of the recipe left there.
             folder, wanted = opened.folder / "evaluate", {step.folder for step in opened.steps("evaluate")}
         else:
-            folder, wanted = _evaluate_model(what, named, judges, data_dir, limit, max_new_tokens, prompt, out), None
+            folder = evaluated(what, named, judges, out, data_dir, limit, max_new_tokens or 64, prompt or "chat")
+            wanted = None
     if os.environ.get("RANK", "0") == "0":
         _print_rates(folder, wanted, with_report, as_json)
 
@@ -120,28 +121,6 @@ def _is_recipe(
     if dry_run and not is_recipe:
         raise UserError(f"--dry-run needs a recipe, and {what} is taken for a model")
     return is_recipe
-
-
-def _evaluate_model(
-    name: str,
-    sets: Sequence[str],
-    judges: Sequence[str],
-    data_dir: Path | None,
-    limit: int | None,
-    max_new_tokens: int | None,
-    prompt: Literal["chat", "alpaca"] | None,
-    out: Path | None,
-) -> Path:
-    from tasft.evaluate.alone import Alone, asked_of
-    from tasft.judges import load_judge
-
-    folder = out or Path("runs") / f"evaluate-{Path(name).name}"
-    asked, notes = asked_of(sets, str(data_dir) if data_dir else None, limit)
-    for note in notes if os.environ.get("RANK", "0") == "0" else ():
-        print(f"note: {note}", flush=True)
-    by = [load_judge(judge) for judge in judges or ("classifier", "refusal_matching")]
-    Alone(name, prompt or "chat").evaluate(asked, by, max_new_tokens or 64, folder)
-    return folder
 
 
 def _print_rates(folder: Path, wanted: set[Path] | None, with_report: bool, as_json: bool) -> None:

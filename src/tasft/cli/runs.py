@@ -20,7 +20,6 @@ from tasft.cli.common import (
     RecipeArgument,
     again,
     alone,
-    open_run,
     print_json,
     print_table,
     resumable,
@@ -28,7 +27,7 @@ from tasft.cli.common import (
 from tasft.core import provenance
 from tasft.core.errors import UserError
 from tasft.core.text import visible
-from tasft.run.doors import folder_of
+from tasft.run.doors import folder_of, opened_run
 
 if TYPE_CHECKING:
     from tasft.run.pipeline import Pipeline
@@ -39,7 +38,7 @@ def print_plan(
 ) -> None:
     """--dry-run: what there is to do in these stages (None: all)."""
     with alone(as_json):
-        opened = open_run(source, overrides, out)
+        opened = opened_run(source, out, overrides or ())
         from tasft.run import plan
         from tasft.run.stages import STAGES
 
@@ -65,7 +64,7 @@ def go(
         typer.Exit: 3, the gate of the recipe is not met.
     """
     with resumable(), alone(as_json):
-        opened = open_run(source, overrides, out)
+        opened = opened_run(source, out, overrides or ())
         opened.go(*([] if stages is None else [tuple(stages)]))
         if stages is None and os.environ.get("RANK", "0") == "0":
             _say_rates(opened)
@@ -123,7 +122,7 @@ PreviewOption = Annotated[
 def _preview(source: str, overrides: Sequence[str] | None, out: Path | None, stage: str) -> None:
     from rich.console import Console
 
-    for text in open_run(source, overrides, out).preview(stage):
+    for text in opened_run(source, out, overrides or ()).preview(stage):
         Console().print(text)
 
 
@@ -258,7 +257,7 @@ def export(
     address = None
     with alone(as_json):
         if push and not (yes or sys.stdin.isatty()):
-            raise UserError("--push asks first, and here is nobody to ask: say --yes")
+            raise UserError("--push asks before it uploads, and nobody can answer here: add --yes")
         from tasft.run import export as exports
 
         if push:

@@ -25,17 +25,22 @@ class Lines:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._in_bar = False
+        self._count = ""
 
     def write(self, text: str) -> int:
         r"""Write text; what begins with `\r` would overwrite its line on a terminal, and gets a new one."""
         if "\r" in text or "\x1b[A" in text or (self._in_bar and not text.strip()):
             # A bar ends with an empty line feed, or is wiped out by spaces.
-            shown = [line.strip() for line in re.split(r"\r|\n|\x1b\[A", text)]
-            self._stream.write("".join(f"{line}\n" for line in shown if line))
+            for line in re.split(r"\r|\n|\x1b\[A", text):
+                shown = re.sub(r"\( +", "(", line.strip())
+                # Its end is written a second time when it is closed.
+                if shown and shown.partition(" (")[0] != self._count:
+                    self._count = shown.partition(" (")[0]
+                    self._stream.write(f"{shown}\n")
             self._in_bar = "\n" not in text
         else:
             self._stream.write(text)
-            self._in_bar = False
+            self._in_bar, self._count = False, ""
         return len(text)
 
     def __getattr__(self, name: str) -> Any:

@@ -82,7 +82,7 @@ def read_json(path: Path) -> Any:
     except ValueError:
         raise UserError(f"{path}: not JSON any more; remove it to have that step done again") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path}: no JSON object any more; remove it to have that step done again")
+        raise UserError(f"{path}: not a JSON object any more; remove it to have that step done again")
     return found
 
 

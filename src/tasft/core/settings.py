@@ -1,9 +1,12 @@
 """Settings that are declared once: a recipe has them as sections, and the classes that use them take their defaults."""
 
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from tasft.core.errors import UserError
 
 
 class Settings(BaseModel):
@@ -35,3 +38,24 @@ def setting(section: type[Settings], name: str) -> Any:
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=help_)
     return field(default=default, metadata=help_)
+
+
+def check_settings(section: type[Settings], values: Mapping[str, Any]) -> None:
+    """See that values given in Python are such as a recipe may have: `sampling="unifrom"` would be taken for another.
+
+    Raises:
+        UserError: Names all that are not.
+    """
+    faults = []
+    for name, value in values.items():
+        declared = section.model_fields[name]
+        kind: Any = Annotated[declared.annotation, *declared.metadata] if declared.metadata else declared.annotation
+        is_model = isinstance(kind, type) and issubclass(kind, BaseModel)
+        try:
+            TypeAdapter(kind, config=None if is_model else Settings.model_config).validate_python(value)
+        except ValidationError as error:
+            faults += [
+                f"{name} is {value!r:.60}: {fault['msg'].removeprefix('Value error, ')}" for fault in error.errors()
+            ]
+    if faults:
+        raise UserError(faults)

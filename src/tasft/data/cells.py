@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+_TEXTS = ("text", "input_text", "output_text")  # Of parts: chat completions, and OpenAI's responses.
+
 
 def plain(value: Any) -> Any:
     """A value without the types of numpy; what pandas and tables mean by a missing cell, `nan`, is None."""
@@ -50,6 +52,8 @@ def fault_of_parts(value: Any) -> str | None:
     """What a talk holds besides text, by its name; None for nothing."""
     for message in value if isinstance(value, list) else ():
         content = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(message, Mapping) and "content" in message and content is None and not message.get("tool_calls"):
+            return "holds a message whose content is null: leave such rows out"
         for part in content if isinstance(content, list) else ():
             if not _is_text(part):
                 kind = part.get("type") if isinstance(part, Mapping) else None
@@ -60,7 +64,7 @@ def fault_of_parts(value: Any) -> str | None:
 def _is_text(part: Any) -> bool:
     if isinstance(part, str):
         return True
-    return isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+    return isinstance(part, Mapping) and part.get("type", "text") in _TEXTS and isinstance(part.get("text"), str)
 
 
 def _are_texts(content: Any) -> bool:

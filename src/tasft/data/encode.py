@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from tasft.core.errors import UserError
 from tasft.core.settings import setting
+from tasft.data.left_out import CALL, left_out
 from tasft.data.rows import Example, Messages, example_of
 from tasft.data.settings import AvoidSettings, Duplicates, Overlong, PromptFormat, PromptSettings, RowSettings, Turns
-from tasft.data.template import CALL, Writer, WrittenTurn, asked, encode_prompt
+from tasft.data.template import Writer, WrittenTurn, asked, encode_prompt
 from tasft.loss.tokens import IGNORE_INDEX
 
 Row = dict[str, Any]
@@ -231,10 +232,13 @@ class _Encoder:
         spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if self.encoding.turns == "last":
             spoken = spoken[-1:]
+        spoken = [index for index in spoken if messages[index].get("weight", 1) != 0]
+        if not spoken:
+            raise UserError('its replies have "weight": 0, so there is nothing to learn; drop the row')
         if spoken[0] == 0:
             raise UserError("the first message is the assistant's, with no prompt to learn it from: use turns=last")
-        left_out = self.writer.left_out(messages, example.tools)
-        if any(what == CALL and number in spoken for number, what in left_out):
+        missing = left_out(self.writer, messages, example.tools)
+        if any(what == CALL and number in spoken for number, what in missing):
             raise UserError(
                 "its reply calls a tool, which the chat template does not write: use a template that does, or drop the "
                 "row"
@@ -242,11 +246,11 @@ class _Encoder:
         turns = [self.writer.turn(messages[: index + 1], example.tools) for index in spoken]
         if any(turns[-1].ids[: len(turn.ids)] != turn.ids for turn in turns):
             raise UserError(
-                "the chat template writes an earlier reply otherwise once the talk goes on (without its thinking, "
-                "say), so that it would not be learned as it is said: use turns=last, a row for each reply, or "
+                "the chat template changes an earlier reply once the conversation goes on (drops the thinking, say): "
+                "the model would learn another text than it is to say: use turns=last, a row for each reply, or "
                 "chat_template_kwargs that keep it"
             )
-        return turns, tuple(dict.fromkeys(what for _, what in left_out))
+        return turns, tuple(dict.fromkeys(what for _, what in missing))
 
 
 def _messages(example: Example) -> Messages:

@@ -1,5 +1,7 @@
 """Forms in which people keep rows, told from the names of their columns."""
 
+import ast
+import json
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -18,16 +20,15 @@ assert tuple(FORMS) == get_args(FormName)
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "text", "messages", "conversations")
 """Where a prompt is looked for, the first that there is."""
 
-# ShareGPT's names of who speaks, and of the two fields of a turn.
+# What people call who speaks: a template that knows `user` alone would write `User` as anybody.
 _ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "model": "assistant",
-    "function_response": "tool",
-    "observation": "tool",
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "model", "bot", "chatbot", "ai"), "assistant"),
+    **dict.fromkeys(("function_response", "observation"), "tool"),
 }
+
+SYSTEM_COLUMNS = ("system", "system_prompt")
+"""Where a row in any form has its system message, if not in the conversation."""
 
 
 def form_of(row: Mapping[str, Any]) -> str:
@@ -50,15 +51,58 @@ def renamed_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[
 
 
 def turns_of(value: Any) -> Any:
-    """A conversation with `role` and `content`, where it has ShareGPT's `from` and `value`; anything else as it is."""
-    if not isinstance(value, list):
-        return value
-    return [
-        {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
-        if isinstance(turn, Mapping) and {"from", "value"} <= turn.keys() and isinstance(turn["from"], str)
-        else turn
-        for turn in value
-    ]
+    """A conversation with `role` and `content`, where it has other names for them or a table wrote it as text.
+
+    Anything else is left as it is.
+    """
+    value = _read_out(value) if isinstance(value, str) else value
+    return [_turn(turn) for turn in value] if isinstance(value, list) else value
+
+
+def _turn(turn: Any) -> Any:
+    if not isinstance(turn, Mapping):
+        return turn
+    if {"from", "value"} <= turn.keys():
+        turn = {"role": turn["from"], "content": turn["value"]} | {key: turn[key] for key in turn.keys() & {"weight"}}
+    role = turn.get("role")
+    if not isinstance(role, str):
+        return turn
+    plain = role.strip().lower()
+    return {**turn, "role": _ROLES.get(plain, plain)}
+
+
+def _read_out(text: str) -> Any:
+    """The conversation that a cell of a table holds, as JSON or as Python shows it; other text as it is."""
+    if text.lstrip()[:1] == "[":
+        for read in (json.loads, ast.literal_eval):
+            try:
+                value = read(text)
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+            if value and all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in value):
+                return value
+    return text
+
+
+def turns_before(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """What columns of a row put before its prompt: a system message, and earlier turns as pairs or messages.
+
+    Returns:
+        Messages; None if the columns hold something else.
+    """
+    system = next((row[name] for name in SYSTEM_COLUMNS if row.get(name)), "")
+    history = row.get("history") or []
+    if not isinstance(system, str) or not isinstance(history, list):
+        return None
+    turns: list[dict[str, Any]] = [{"role": "system", "content": system}] if system.strip() else []
+    for each in history:
+        if isinstance(each, list | tuple) and len(each) == 2 and all(isinstance(text, str) for text in each):
+            turns += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), each, strict=True)]
+        elif isinstance(each, Mapping):
+            turns.append(dict(each))
+        else:
+            return None
+    return turns
 
 
 def said(counts: Mapping[str, int], turns: str) -> list[str]:

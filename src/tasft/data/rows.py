@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
 from tasft.core.errors import UserError
+from tasft.core.provenance import content_hash
 from tasft.data.cells import fault_of_parts, joined, measure, plain, text_of, truth
-from tasft.data.forms import FORMS, PROMPT_COLUMNS, form_of, renamed_columns, turns_of
+from tasft.data.forms import FORMS, PROMPT_COLUMNS, form_of, renamed_columns, turns_before, turns_of
 from tasft.data.sources import Source, read_source
 
 T = TypeVar("T")
@@ -25,6 +26,11 @@ class Prompt:
     prompt: str
     topic: str = ""
     kind: str = ""
+
+
+def prompts_hash(prompts: Sequence[Prompt]) -> str:
+    """What replies to prompts depend on: a topic that is filed anew asks for no other reply."""
+    return content_hash([[prompt.id, prompt.prompt] for prompt in prompts])
 
 
 @dataclass(frozen=True)
@@ -197,6 +203,8 @@ def _fault_of_turns(row: Mapping[str, Any], key: str) -> str | None:
         return f'"{key}" must be text or chat messages, found {value!r:.40}'
     if key != "prompt" and value[-1]["role"] != "assistant":
         return f'the last message of "{key}" is by {value[-1]["role"]!r:.40}; it must be the assistant\'s'
+    if key != "prompt" and not (value[-1].get("tool_calls") or str(value[-1]["content"]).strip()):
+        return f'the last message of "{key}" is blank, so there is nothing to learn'
     return None
 
 
@@ -215,7 +223,7 @@ def _positive(value: object) -> bool:
 
 _READ: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("label", "ends", "retain"), truth),
-    **dict.fromkeys((key for columns in FORMS.values() for key in columns), lambda row: turns_of(joined(plain(row)))),
+    **dict.fromkeys((key for columns in FORMS.values() for key in columns), lambda row: joined(turns_of(plain(row)))),
     "weight": measure,
 }
 _NO_TEXT = frozenset({"ends", "retain", "weight", "tools"})
@@ -264,10 +272,18 @@ def example_of(row: Mapping[str, Any], where: str, form: str | None = None) -> E
         faults.append(f'"tools" must be a list of JSON schemas, found {tools!r:.40}')
     if not _positive(given.get("weight", 1.0)):
         faults.append(f'"weight" is {row["weight"]!r:.40}; use a number above 0')
+    before = turns_before(given)
+    if before is None or (before and not _is_talk(before)):
+        faults.append('"system" or "history" is neither text nor turns: pairs of texts, or chat messages')
     if faults:
         raise UserError([f"{where}: {fault}" for fault in faults])
+    prompt = row[asked[0]] if asked else row[said][:-1]
+    if before and isinstance(prompt, str):
+        prompt, context = [{"role": "user", "content": f"{prompt}\n\n{context}" if context else prompt}], ""
+    if before and before[0]["role"] == prompt[0]["role"] == "system":
+        before = before[1:]  # The conversation says it itself.
     return Example(
-        prompt=row[asked[0]] if asked else row[said][:-1],
+        prompt=[*before, *prompt] if before else prompt,
         completion=row[said] if asked else row[said][-1:],
         label=row["label"],
         id=_id(row, ""),

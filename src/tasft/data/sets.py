@@ -296,7 +296,7 @@ def locate(name: str, data_dir: str | None) -> Path:
     if data_dir is None:
         return _downloaded(name, known.file, known.url)
     if not Path(data_dir).is_dir():
-        raise UserError(f"data_dir: {data_dir} is no folder")
+        raise UserError(f"data_dir: {data_dir} is not a folder")
     found = sorted(Path(data_dir).rglob(known.file))
     if not found:
         raise UserError(f"{name}: no {known.file} below {data_dir}: download {known.url} and put it there by that name")
@@ -339,7 +339,7 @@ def _downloaded(name: str, file: str, url: str) -> Path:
             hub.download_url_to_file(url, str(path), progress=False)
         except OSError as error:
             raise UserError(
-                f"{name}: {url} cannot be had ({error}): download it on another machine, put it as {file} into some "
-                "folder, and name that folder by data.data_dir or --data-dir"
+                f"{name}: {url} could not be downloaded ({error}): download it on another machine, put it as {file} "
+                "into some folder, and name that folder by data.data_dir or --data-dir"
             ) from None
     return path

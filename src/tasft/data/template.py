@@ -1,7 +1,6 @@
 """How prompts and replies are written as token ids, in a chat template or in Alpaca's form."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -38,15 +37,6 @@ THOUGHTS = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A Reasoning
     ("<|channel>thought", "<channel|>"),  # Gemma 4
 )
-
-THOUGHT, CALL = "a thought", "a call of a tool"
-_WHOSE = {
-    "system": "a system message",
-    "developer": "a system message",
-    "user": "a user's message",
-    "assistant": "a reply",
-    "tool": "what a tool says",
-}
 
 _AROUND = 16  # Tokens before a text that are decoded with it, so that it keeps the space that it begins with.
 
@@ -223,6 +213,9 @@ class Writer:
         self.style: PromptFormat = style
         self.settings = chat_template_kwargs
         self.special = special_tokens(tokenizer)
+        # Marks that are no text but were not added as special tokens may end a turn, too.
+        added = tokenizer.added_tokens_decoder.items()
+        self.marks = self.special | {index for index, token in added if not token.content.isspace()}
         self.lead: list[int] = []
         self.closing: list[int] = [tokenizer.eos_token_id]
         self.after: list[int] = []
@@ -237,43 +230,18 @@ class Writer:
         if one[: len(before)] == before:
             self.lead = _common(one, other)[len(before) :]
         tail = _common(one[::-1], other[::-1])[::-1]
-        ends = [index for index, token in enumerate(tail) if token in self.special]
+        ends = [index for index, token in enumerate(tail) if token in self.marks]
         self.closes = bool(ends)
         if not ends:
             self.after = tail
             return
         # A turn may end with several, as Cohere's does.
-        stop = ends[0] + len(list(takewhile(self.special.__contains__, tail[ends[0] :])))
+        stop = ends[0] + len(list(takewhile(self.marks.__contains__, tail[ends[0] :])))
         self.closing, self.after = tail[:stop], tail[stop:]
 
     def ids(self, messages: Messages, tools: Tools | None = None, *, ask: bool = False) -> list[int]:
         """Token ids of a conversation; with `ask`, up to where the next reply begins."""
         return _ids(self.tokenizer, messages, tools, self.settings, ask=ask)
-
-    def left_out(self, messages: Messages, tools: Tools | None) -> list[tuple[int, str]]:
-        """What the template leaves out of a conversation: the message that says it (-1 for tools), and what it is."""
-        text = self._written(messages, tools)
-        missing = [
-            (number, what)
-            for number, message in enumerate(messages)
-            for what, part in _parts(message)
-            # Some templates write what a tool says as JSON.
-            if part.strip() not in text and json.dumps(part.strip(), ensure_ascii=False)[1:-1] not in text
-        ]
-        if tools and self._is_written_by(messages, None, text):
-            missing.append((-1, "tools"))
-        for number, message in enumerate(messages):
-            if message.get("tool_calls"):
-                silent = {key: value for key, value in message.items() if key != "tool_calls"}
-                if self._is_written_by([*messages[:number], silent, *messages[number + 1 :]], tools, text):
-                    missing.append((number, CALL))
-        return list(dict.fromkeys(missing))
-
-    def _is_written_by(self, messages: Messages, tools: Tools | None, text: str) -> bool:
-        try:
-            return self._written(messages, tools) == text
-        except UserError:
-            return False
 
     def prompt(self, prompt: str | Messages) -> list[int]:
         """As `encode_prompt`."""
@@ -282,7 +250,7 @@ class Writer:
     @cached_property
     def ends(self) -> list[int]:
         """Tokens at which a reply ends: the tokenizer's, and those that close a turn of the template."""
-        return sorted({self.tokenizer.eos_token_id, *(token for token in self.closing if token in self.special)})
+        return sorted({self.tokenizer.eos_token_id, *(token for token in self.closing if token in self.marks)})
 
     # --- What rows say ------------------------------------------------------------------------
 
@@ -310,10 +278,10 @@ class Writer:
         if self.closes and whole[-len(self.closing) :] == self.closing:
             closing = self.closing
             whole = whole[: -len(closing)]
-        elif self.closes and whole[-1] in self.special:
+        elif self.closes and whole[-1] in self.marks:
             # A call of a tool may end with another one than a text.
             closing = [whole.pop()]
-        end = next(token for token in closing if token in self.special)
+        end = next(token for token in closing if token in self.marks)
         return WrittenTurn(whole, len(before), begin, closing, end)
 
     def _apart(self, messages: Messages, tools: Tools | None, before: list[int]) -> list[int] | None:
@@ -321,13 +289,14 @@ class Writer:
 
         The model goes on from the prompt's own tokens. None where the text itself is written otherwise.
         """
-        question = str(self._written(messages[:-1], tools, add_generation_prompt=True))
-        whole = str(self._written(messages, tools))
+        question = str(self.text(messages[:-1], tools, add_generation_prompt=True))
+        whole = str(self.text(messages, tools))
         if not whole.startswith(question):
             return None
         return [*before, *self.tokenizer(whole[len(question) :], add_special_tokens=False).input_ids]
 
-    def _written(self, messages: Messages, tools: Tools | None, **how: Any) -> str:
+    def text(self, messages: Messages, tools: Tools | None, **how: Any) -> str:
+        """A conversation as the template writes it."""
         return str(_applied(self.tokenizer, messages, tools, self.settings, tokenize=False, **how))
 
     def _advice(self, before: list[int]) -> str:
@@ -385,7 +354,7 @@ class Writer:
             turn = self.turn([*messages, {"role": "assistant", "content": text}], None)
         except UserError:
             # Such a template trains nothing, but a model that has one can be asked.
-            written = self._written(messages, None, add_generation_prompt=True)
+            written = self.text(messages, None, add_generation_prompt=True)
             return self._going_on(written, before, text, add_special_tokens=False), len(before)
         return turn.ids, turn.begin
 
@@ -456,24 +425,6 @@ class Writer:
         for mark in (*(mark for pair in self._marks for mark in pair), self._before_answer):
             empty = empty.replace(mark, "")
         return Said(self._plain(whole[cut:]), thought.strip() if self._plain(empty) else "")
-
-
-def _parts(message: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What a message says, piece by piece."""
-    content, role = message.get("content"), message["role"]
-    texts = [content] if isinstance(content, str) else [part.get("text") for part in content or ()]
-    for text in filter(None, texts):
-        thought, mark, rest = "", "", text
-        for opening, closing in THOUGHTS if role == "assistant" else ():
-            if closing in text:
-                thought, mark, rest = text.rpartition(closing)
-                thought = thought.partition(opening)[2] or thought
-        if mark:
-            yield THOUGHT, thought
-        yield _WHOSE.get(role, f"a message of {role}"), rest
-    for name in ("reasoning_content", "reasoning", "thinking"):
-        if isinstance(message.get(name), str):
-            yield THOUGHT, message[name]
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> list[int]:

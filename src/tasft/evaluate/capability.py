@@ -119,7 +119,7 @@ def check(tasks: Sequence[str], num_fewshot: int, folder: str | None) -> None:
         UserError: Names every fault.
     """
     if folder is not None and not Path(folder).is_dir():
-        raise UserError(f"data.data_dir: {folder} is no folder")
+        raise UserError(f"data.data_dir: {folder} is not a folder")
     index = _index()
     faults: list[str] = []
     for task in tasks:

@@ -83,11 +83,10 @@ def _hidden(engine: TransformersEngine, references: Sequence[Reference]) -> Iter
             mask = pad_sequence([torch.ones(len(row.prompt + row.answer), dtype=torch.long) for row in batch], True)
             device = engine.model.device
             first = min(len(row.prompt) for row in batch)
-            engine.model(
-                input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=ids.shape[1] - first + 1
-            )
-            # states[k] predicts the token at position first + k.
-            for row, states in zip(batch, seen.pop(), strict=True):
+            keep = ids.shape[1] - first + 1
+            engine.model(input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=keep)
+            # states[k] predicts the token at position first + k; some models make those of all positions.
+            for row, states in zip(batch, seen.pop()[:, -keep:], strict=True):
                 begin = len(row.prompt) - first
                 yield row, states[begin : begin + len(row.answer)]
     finally:
@@ -209,7 +208,7 @@ def annotator_config(name: str, server: Server | None) -> dict[str, Any]:
             raise UserError("evaluate.quality.annotator.server: one address, since alpaca_eval asks only one")
         if found["fn_completions"] != "openai_completions":
             raise UserError(
-                f"evaluate.quality.annotator: {name} is no model behind OpenAI's protocol, so server cannot take its "
+                f"evaluate.quality.annotator: {name} does not speak OpenAI's protocol, so server cannot take its "
                 "place: use weighted_alpaca_eval_gpt4_turbo or alpaca_eval_clf_gpt4_turbo"
             )
         found["completions_kwargs"] |= {"model_name": server.model, "requires_chatml": True, **server.body}

@@ -145,4 +145,8 @@ class Evaluate(Settings):
     def _not_reserved(cls, value: dict[str, PromptSet]) -> dict[str, PromptSet]:
         if taken := [name for name in value if name in RESERVED]:
             raise ValueError(f"{', '.join(taken)}: a name of another evaluation; choose another one for the set")
+        first: dict[str, str] = {}
+        for name, asked in value.items():
+            if (other := first.setdefault(asked.source, name)) != name:
+                raise ValueError(f"{other} and {name} have the same prompts, {asked.source}, which would count twice")
         return value

@@ -10,7 +10,7 @@ from typing import Any
 from tasft.core import provenance
 from tasft.core.errors import UserError
 from tasft.core.step import Step
-from tasft.data.rows import Prompt, drawn
+from tasft.data.rows import Prompt, drawn, prompts_hash
 from tasft.evaluate.safety import answer, judge_answers
 from tasft.judges import Judge
 from tasft.judges.judging import UNKNOWN, Measure, Usual, rules
@@ -80,7 +80,7 @@ def _steps_of_set(
     # Replies to prompts that another limit leaves out do no harm: a folder is kept when that alone changes.
     keeps = reads | {
         "kind": asked.kind,
-        "prompts": provenance.content_hash([asdict(prompt) for prompt in asked.prompts]),
+        "prompts": prompts_hash(asked.prompts),
         "sampling": asdict(sampling),
     }
     limit = {} if asked.limit is None else {"limit": asked.limit}
@@ -119,7 +119,8 @@ def _steps_of_set(
             "limits": usual.limits,
             "losses": usual.reads,
         }
-        yield Step(folder / judge.name, judged | limit, partial(work_of, judge), judged)
+        filed = {"topics": provenance.content_hash([prompt.topic for prompt in asked.prompts])}
+        yield Step(folder / judge.name, judged | filed | limit, partial(work_of, judge), judged)
 
 
 def _remembered(measure: Measure) -> Measure:

@@ -63,7 +63,7 @@ def _panel(settings: JudgeSettings, declared: Mapping[str, JudgeSettings]) -> Ju
     from tasft.judges.panel import Panel
 
     if inner := [name for name in settings.of if name in declared and declared[name].kind == "panel"]:
-        raise UserError(f"judge panel: {', '.join(inner)}: a panel of panels is not made")
+        raise UserError(f"judge panel: {', '.join(inner)}: a panel cannot hold another panel")
     return Panel(settings.only("of", "agree"), lambda name: load_judge(name, declared))
 
 

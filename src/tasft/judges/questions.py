@@ -100,7 +100,9 @@ class AskingJudge:
                 raise UserError(f"judge {self.name}: it has a model and a server; leave out model, for server.model")
             return [server.model, server.body]
         if self._model is None:
-            raise UserError(f"judge {self.name}: nobody to ask; give it a server, or a model to run in this process")
+            raise UserError(
+                f"judge {self.name}: it has neither a server nor a model: give it one, the model to run in this process"
+            )
         return find(self.name, self._model)
 
     @cached_property

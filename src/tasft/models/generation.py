@@ -36,10 +36,29 @@ def end_tokens(
     return sorted({tokenizer.eos_token_id, *taught, *([named] if isinstance(named, int) else named or ())})
 
 
-def context_of(config: Any) -> int | None:
-    """How many tokens a model reads by its configuration; None where it sets no limit."""
-    text = config.get_text_config()
-    return getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
+def context_of(model: PreTrainedModel) -> int | None:
+    """How many tokens a model reads, with or without weights; None where it sets no limit."""
+    text = model.config.get_text_config()
+    reads = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
+    if not reads or reads < 0:
+        return None
+    # RoBERTa's kin count positions from behind the one that stands for padding.
+    skipped = (
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    )
+    return int(reads) - max(skipped, default=0)
+
+
+def fit_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer a padding token that the model knows: its end token, where there is none or it is beyond.
+
+    A padding token is often added without the model being resized; what it stands for is masked, so that any will do.
+    """
+    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if tokenizer.pad_token_id is None or (known and tokenizer.pad_token_id >= known):
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def overruled(model: PreTrainedModel) -> dict[str, Any]:
@@ -103,7 +122,7 @@ def check_readable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, r
 
 def too_long(model: PreTrainedModel, rows: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
     """Which prompts leave too little room for the longest reply in what the model reads."""
-    reads = context_of(model.config)
+    reads = context_of(model)
     return [] if reads is None else [place for place, row in enumerate(rows) if len(row) + max_new_tokens > reads]
 
 
@@ -125,7 +144,7 @@ def check_room(
     if beyond := too_long(model, rows, most):
         raise UserError(
             f"{name}: {len(beyond)} of {len(rows)} prompts with a reply of up to {most} tokens are more than the "
-            f"{context_of(model.config)} tokens that the model reads (the longest has {max(map(len, rows))}): leave "
+            f"{context_of(model)} tokens that the model reads (the longest has {max(map(len, rows))}): leave "
             f"them out, or lower {setting}"
         )
 
@@ -146,11 +165,25 @@ def check_rows(
     """
     check_readable(model, tokenizer, rows)
     if beyond := too_long(model, rows, 0):
-        reads = context_of(model.config)
+        reads = context_of(model)
         raise UserError(
             f"{len(beyond)} of {len(rows)} rows have more than the {reads} tokens that the model reads (the longest "
             f"has {max(map(len, rows))}): set {setting} to {reads} or less"
         )
+
+
+def finite(logits: Tensor) -> Tensor:
+    """Logits as they are.
+
+    Raises:
+        UserError: Some token's are no numbers: the likeliest token would be any.
+    """
+    if not bool(logits.amax(-1).isfinite().all()):
+        raise UserError(
+            "the model's logits are not finite numbers, though its weights are: its activations are beyond the range "
+            "of float16, or its training diverged; load it in bfloat16 or float32, or train again"
+        )
+    return logits
 
 
 def answers_together(model: PreTrainedModel, ids: Sequence[int], config: GenerationConfig) -> bool:

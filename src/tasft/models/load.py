@@ -331,6 +331,7 @@ def load_model(
                 f"model.base: {base:.100}: by its config.json, weights are {what}: {', '.join(names[:3])}{more}; copy "
                 "or download the model again"
             )
+    model.config.return_dict = True  # Its config.json may say that it answers with tuples.
     if broken := _not_finite(model.named_parameters()):
         raise UserError(f"model.base: {base:.100}: {broken}; copy or download the model again")
     if quantization:

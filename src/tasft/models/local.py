@@ -31,7 +31,9 @@ from tasft.models.generation import (
     common_beginning,
     context_of,
     end_tokens,
+    finite,
     first_inputs,
+    fit_padding,
     in_one_piece,
     laid_out,
     overruled,
@@ -84,6 +86,7 @@ class TransformersEngine:
         in_one_piece(model)
         self._answers_together: bool | None = None
         self._shares: bool | None = None
+        fit_padding(model, tokenizer)
 
     @cached_property
     def _writer(self) -> Writer | None:
@@ -161,8 +164,8 @@ class TransformersEngine:
         if unread and ranks.is_first():
             print(
                 f"{len(unread)} of {len(rows)} texts with {sampling.max_new_tokens} tokens to come are more than the "
-                f"{context_of(self.model.config)} tokens that the model reads (the longest has "
-                f"{max(map(len, rows))}): it was not asked",
+                f"{context_of(self.model)} tokens that the model reads (the longest has "
+                f"{max(map(len, rows))}): the model was not asked these",
                 file=sys.stderr,
             )
         encoded = sorted(
@@ -216,7 +219,7 @@ class TransformersEngine:
                 )
             if not self._answers_together and ranks.is_first():
                 print(
-                    "the model does not answer prompts together as it does each alone: one is asked at a time",
+                    "the model answers prompts of a batch otherwise than one alone: it is asked one at a time",
                     file=sys.stderr,
                 )
         return self._answers_together
@@ -286,7 +289,7 @@ class TransformersEngine:
         ids = encode_prompt(self.tokenizer, prompt, self.style, chat_template_kwargs=self.chat_template_kwargs)
         if too_long(self.model, [ids], sampling.max_new_tokens):
             raise UserError(
-                f"the model reads {context_of(self.model.config)} tokens, fewer than these {len(ids)} and a reply of "
+                f"the model reads {context_of(self.model)} tokens, fewer than these {len(ids)} and a reply of "
                 f"up to {sampling.max_new_tokens}: begin anew, say less, or ask for shorter replies"
             )
         config = self._configured(sampling)
@@ -348,7 +351,8 @@ class TransformersEngine:
         keep = ids.shape[1] - first + 1
         logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=keep).logits
         losses = []
-        for scores, (_, prompt, completion) in zip(logits, batch, strict=True):
+        # Some make logits of all positions all the same.
+        for scores, (_, prompt, completion) in zip(finite(logits[:, -keep:]), batch, strict=True):
             # scores[k] is of the token at position first + k.
             begin = len(prompt) - first
             wanted = torch.tensor(completion, device=device)
@@ -376,7 +380,7 @@ def _one_by_one(
         with torch.inference_mode():
             found = model(**inputs, return_dict=True)
             state = model._update_model_kwargs_for_generation(found, state)
-            scores = logits_processor(input_ids, found.logits[:, -1].to(torch.float32))
+            scores = logits_processor(input_ids, finite(found.logits[:, -1].to(torch.float32)))
             if generation_config.do_sample:
                 token = torch.multinomial(scores.softmax(-1), num_samples=1, generator=drawing)
             else:
@@ -415,7 +419,7 @@ def _shrinking(
     while True:
         found = model(**inputs, return_dict=True)
         state = model._update_model_kwargs_for_generation(found, state)
-        scores = logits_processor(input_ids, found.logits[:, -1].to(torch.float32))
+        scores = logits_processor(input_ids, finite(found.logits[:, -1].to(torch.float32)))
         if generation_config.do_sample:
             tokens = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
         else:

@@ -32,6 +32,7 @@ from tasft.models.responses import (
     may_pass,
     read,
     status_of,
+    words_of,
 )
 from tasft.models.server_settings import Server
 
@@ -71,12 +72,14 @@ class Answer(NamedTuple):
         number: The question's.
         text: Without what it was asked to go on from.
         finish: As in `Reply`.
+        thought: As in `Reply`, where the server gives it apart.
         note: As in `Reply`.
     """
 
     number: int
     text: str
     finish: str
+    thought: str = ""
     note: str = ""
 
 
@@ -305,7 +308,7 @@ class Asker:
                         raise UserError(f"{fault} (request {question.name})") from None
                     raise
                 refused = fault, is_about_content(error)
-                answer = Answer(question.number, "", WITHHELD, fault)
+                answer = Answer(question.number, "", WITHHELD, note=fault)
             # Out of reach of the error, which may show the key.
             if refused:
                 self.tally.refuse(*refused)
@@ -313,7 +316,7 @@ class Asker:
                 self.tally.answered += 1
             take(answer)
 
-    async def _ask(self, client: AsyncOpenAI, body: Mapping[str, Any], alive: "_Alive") -> tuple[str, str]:
+    async def _ask(self, client: AsyncOpenAI, body: Mapping[str, Any], alive: "_Alive") -> tuple[str, str, str]:
         fields, began = dict(body), time.monotonic()
         model = fields.pop("model")
         try:
@@ -351,9 +354,7 @@ class Asker:
 
     def _own_words(self, said: object) -> str:
         """What a server gave as the reason: on one line, at most 300 characters, without the key if it repeats that."""
-        if isinstance(said, Mapping):
-            said = next((said[name] for name in ("message", "detail", "error") if said.get(name)), said)
-        text = str(said or "no reason given")
+        text = words_of(said) or str(said or "no reason given")
         text = text.replace(self.key, "***") if self.key else text
         return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:300]
 

@@ -16,9 +16,30 @@ WORDS = {
     401: r"api.?key|unauthori|authenticat|permission",
     400: r"content.?(filter|policy|management)|moderation|safety|flagged|filtered|responsible.?ai|policy violation",
 }
+# Where error objects of providers have their reason, and where a thought is that comes apart from its answer.
+_WORDS = (
+    "message",
+    "msg",
+    "error_message",
+    "error_msg",
+    "status_msg",
+    "detail",
+    "reason",
+    "error",
+    "errors",
+    "base_resp",
+)
+_TEXTS = ("text", "output_text")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 # Finish reasons of servers: OpenAI, vLLM, TGI, Anthropic, Cohere, Gemini and what stands between.
-ENDS = {"stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "endoftext", "end_of_turn", "finish"}
-LENGTHS = {"length", "max_tokens", "max_length", "max_output_tokens", "max_new_tokens", "model_length", "token_limit"}
+ENDS = {
+    *("stop", "eos", "eos_token", "eos_found", "stop_token", "end_id", "end_turn", "end_of_turn", "endoftext"),
+    *("end_of_text", "stop_sequence", "complete", "finish"),
+}
+LENGTHS = {
+    *("length", "max_tokens", "max_length", "max_output_tokens", "max_new_tokens", "max_completion_tokens"),
+    *("model_length", "token_limit", "limit", "model_context_window_exceeded"),
+}
 
 
 class Unreadable(Exception):
@@ -43,8 +64,8 @@ class ErrorInside(Exception):
         self.status = _status_like(body)
 
 
-def read(found: Any, is_chat: bool, stop: object = None) -> tuple[str, str]:
-    """Text and finish of a response, whose fields the client has not checked.
+def read(found: Any, is_chat: bool, stop: object = None) -> tuple[str, str, str]:
+    """Text, finish and, where it comes apart, thought of a response, whose fields the client has not checked.
 
     Raises:
         ErrorInside: It is an error.
@@ -61,35 +82,49 @@ def read(found: Any, is_chat: bool, stop: object = None) -> tuple[str, str]:
         said = choice.message if is_chat else choice
         text, reason = said.content if is_chat else said.text, choice.finish_reason
     except (AttributeError, IndexError, KeyError, TypeError):
+        body = _fields(found)
+        if isinstance(body, Mapping) and words_of(body):
+            raise ErrorInside(body) from None
         raise Unreadable("no choice in it") from None
+    thought = next((value for name in _THOUGHTS if isinstance(value := getattr(said, name, None), str)), "")
     if isinstance(text, list):
-        parts = [part for part in text if isinstance(part, dict) and part.get("type", "text") == "text"]
-        text = "".join(str(part.get("text") or "") for part in parts)
+        parts = [part for part in text if isinstance(part, dict)]
+        thought = thought or "".join(str(part.get("thinking") or "") for part in parts)
+        text = "".join(str(part.get("text") or "") for part in parts if part.get("type", "text") in _TEXTS)
     finish = _finish(reason, getattr(choice, "stop_reason", None), stop)
-    if text is None:
-        text = ""
-        if finish != "length":  # Else it was cut while it still thought.
-            raise Withheld(_why_nothing(said, reason))
-    if not isinstance(text, str):
+    if not isinstance(text, str | None):
         raise Unreadable("no text in it")
-    if not text and (refusal := getattr(said, "refusal", None)):
-        raise Withheld(f"refusal: {refusal}")
-    return text, finish
+    # What was cut while it still thought has no text. What ended without may have been meant so.
+    if not text and finish != "length" and (why := _why_nothing(said, text, thought, reason, finish)):
+        raise Withheld(why)
+    return text or "", finish, thought
 
 
-def _why_nothing(said: Any, reason: object) -> str:
+def _why_nothing(said: Any, text: str | None, thought: str, reason: object, finish: str) -> str | None:
     if refusal := getattr(said, "refusal", None):
         return f"refusal: {refusal}"
-    if any(getattr(said, name, None) for name in ("reasoning_content", "reasoning")):
+    if thought:
         return "a thought and no answer"
     if getattr(said, "tool_calls", None):
         return "a call of a tool and no text"
-    return f"content null, finish_reason {reason}"
+    if text is None or finish not in ("stop", "stop_sequence"):
+        return f"content {'null' if text is None else 'empty'}, finish_reason {reason}"
+    return None
+
+
+def words_of(body: object, depth: int = 5) -> str:
+    """The reason that a provider gives, wherever its error object has it; empty for none."""
+    if isinstance(body, str):
+        return body
+    inside = (
+        [body.get(name) for name in _WORDS] if isinstance(body, Mapping) else body if isinstance(body, list) else []
+    )
+    return next(filter(None, (words_of(each, depth - 1) for each in inside)), "") if depth else ""
 
 
 def _finish(reason: object, stopped_at: object, stop: object) -> str:
     """`stop`, `length` or what the server calls it: what is not known to be an end is not one."""
-    word = str(reason).lower()
+    word = word_of(reason)
     if word in LENGTHS:
         return "length"
     # At a text that the request named the model was stopped; it did not end.
@@ -99,6 +134,13 @@ def _finish(reason: object, stopped_at: object, stop: object) -> str:
     return "stop_sequence" if named and (word == "stop_sequence" or stopped_at in named) else "stop"
 
 
+def word_of(reason: object) -> str:
+    """A finish reason without what only spells it: `FinishReason.MAX_TOKENS`, `max-tokens`, `maxTokens`, an object."""
+    text = str(reason.get("type") if isinstance(reason, Mapping) else reason).rsplit(".", 1)[-1]
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", text).lower()
+    return re.sub(r"[^a-z]+", "_", words).strip("_").removeprefix("finish_reason_")
+
+
 def _fields(found: Any) -> object:
     return found.model_dump() if hasattr(found, "model_dump") else found
 
@@ -106,7 +148,7 @@ def _fields(found: Any) -> object:
 def _status_like(body: object) -> int:
     """The status of HTTP that an error object is like: by its code if it has one, else by its words."""
     fields = body if isinstance(body, Mapping) else {}
-    for name in ("code", "status", "status_code"):
+    for name in ("code", "status", "status_code", "error_code"):
         value = fields.get(name)
         code = int(str(value)) if str(value).isdecimal() else 0
         if 400 <= code < 600:

@@ -73,7 +73,7 @@ class ServerEngine:
             answer.finish,
             seed,
             request.sample,
-            thought=said.thought,
+            thought=answer.thought or said.thought,
             note=answer.note,
         )
 
@@ -126,7 +126,9 @@ class ServerEngine:
         except ImportError as error:
             if (error.name or "tasft").startswith("tasft"):
                 raise
-            raise UserError(f"a server is asked with {error.name}, which is missing: pip install '.[server]'") from None
+            raise UserError(
+                f"a server needs the package {error.name}, which is missing: pip install '.[server]'"
+            ) from None
         return Asker(self.server, self.server.key(), Tally(self.server.max_refused))
 
     def _answers(self, names: Sequence[str], bodies: Sequence[dict[str, Any]]) -> Iterator[list["Answer"]]:

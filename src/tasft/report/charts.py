@@ -67,7 +67,7 @@ def outcome_bars(kind: str, counts: Mapping[str, Mapping[str, int]]) -> Plot:
                 start += share
         for name in shown:
             axes.barh(0, 0, color=LIGHT[name], label=OUTCOMES[name])
-        axes.set_yticks(range(len(counts)), [short(title) for title in counts])
+        axes.set_yticks(range(len(counts)), [wrapped(title, 15) for title in counts])
         axes.set_ylim(len(counts) - 0.5, -0.5)
         axes.set_xlim(0, 100)
         axes.set_xlabel("% of replies; numbers are counts")
@@ -143,14 +143,22 @@ def trade_off(
             axes.plot(x, y, shape, color=colour, fillstyle=fill, markersize=7, zorder=3, clip_on=False)
         for name in series if series != [""] else []:
             colour, shape = looks[name]
-            axes.plot([], [], shape, color=colour, label=name)
+            axes.plot([], [], shape, color=colour, label=short(name))
         axes.set_xlim(0, 100)
         axes.set_ylim(0, 100)
         axes.set_xlabel(f"{across} (%)")
         axes.set_ylabel(f"{up} (%)")
         axes.grid(color=LIGHT["grid"], linewidth=0.8)
         if series != [""]:
-            axes.legend(loc="upper right", fontsize=SMALL, frameon=False, handlelength=1, borderaxespad=0)
+            axes.legend(
+                loc="lower left",
+                bbox_to_anchor=(0, 1.06),
+                ncols=2,
+                fontsize=SMALL,
+                frameon=False,
+                handlelength=1,
+                borderaxespad=0,
+            )
         # Above the plot, where no mark can lie on them.
         axes.text(0, 103, corners[0], color=LIGHT["ink"], fontsize=SMALL, style="italic", clip_on=False)
         axes.text(100, 103, corners[1], color=LIGHT["ink"], fontsize=SMALL, style="italic", ha="right")
@@ -163,7 +171,9 @@ def trade_off(
         f"{m.label or m.series}: {percent(m.up.value)} at {percent(m.across.value)}"
         for m in (*marks, *(m for path in (paths or {}).values() for m in path))
     )
-    return plot(draw, f"{up} against {across[0].lower()}{across[1:]}: {better}", alt, height=3.8, left=0.6, top=0.5)
+    lines = (len(series) + 1) // 2 if series != [""] else 0
+    title = f"{up} against {across[0].lower()}{across[1:]}: {better}"
+    return plot(draw, title, alt, height=3.8 + 0.2 * lines, left=0.6, top=0.5 + 0.2 * lines)
 
 
 def _merged(marks: Sequence[Mark], near: float = 2.5) -> list[Label]:
@@ -235,6 +245,8 @@ def topic_plot(title: str, by_topic: Mapping[str, Mapping[str, Estimate]], title
     """A rate by topic of the prompts, the states of each topic below each other, with intervals."""
     states = [state for state in titles if any(state in rates for rates in by_topic.values())]
     step = 0.7 / max(1, len(states))
+    columns = 3 if max((len(titles[state]) for state in states), default=0) < 14 else 2
+    lines = -(-len(states) // columns)
 
     def draw(axes: Axes) -> None:
         for index, state in enumerate(states):
@@ -252,19 +264,19 @@ def topic_plot(title: str, by_topic: Mapping[str, Mapping[str, Estimate]], title
         axes.set_xlabel("% of replies")
         axes.grid(axis="x", color=LIGHT["grid"], linewidth=0.8)
         axes.tick_params(axis="y", length=0)
-        _legend(axes, len(states))
+        _legend(axes, columns, -1.6 / 2.85)  # From the left edge of the picture.
 
     alt = f"{title}: " + "; ".join(
         f"{topic}: " + ", ".join(f"{titles[state]} {percent(rates[state].value)}" for state in states if state in rates)
         for topic, rates in by_topic.items()
     )
-    height = 1.2 + (0.16 + 0.16 * len(states)) * len(by_topic)
-    return plot(draw, title, alt, height=height, left=1.6, top=0.55)
+    height = 1.0 + 0.2 * lines + (0.16 + 0.16 * len(states)) * len(by_topic)
+    return plot(draw, title, alt, height=height, left=1.6, top=0.35 + 0.2 * lines)
 
 
-def _legend(axes: Axes, columns: int) -> None:
+def _legend(axes: Axes, columns: int, left: float = 0.0) -> None:
     axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=min(columns, 3), frameon=False, fontsize=SMALL, handlelength=1.2,
+        loc="lower left", bbox_to_anchor=(left, 1), ncols=columns, frameon=False, fontsize=SMALL, handlelength=1.2,
         columnspacing=1, borderaxespad=0.1,
     )  # fmt: skip
 

@@ -95,9 +95,10 @@ def _data_url(svg: str) -> str:
 
 
 def short(text: str, most: int = 20) -> str:
-    """A name on one line, fit to be shown, cut where it is long."""
+    """A name on one line, fit to be shown; a long one loses its middle, for names of a kind differ at their ends."""
     line = " ".join(visible(text).split())
-    return line if len(line) <= most else f"{line[: most - 1]}…"
+    head = (most - 1) // 2
+    return line if len(line) <= most else f"{line[:head]}…{line[head + 1 - most :]}"
 
 
 def wrapped(text: str, width: int = 26) -> str:

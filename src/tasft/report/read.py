@@ -154,7 +154,8 @@ def read_models(
         is_run = (folder / "evaluate" / "final").is_dir()
         files = Files(folder)
         places[title] = files, "evaluate/final" if is_run else "."
-        root = folder if is_run else folder.parents[1] if len(folder.absolute().parents) > 2 else folder
+        whole = folder.absolute()
+        root = whole.parents[1] if whole.parent.name == "evaluate" and not is_run else whole
         recipe = root / "recipe.yaml"
         recipes.append(mapping(yaml.safe_load(recipe.read_text(encoding="utf-8"))) if recipe.is_file() else {})
     names = [

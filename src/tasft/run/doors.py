@@ -1,5 +1,6 @@
 """What the command line does, called from Python: each a thin door to the same work."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from tasft.data.rows import Example
+    from tasft.data.settings import PromptFormat
     from tasft.run.pipeline import Pipeline
 
 
@@ -110,6 +112,7 @@ def evaluate(
     data_dir: str | Path | None = None,
     limit: int | None = None,
     max_new_tokens: int = 64,
+    prompt: "PromptFormat" = "chat",
 ) -> "pd.DataFrame":
     """How a model answers prompt sets, as `tasft evaluate MODEL` measures it.
 
@@ -121,6 +124,7 @@ def evaluate(
         data_dir: Folder with the files of the sets; None downloads them.
         limit: Most prompts of each set.
         max_new_tokens: Longest reply; replies are greedy.
+        prompt: How it is asked: `chat` or `alpaca`.
 
     Returns:
         As `tasft.results`.
@@ -128,14 +132,35 @@ def evaluate(
     Raises:
         UserError: Model, sets or judges are wrong; names all faults.
     """
-    from tasft.evaluate.alone import Alone, asked_of
-    from tasft.judges import load_judge
     from tasft.report.results import results
 
-    asked, _ = asked_of(list(sets), str(data_dir) if data_dir else None, limit)
+    return results(evaluated(model, sets, judges, out, data_dir, limit, max_new_tokens, prompt))
+
+
+def evaluated(
+    model: str | Path,
+    sets: Sequence[str],
+    judges: Sequence[str],
+    out: str | Path | None,
+    data_dir: str | Path | None,
+    limit: int | None,
+    max_new_tokens: int,
+    prompt: "PromptFormat",
+) -> Path:
+    """As `evaluate`; says what tells the files of sets from the published ones, and gives the folder."""
+    if (least := min(max_new_tokens, 1 if limit is None else limit)) < 1:
+        raise UserError(f"limit and max_new_tokens must be at least 1, and one is {least}")
+    from tasft.evaluate.alone import Alone, asked_of
+    from tasft.evaluate.settings import Evaluate
+    from tasft.judges import load_judge
+
+    asked, notes = asked_of(sets, str(data_dir) if data_dir else None, limit)
+    for note in notes if os.environ.get("RANK", "0") == "0" else ():
+        print(f"note: {note}", flush=True)
+    by = [load_judge(judge) for judge in judges or Evaluate.model_fields["judges"].default]
     folder = Path(out or Path("runs") / f"evaluate-{Path(model).name}")
-    Alone(str(model)).evaluate(asked, [load_judge(name) for name in judges], max_new_tokens, folder)
-    return results(folder)
+    Alone(str(model), prompt).evaluate(asked, by, max_new_tokens, folder)
+    return folder
 
 
 def opened_run(

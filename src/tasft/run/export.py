@@ -20,7 +20,7 @@ from tasft.core import provenance
 from tasft.core.errors import UserError
 from tasft.core.step import done_key
 from tasft.data.template import ALPACA, encode_prompt
-from tasft.models.generation import end_tokens
+from tasft.models.generation import end_tokens, fit_padding
 from tasft.models.load import attach_adapter, load_model, load_tokenizer, saved
 from tasft.report import write_card
 from tasft.report.read import read_run
@@ -137,7 +137,7 @@ def _trained(run: Path, asked: set[str]) -> Path:
     if stale := stale & asked:
         raise UserError(
             f"{run / 'evaluate' / 'final'}: {', '.join(sorted(stale))} is of an earlier training, and the card "
-            f"would say it of this one: run tasft run {run}"
+            f"would give it for this one: run tasft run {run}"
         )
     return saved(run, "final")
 
@@ -190,7 +190,7 @@ def _written(
     )
     write_card(run, draft / "README.md", [*_usage(name, spec), *(f"{note}\n" for note in notes)])
     files.add("README.md")
-    return {each: (draft / each).stat().st_size for each in sorted(files)}, difference, moved, largest, notes
+    return {name: (draft / name).stat().st_size for name in sorted(files)}, difference, moved, largest, notes
 
 
 @torch.inference_mode()
@@ -208,6 +208,7 @@ def _set_generation(merged: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     config = merged.generation_config
     config._from_model_config = False  # What is said here is meant, and not to be made anew from the other config.
     config.eos_token_id = end_tokens(merged, tokenizer, spec.prompt, spec.chat_template_kwargs)
+    fit_padding(merged, tokenizer)
     config.pad_token_id = tokenizer.pad_token_id
     try:
         config.validate(strict=True)
@@ -226,8 +227,8 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, spec: Model) -> list[str]:
         tokenizer.chat_template = _ALPACA_TEMPLATE.replace("BEGIN", repr(mark + begin)).replace("END", repr(end))
         notes.append("Its chat template writes Alpaca's format, on which it was tuned: one question, no conversation.")
     if spec.chat_template_kwargs:
-        said = ", ".join(f"{key}={value!r}" for key, value in spec.chat_template_kwargs.items())
-        notes.append(f"It was tuned and measured with the chat template's settings {said}: give them too.")
+        settings = ", ".join(f"{key}={value!r}" for key, value in spec.chat_template_kwargs.items())
+        notes.append(f"It was tuned and measured with the chat template's settings {settings}: give them too.")
     return notes
 
 
@@ -248,11 +249,11 @@ def _check_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, spec: Mod
     read = load_tokenizer(str(folder), spec.trust_remote_code)
     for prompt, _ in _PAIRS:
         wanted = encode_prompt(tokenizer, prompt, spec.prompt, chat_template_kwargs=spec.chat_template_kwargs)
-        found = encode_prompt(read, prompt, "chat", chat_template_kwargs=spec.chat_template_kwargs)
-        if found != wanted:
+        ids = encode_prompt(read, prompt, "chat", chat_template_kwargs=spec.chat_template_kwargs)
+        if ids != wanted:
             raise UserError(
                 f"{folder.name}: the saved tokenizer's chat template writes {prompt!r} in other tokens than the run "
-                f"did ({found[:8]} ..., not {wanted[:8]} ...): nothing was exported"
+                f"did ({ids[:8]} ..., not {wanted[:8]} ...): nothing was exported"
             )
 
 
@@ -306,9 +307,9 @@ def push(exported: Exported, name: str) -> str:
         made = hub.create_repo(name, private=True, exist_ok=True)
         hub.create_commit(made.repo_id, added, commit_message="Model, tokenizer and card, written by tasft")
     except Exception as error:  # the hub's, the network's and the token's errors share no base class
-        said = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"--push {name}: the hub did not take it ({type(error).__name__}: {said:.200}); "
+            f"--push {name}: the hub did not take it ({type(error).__name__}: {reason:.200}); "
             f"{exported.folder} is done, hf upload {name} {exported.folder} tries again"
         ) from error
     return str(made)

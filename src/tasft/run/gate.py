@@ -104,7 +104,7 @@ def _leading(record: Record) -> str:
 
 
 def _replies(gate: Gate, record: Record) -> Iterator[Limit]:
-    kinds = {name: each["kind"] for name, each in (record.field("evaluate.sets") or {}).items()}
+    kinds = {name: wanted["kind"] for name, wanted in (record.field("evaluate.sets") or {}).items()}
     wanted = [
         ("harmful", "toxic", "harmful", gate.harmful),
         *(("incoherent", kind, "incoherent", gate.incoherent) for kind in HEADLINES if kind in kinds.values()),
@@ -119,19 +119,19 @@ def _replies(gate: Gate, record: Record) -> Iterator[Limit]:
         what = f"{noun} {'of' if measure == 'refusal' else 'to'} {kind} prompts{change}"
         states = [_before(record), "final"] if relative else ["final"]
         names = [name for name in kinds if kinds[name] == kind]
-        there = {each.name: each.states for each in record.sets}
+        states_of = {prompts.name: prompts.states for prompts in record.sets}
         gaps = [
             f"{state}/{name}"
             for name in names
             for state in states
-            if state not in there.get(name, {}) or _leading(record) not in there[name][state].judged
+            if state not in states_of.get(name, {}) or _leading(record) not in states_of[name][state].judged
         ]
         row = None if gaps else compared(record, kind, measure, _leading(record))
         moved = row.changes.get("final") if row else None
         estimate = (moved.estimate if moved else None) if relative else row.rates.get("final") if row else None
         # Why a figure is missing although all is there: the judge has said nothing that could be read.
         reason = f"no verdict of {_leading(record)} on {', '.join(gaps or names)}"
-        asked = sum(len(there[name]["final"].replies) for name in names) if estimate else 0
+        asked = sum(len(states_of[name]["final"].replies) for name in names) if estimate else 0
         left_out = asked - estimate.n if estimate else 0
         yield Limit(field, what, bound / 100, estimate, reason, relative, left_out=left_out)
 
@@ -140,7 +140,7 @@ def _tasks(gate: Gate, record: Record) -> Iterator[Limit]:
     for task, bound in gate.capability.items():
         states = record.measured.get(f"capability/{task}", {})
         estimate = change(states.get(_before(record)), states.get("final"), "acc")
-        figures = sorted({name for each in states.values() for name in each.estimates})
+        figures = sorted({name for measured in states.values() for name in measured.estimates})
         reason = f"lm-eval gives {', '.join(figures)}, not acc" if figures else "no result of lm-eval is there"
         if "acc" in figures:
             reason = "the items of both states cannot be paired"

@@ -155,7 +155,7 @@ class Inputs:
             named = getattr(self.spec.data, source.partition(".")[2])
             prompts = self._kept(source, self._read(named), aside=True)
         if not prompts:
-            raise UserError(f"data.heldout: {self.spec.data.heldout} of {source} is no row: say more")
+            raise UserError(f"data.heldout: {self.spec.data.heldout} of {source} gives no row: set more aside")
         return prompts
 
     def _read(self, source: str) -> list[Prompt]:

@@ -67,15 +67,15 @@ class Sweep(BaseModel):
         """What is wrong between the fields of the file."""
         paired = {field for pair in self.pairs for field in pair}
         varied = [*paired, *self.grid, *(["seed"] if self.seeds else [])]
-        found = [f"{field}: varied twice" for field in sorted({f for f in varied if varied.count(f) > 1})]
+        faults = [f"{field}: varied twice" for field in sorted({f for f in varied if varied.count(f) > 1})]
         if not varied:
-            found.append("nothing is varied: give grid, pairs or seeds")
+            faults.append("nothing is varied: give grid, pairs or seeds")
         if "name" in varied:
-            found.append("name: the cells of a sweep are named by what is varied")
+            faults.append("name: the cells of a sweep are named by what is varied")
         cells = math.prod([len(self.pairs) or 1, len(self.seeds) or 1, *map(len, self.grid.values())])
         if cells > MAX_CELLS:
-            found.append(f"{cells:,} cells are more than {MAX_CELLS:,}: vary less at a time")
-        return found
+            faults.append(f"{cells:,} cells are more than {MAX_CELLS:,}: vary less at a time")
+        return faults
 
 
 @dataclass(frozen=True)
@@ -133,31 +133,31 @@ def load(source: str) -> tuple[Sweep, list[SweepCell]]:
     combinations = sweep.combinations()
     short = _short([field for fields in combinations for field in fields])
     cells: list[SweepCell] = []
-    found: dict[str, list[str]] = {}
+    cells_of: dict[str, list[str]] = {}  # Of each fault.
     for fields in combinations:
         name = _name(fields, short)
         if any(cell.name == name for cell in cells):
-            found[f"{path}: the cell {name} is there twice"] = []
+            cells_of[f"{path}: the cell {name} is there twice"] = []
             continue
         title = re.sub(r"[^A-Za-z0-9._-]", "-", f"{sweep.name}.{name}")
         overrides = [f"{field}={json.dumps(value, default=str)}" for field, value in {**fields, "name": title}.items()]
         try:
             cells.append(SweepCell(name, fields, recipe_file.load(base, overrides)))
         except UserError as error:
-            _add(found, error, name)
-    _stop(found)
+            _add(cells_of, error, name)
+    _stop(cells_of)
     return sweep, cells
 
 
-def _add(found: dict[str, list[str]], error: UserError, cell: str) -> None:
+def _add(cells_of: dict[str, list[str]], error: UserError, cell: str) -> None:
     for fault in error.faults:
-        found.setdefault(fault, []).append(cell)
+        cells_of.setdefault(fault, []).append(cell)
 
 
-def _stop(found: Mapping[str, Sequence[str]]) -> None:
-    """Raise what was found; a fault of many cells is said once."""
-    if found:
-        raise UserError([f"{fault}{_in(cells)}" for fault, cells in found.items()])
+def _stop(cells_of: Mapping[str, Sequence[str]]) -> None:
+    """Raise the faults, if there are any; a fault of many cells is said once."""
+    if cells_of:
+        raise UserError([f"{fault}{_in(cells)}" for fault, cells in cells_of.items()])
 
 
 def _in(cells: Sequence[str]) -> str:
@@ -189,7 +189,7 @@ def check_cells(cells: Sequence[SweepCell]) -> list[str]:
     Raises:
         UserError: Names every fault.
     """
-    found: dict[str, list[str]] = {}
+    cells_of: dict[str, list[str]] = {}  # Of each fault.
     warnings: list[str] = []
     # Neither the seed nor the training decides whether something can be read, but for how rows are encoded.
     others = {"name", "seed", "sft", "train"}
@@ -210,8 +210,8 @@ def check_cells(cells: Sequence[SweepCell]) -> list[str]:
             check_inputs(inputs)
             warnings += inputs.warnings()
         except UserError as error:
-            _add(found, error, cell.name)
-    _stop(found)
+            _add(cells_of, error, cell.name)
+    _stop(cells_of)
     return list(dict.fromkeys(warnings))
 
 
@@ -253,10 +253,10 @@ def go(
         for cell, outcome in run:
             ended[cell.name] = outcome
             note()
-            said = f"FAILED: {outcome.reason}" if outcome.reason else f"done in {outcome.seconds:.0f} s"
+            end = f"FAILED: {outcome.reason}" if outcome.reason else f"done in {outcome.seconds:.0f} s"
             if _gate(cell, folder, outcome) is False:
-                said += ", gate not met"
-            print(f"[{len(ended)}/{len(cells)}] {cell.name}: {said}", flush=True)
+                end += ", gate not met"
+            print(f"[{len(ended)}/{len(cells)}] {cell.name}: {end}", flush=True)
         if any(outcome.reason is None for outcome in ended.values()):
             print(f"report: {write_sweep_report(folder)}", flush=True)
     return [replace(ended[cell.name], gate=_gate(cell, folder, ended[cell.name])) for cell in cells]
@@ -281,10 +281,10 @@ def _refuse_other(sweep: Sweep, folder: Path) -> None:
 
 def _state(sweep: Sweep, cells: Sequence[SweepCell], ended: Mapping[str, CellOutcome]) -> dict[str, Any]:
     def row(cell: SweepCell) -> dict[str, Any]:
-        about: dict[str, Any] = {"fields": cell.fields, "folder": str(cell.folder), "state": "waiting"}
+        entry: dict[str, Any] = {"fields": cell.fields, "folder": str(cell.folder), "state": "waiting"}
         if outcome := ended.get(cell.name):
-            about |= {"state": "failed", "reason": outcome.reason} if outcome.reason else {"state": "done"}
-        return about
+            entry |= {"state": "failed", "reason": outcome.reason} if outcome.reason else {"state": "done"}
+        return entry
 
     # As JSON knows it: a date of YAML is text there.
     rows = json.loads(json.dumps([row(cell) for cell in cells], default=str))
@@ -292,9 +292,9 @@ def _state(sweep: Sweep, cells: Sequence[SweepCell], ended: Mapping[str, CellOut
 
 
 def _is_done(cell: SweepCell, folder: Path) -> bool:
-    place = folder / cell.folder
+    run = folder / cell.folder
     try:
-        return (place / "report" / "done.json").is_file() and Pipeline(cell.spec, place).is_done
+        return (run / "report" / "done.json").is_file() and Pipeline(cell.spec, run).is_done
     except (UserError, OSError):  # The cell itself will say so.
         return False
 

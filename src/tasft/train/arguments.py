@@ -87,15 +87,15 @@ def refuse_unheeded(args: TrainingArguments, parameters: Mapping[str, Any]) -> N
         if field.name in HEEDED or getattr(args, field.name) == _default(field):
             continue
         reason = REFUSED.get(field.name, f"transformers {transformers_version} has it and this tasft does not know it")
-        faults.append(f"{field.name}={getattr(args, field.name)!r:.60} is not heeded: {reason}; leave it out")
+        faults.append(f"{field.name}={getattr(args, field.name)!r:.60} has no effect here: {reason}; leave it out")
     usual = type(args.accelerator_config)()
     for name, reason in _ACCELERATOR.items():
         value = getattr(args.accelerator_config, name)
         if value != getattr(usual, name):
-            faults.append(f"accelerator_config: {name}={value!r:.60} is not heeded: {reason}; leave it out")
+            faults.append(f"accelerator_config: {name}={value!r:.60} has no effect here: {reason}; leave it out")
     for name, reason in _PARAMETERS.items():
         if parameters.get(name) is not None:
-            faults.append(f"{name} is not heeded: {reason}; leave it out")
+            faults.append(f"{name} has no effect here: {reason}; leave it out")
     if faults:
         raise UserError(faults)
 

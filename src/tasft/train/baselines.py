@@ -14,6 +14,7 @@ from tasft.core.provenance import require, write_json
 from tasft.data.encode import Encoding, Row, encode_rows
 from tasft.data.rows import Example
 from tasft.loss import IGNORE_INDEX
+from tasft.models.generation import fit_padding
 from tasft.train.finite import FiniteSteps
 from tasft.train.metrics import MetricsFile
 
@@ -67,7 +68,7 @@ def kto_rows(rows: Sequence[Row], micro_batch_size: int) -> list[dict[str, Any]]
     """
     made = []
     for row in rows:
-        begin = row["labels"].count(IGNORE_INDEX)
+        begin = next(place for place, label in enumerate(row["labels"]) if label != IGNORE_INDEX)
         made.append(
             {
                 "prompt_ids": row["input_ids"][:begin],
@@ -150,6 +151,7 @@ def kto_trainer(
         def create_model_card(self, *_: Any, **__: Any) -> None:
             pass
 
+    fit_padding(loaded, tokenizer)
     encoded, report = encode_rows(rows, tokenizer, encoding)
     if not report.imitate or not report.avoid:
         raise UserError(f"train.method kto needs desirable and undesirable rows: {report}")

@@ -63,7 +63,7 @@ def _last_checkpoint(folder: Path) -> str | None:
             break
         ranks.wait()  # All have looked at it.
         if ranks.is_first():
-            print(f"note: {damage}: training goes on from before {path.name}", flush=True)
+            print(f"note: {damage}: training goes on from a step before {path.name}", flush=True)
             shutil.rmtree(path)
     if newest is None:
         return None

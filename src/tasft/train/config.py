@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from tasft.core.settings import setting
+from tasft.core.settings import check_settings, setting
 from tasft.data.encode import Encoding
 from tasft.data.settings import Duplicates, Overlong, PromptFormat, PromptSettings, Turns
 from tasft.train.settings import Train
@@ -66,6 +66,11 @@ class TASFTConfig(TrainingArguments):
     overlong: Overlong = setting(Train, "overlong")
     duplicates: Duplicates = setting(Train, "duplicates")
     chat_template_kwargs: dict[str, Any] | None = setting(PromptSettings, "chat_template_kwargs")
+
+    def __post_init__(self) -> None:
+        """Refuse what a recipe would refuse."""
+        check_settings(Train, {name: getattr(self, name) for name in sorted(OWN & Train.model_fields.keys())})
+        super().__post_init__()
 
     def encoding(self) -> Encoding:
         """How rows become tokens."""

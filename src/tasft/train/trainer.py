@@ -31,7 +31,7 @@ from tasft.loss import (
     nll,
     shift,
 )
-from tasft.models.generation import check_rows
+from tasft.models.generation import check_rows, fit_padding
 from tasft.models.head import learn_tail
 from tasft.models.load import load_model, load_tokenizer
 from tasft.train.arguments import refuse_unheeded
@@ -112,8 +112,7 @@ class TASFTTrainer(KnowsItsStart):
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
         _refuse_adapted_head(model)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        fit_padding(model, tokenizer)
         if args.retain:
             _refuse_to_retain(model, args)
         self.encoding: EncodingReport | None = None

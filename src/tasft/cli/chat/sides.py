@@ -41,7 +41,7 @@ def sides_of(base: str, tuned: str | None, prompt: PromptFormat = "chat") -> tup
     if tuned is not None:
         return _side(base, prompt), _side(tuned, prompt)
     if not _is_run(Path(base)):
-        raise UserError(f"{base} is no run folder, whose base and final models could be meant: name two models")
+        raise UserError(f"{base} is not a run folder, which has a base and a final model: name two models")
     return _state(Path(base), "base"), _state(Path(base), "final")
 
 
@@ -53,8 +53,9 @@ def _side(name: str, prompt: PromptFormat) -> Side:
     path = Path(name)
     if _is_run(path):
         return _state(path, "final")
-    if path.parent.name == "evaluate" and _is_run(path.parent.parent):
-        return _state(path.parent.parent, path.name)
+    whole = path.absolute()
+    if whole.parent.name == "evaluate" and _is_run(whole.parents[1]):
+        return _state(whole.parents[1], whole.name)
     if (path / "adapter_config.json").is_file():
         return Side(name, Model(base=base_of(path), prompt=prompt, dtype=fastest().dtype), path)
     return Side(name, Model(base=name, prompt=prompt, dtype=fastest().dtype))

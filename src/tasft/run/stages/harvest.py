@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from tasft.core import provenance
 from tasft.core.errors import UserError
 from tasft.core.step import Step
+from tasft.data.rows import prompts_hash
 from tasft.harvest import harvest
 from tasft.harvest.anchors import own_anchors
 from tasft.judges.calibration import calibrate, can_calibrate, limit_of
@@ -26,14 +26,14 @@ def steps(context: Context) -> Iterator[Step]:
     spec = context.spec.harvest
     if not context.spec.harvests or spec is None:
         return
-    prompts = [[asdict(prompt) for prompt in part] for part in (context.inputs.toxic, context.inputs.benign)]
+    prompts = [prompts_hash(part) for part in (context.inputs.toxic, context.inputs.benign)]
     drawn = {
         name: getattr(spec, name) for name in ("samples", "temperature", "top_p", "max_new_tokens", "benign_tokens")
     }
     engine = spec.engine and spec.engine.model_dump(include={"model", "body"})
     if isinstance(spec.engine, PythonEngine):
         engine = OwnEngine(spec.engine).decides()
-    keeps = context.before_reads | {"draw": drawn, "engine": engine, "prompts": provenance.content_hash(prompts)}
+    keeps = context.before_reads | {"draw": drawn, "engine": engine, "prompts": prompts}
     reads = keeps | {"harvest": spec.model_dump(), "judge": rules(context.inputs.judge(spec.judge))}
     if spec.own_anchors:
         reads["own_anchors"] = own_anchors(spec.own_anchors).version
@@ -68,8 +68,8 @@ def _calibration(context: Context) -> Iterator[Step]:
         with context.models.engine(context.before) as engine:
             calibrate(engine, engine.mean_losses, benign, context.spec.seed, folder)
 
-    prompts = provenance.content_hash([asdict(prompt) for prompt in benign])
-    yield Step(context.folder / "calibration", context.before_reads | {"prompts": prompts}, work)
+    reads = context.before_reads | {"prompts": prompts_hash(benign)}
+    yield Step(context.folder / "calibration", reads, work)
 
 
 def _harvest(context: Context, spec: Harvest, folder: Path) -> None:

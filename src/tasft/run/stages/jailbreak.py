@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tasft.core import provenance
 from tasft.core.step import Step
+from tasft.data.rows import prompts_hash
 from tasft.evaluate import jailbreak
 from tasft.evaluate.settings import Jailbreak, JailbreakPair
 from tasft.judges import Judge
@@ -26,7 +26,7 @@ def steps(context: Context, state: str, usual: Usual, reads: dict[str, Any]) -> 
     judge, prompts = context.inputs.judge(name), context.inputs.behaviours
     sampling = Sampling(context.spec.evaluate.max_new_tokens, seed=context.spec.seed)
     reads = reads | {
-        "prompts": provenance.content_hash([asdict(prompt) for prompt in prompts]),
+        "prompts": prompts_hash(prompts),
         "max_new_tokens": sampling.max_new_tokens,
         "seed": sampling.seed,
         "judge": rules(judge),
