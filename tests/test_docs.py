@@ -54,6 +54,13 @@ def test_the_readme_is_read_in_minutes():
     assert len(README.split()) <= 1000
 
 
+def test_a_guide_has_at_most_80_lines_and_its_command_or_recipe_comes_first():
+    for path in (ROOT / "docs" / "guides").glob("*.md"):
+        lines = path.read_text().splitlines()
+        assert len(lines) <= 80, path
+        assert any(line.startswith("```") for line in lines[:5]), path
+
+
 def test_what_is_no_command_of_ours_is_there():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for line in SHELL:
