@@ -1,11 +1,16 @@
 """A tiny model built here, and no network but loopback."""
 
+import contextlib
 import json
 import os
 import shutil
 import socket
+import sys
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 # Read when the hub's client is imported, by this process and by those that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -52,6 +57,21 @@ def pytest_collection_modifyitems(items):
 def rows(path):
     """Of a JSONL file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def tasft_here(*words, cwd="."):
+    """A command run in this process, as `subprocess.run` gives it: a process of its own imports torch anew."""
+    from tasft.cli.main import main
+
+    out, err, code = StringIO(), StringIO(), 0
+    said = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    with said[0], said[1], contextlib.chdir(cwd), mock.patch.dict(os.environ), mock.patch.object(sys, "argv", [""]):
+        sys.argv = ["tasft", *map(str, words)]
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code or 0
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import needs_models
+from conftest import needs_models, tasft_here
 from test_pipeline import judged_by_two, small_recipe
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -14,10 +14,6 @@ from typer.testing import CliRunner
 from tasft.cli.main import app
 
 TASFT = [sys.executable, "-c", "from tasft.cli.main import main; main()"]
-
-
-def tasft(*arguments, cwd=None):
-    return subprocess.run([*TASFT, *arguments], capture_output=True, text=True, cwd=cwd)
 
 
 def test_help_names_the_commands_and_imports_nothing_heavy():
@@ -32,7 +28,7 @@ def test_help_names_the_commands_and_imports_nothing_heavy():
 
 
 def test_version():
-    done = tasft("--version")
+    done = tasft_here("--version")
     assert done.returncode == 0
     assert done.stdout.startswith("tasft ")
 
@@ -94,7 +90,7 @@ def test_no_color_is_honoured():
 
 
 def test_json_of_a_fault_is_one_object_with_exit_code_2(tmp_path):
-    done = tasft("check", "demo", "train.penalty=emdd", "--json", cwd=tmp_path)
+    done = tasft_here("check", "demo", "train.penalty=emdd", "--json", cwd=tmp_path)
     assert done.returncode == 2
     (fault,) = json.loads(done.stdout)["faults"]
     assert f"tasft: {fault}\n" in done.stderr
@@ -115,19 +111,19 @@ def test_json_of_a_run_is_all_that_stdout_has(tmp_path, tiny):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(judged_by_two(small_recipe(tmp_path, tiny) | {"gate": {"harmful": 0}})))
     folder = tmp_path / "run"
-    done = tasft("run", str(path), "--out", str(folder), "--json")
+    done = tasft_here("run", str(path), "--out", str(folder), "--json")
     assert done.returncode == 3, done.stderr
     found = json.loads(done.stdout)
     assert found["folder"] == str(folder)
     assert found["stages"]["train"]["seconds"] > 0
     assert found["gate"] == json.loads((folder / "report" / "gate.json").read_text())
     assert "report: " in done.stderr
-    again = tasft("report", str(path), "--out", str(folder), "--json")
+    again = tasft_here("report", str(path), "--out", str(folder), "--json")
     assert json.loads(again.stdout)["gate"]["met"] is False
 
 
 def test_a_fault_of_the_user_is_one_message_with_exit_code_2_and_touches_nothing(tmp_path):
-    done = tasft("run", "demo", "train.penalty=emdd", "train.stesp=3", cwd=tmp_path)
+    done = tasft_here("run", "demo", "train.penalty=emdd", "train.stesp=3", cwd=tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.count("tasft: ") == 2
@@ -135,7 +131,7 @@ def test_a_fault_of_the_user_is_one_message_with_exit_code_2_and_touches_nothing
 
 
 def test_a_fault_that_quotes_what_moves_a_cursor_does_not_move_it(tmp_path):
-    done = tasft("run", "demo", "data.toxic_prompts=\x1b]0;title\x07\u202e.jsonl", cwd=tmp_path)
+    done = tasft_here("run", "demo", "data.toxic_prompts=\x1b]0;title\x07\u202e.jsonl", cwd=tmp_path)
     assert done.returncode == 2
     assert "⟨U+202E⟩.jsonl" in done.stderr or r"\u202e.jsonl" in done.stderr
     assert not {"\x1b", "\x07", "\u202e"} & set(done.stderr)
@@ -144,7 +140,7 @@ def test_a_fault_that_quotes_what_moves_a_cursor_does_not_move_it(tmp_path):
 def test_a_missing_model_is_named_before_anything_is_written(tmp_path):
     # What costs least comes first: the model is looked at when the data is right.
     for overrides, named in ((["data.toxic_prompts=nowhere.jsonl"], "nowhere.jsonl"), ([], "no/such-model")):
-        done = tasft("run", "demo", "model.base=no/such-model", *overrides, cwd=tmp_path)
+        done = tasft_here("run", "demo", "model.base=no/such-model", *overrides, cwd=tmp_path)
         assert done.returncode == 2
         assert named in done.stderr
         assert not any(tmp_path.iterdir())
@@ -152,6 +148,6 @@ def test_a_missing_model_is_named_before_anything_is_written(tmp_path):
 
 @needs_models
 def test_check_finds_no_fault_in_the_demo():
-    done = tasft("check", "demo")
+    done = tasft_here("check", "demo")
     assert done.returncode == 0, done.stderr
     assert "no fault found" in done.stdout

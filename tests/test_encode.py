@@ -679,6 +679,12 @@ def test_a_text_that_is_said_twice_and_written_once_is_counted():
     assert left_out_of(drops, prompt=talk) == {"a user's message": 1}
 
 
+def test_a_reply_that_is_not_written_is_counted_though_its_words_stand_in_the_question():
+    backwards = WRITTEN.replace("BODY", "").replace("{{ m.content }}", "{{ m.content | reverse }}")
+    assert left_out_of(backwards, prompt="xyyx", completion="xy") == {"a reply": 1}
+    assert left_out_of(WRITTEN.replace("BODY", ""), prompt="xyyx", completion="xy") == {}
+
+
 def test_who_speaks_is_counted_where_the_template_does_not_tell():
     named = "{{ '<|user|>' if m.role == 'user' else '<|assistant|>' }}"
     template = WRITTEN.replace("<|{{ m.role }}|>", named).replace("BODY", "")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import needs_models
+from conftest import needs_models, tasft_here
 
 from tasft.cli.main import app
 from tasft.core.errors import UserError
@@ -26,7 +26,7 @@ SETTINGS = JudgeSettings(kind="refusal_matching")
 
 
 def tasft(*arguments, cwd):
-    return subprocess.run([*TASFT, *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
+    return tasft_here("judge", *arguments, cwd=cwd)
 
 
 def rows(path, *given):

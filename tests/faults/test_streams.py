@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 import yaml
+from conftest import tasft_here
 from test_cli import TASFT
 from test_pipeline import small_recipe
 from test_world import mounted
@@ -102,7 +103,7 @@ def whole(tiny, tmp_path_factory):
         ["evaluate", str(tiny), "--sets", "demo-toxic-heldout", "--judge", "refusal_matching", "--limit", "2"],
     ):
         out = ["--out", "alone"] if words[0] == "evaluate" else []
-        done = subprocess.run([*TASFT, *words, *out], cwd=folder, capture_output=True, text=True)
+        done = tasft_here(*words, *out, cwd=folder)
         assert done.returncode == 0, done.stderr
     return folder
 
@@ -117,6 +118,11 @@ COMMANDS = {
     "export": ["export", "WHOLE/run", "DISK/model", "--json"],
     "init": ["init", "--model", "TINY", "--yes", "--out", "DISK/r.yaml"],
     "sweep": ["sweep", "WHOLE/sweep.yaml", "--out", "DISK/sweep", "--json"],
+    "compare": ["compare", "WHOLE/run/evaluate/base", "WHOLE/run", "--out", "DISK/beside", "--json"],
+    "a page of a judge": ["judge", "WHOLE/pairs.jsonl", "--judge", "refusal_matching", "--labels", "label",
+                          "--label-of", "refusal", "--page", "DISK/page.html", "--json"],
+    "a table of a judge": ["judge", "WHOLE/pairs.jsonl", "--judge", "refusal_matching", "--table", "DISK/t.csv",
+                           "--json"],
 }  # fmt: skip
 
 
@@ -124,6 +130,7 @@ COMMANDS = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_says_what_a_disk_refuses_and_leaves_nothing_half_written(whole, tiny, disk, name, state):
     (whole / "sweep.yaml").write_text(yaml.safe_dump({"name": "s", "base": "recipe.yaml", "grid": {"seed": [1]}}))
+    (whole / "pairs.jsonl").write_text((json.dumps(ROW) + "\n") * 3)
     (disk.place / "pairs.jsonl").write_text((json.dumps(ROW) + "\n") * 3)
     shutil.copytree(whole / "run", disk.place / "run", ignore=shutil.ignore_patterns(".lock*"))
     before = {path for path in disk.place.rglob("*") if path.is_file()}
@@ -133,7 +140,7 @@ def test_each_command_says_what_a_disk_refuses_and_leaves_nothing_half_written(w
         words = [word.replace(mark, str(place)) for word in words]
     disk.leave(0) if state == "full" else disk.remount("ro")
     try:
-        done = subprocess.run([*TASFT, *words], capture_output=True, text=True)
+        done = tasft_here(*words)
     finally:
         disk.remount("rw")
     assert "Traceback" not in done.stderr, done.stderr
@@ -147,5 +154,5 @@ def test_each_command_says_what_a_disk_refuses_and_leaves_nothing_half_written(w
     assert not [path for path in new if path.suffix == ".yaml"]
     if name in ("init", "judge"):
         disk.filler.unlink(missing_ok=True)
-        done = subprocess.run([*TASFT, *words], capture_output=True, text=True)
+        done = tasft_here(*words)
         assert done.returncode == 0, done.stderr

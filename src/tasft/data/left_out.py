@@ -1,7 +1,6 @@
 """What a chat template leaves out of what a row says."""
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -35,12 +34,15 @@ def left_out(writer: Writer, messages: Messages, tools: Tools | None) -> list[tu
         except UserError:
             return False
 
-    said: Counter[str] = Counter()
-    for number, message in enumerate(messages):
-        for what, part in _parts(message):
-            said[part.strip()] += 1  # The same may be said twice and be written once.
-            if not _holds(text, part.strip(), said[part.strip()]):
-                missing.append((number, what))
+    said = [(number, what, part.strip()) for number, each in enumerate(messages) for what, part in _parts(each)]
+    written: list[str] = []
+    # The longest first: a short reply may stand in the question too, and the same may be said twice and written once.
+    for number, what, part in sorted(said, key=lambda each: -len(each[2])):
+        if _holds(text, part, 1 + sum(other.count(part) for other in written)):
+            written.append(part)
+        else:
+            missing.append((number, what))
+    missing.sort(key=lambda pair: pair[0])
     if tools and same(0, None):
         missing.append((-1, "tools"))
     elif not all(_holds(text, part) for tool in tools or () for part in _of_tool(tool)):
