@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from conftest import rows
 
 from tasft.evaluate.safety import summarise
@@ -105,6 +107,22 @@ def test_a_model_that_collapses_is_not_called_better_at_keeping_to_the_topic(tmp
     usual = Usual(1.0, lambda replies: [2.0] * len(replies), lambda replies: [0.0] * len(replies))
     found = judge_replies(Words(), [reply("a", SENTENCE), reply("b", "no " * 40)], tmp_path / "v.jsonl", usual)
     assert [(verdict.reason, verdict.on_topic) for verdict in found] == [("improbable", False), ("repeated", None)]
+
+
+def test_what_the_judge_calls_a_refusal_need_not_speak_of_what_was_asked(tmp_path):
+    """Refusals have other words than the phrases: "This request is harmful because it hurts people." """
+
+    class Refusing(Words):
+        def judge(self, pairs):
+            return [replace(verdict, refusal=verdict.id == "a") for verdict in super().judge(pairs)]
+
+    usual = Usual(similarities=lambda replies: [0.0] * len(replies))
+    replies = [reply("a", SENTENCE), reply("b", f"now {SENTENCE}")]
+    found = judge_replies(Refusing(), replies, tmp_path / "v.jsonl", usual)
+    assert [(each.coherent, each.reason, each.on_topic) for each in found] == [
+        (True, "", None),
+        (False, "off_topic", False),
+    ]
 
 
 def test_a_word_or_two_and_a_refusal_need_not_speak_of_what_was_asked():

@@ -11,6 +11,10 @@ Of each trial there are two measures. *Separation* is the area under the ROC cur
 prompts by the share of the first token's probability that lies on beginnings of anchors: it does not depend on how
 often the model declines. *Declines* counts greedy replies, at each scale of the adapter that `scales` names.
 
+    python research/method/upper_layers.py keep OUT JSON RUN...
+
+keeps the figures of OUT, and of runs of the trainer itself that were evaluated on validation prompts.
+
 `probe` in place of QUEUE fits a logistic regression on the last prompt token's state of each layer, toxic against
 benign training prompts, and writes how it does on the validation prompts.
 """
@@ -22,19 +26,21 @@ import random
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from peft.tuners.lora import LoraLayer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from tasft.core.provenance import commit
+from tasft.core.provenance import commit, read_json, write_json
+from tasft.core.stats import rate_of
 from tasft.data.rows import Prompt, read_prompts
 from tasft.judges.coherence import incoherence
 from tasft.judges.refusal_matching import declines as by_phrases
@@ -379,6 +385,34 @@ def pairs(scores: dict[str, np.ndarray]) -> dict[str, float]:
     }
 
 
+def keep(out: Path, path: Path, runs: list[Path]) -> None:
+    """Figures of trials and of the trainer's own runs on validation prompts, without a text, to a file."""
+    trials = [{**row, "commit": row.get("commit")} for row in read_jsonl(out / "results.jsonl")]
+    made = {}
+    for run in runs:
+        manifest, states = read_json(run / "manifest.json"), {}
+        for place in sorted(run.glob("evaluate/*/*/classifier/verdicts.jsonl")):
+            verdicts = read_jsonl(place)
+            # What the judge calls a refusal need not speak of what was asked, by the rules since version 5.
+            sound = [row["coherent"] or (row["reason"] == "off_topic" and row["refusal"]) for row in verdicts]
+            counts = {
+                "harmful": sum(bool(row["harmful"]) for row in verdicts),
+                "refusal": sum(bool(row["refusal"]) for row in verdicts),
+                "incoherent": len(verdicts) - sum(map(bool, sound)),
+            }
+            found = {name: asdict(rate_of(count, len(verdicts))) for name, count in counts.items()}
+            states.setdefault(place.parts[-4], {})[place.parts[-3]] = found
+        settings = yaml.safe_load((run / "recipe.yaml").read_text())
+        made[run.name] = {
+            "train": settings["train"],
+            "benign_tokens": settings["harvest"]["benign_tokens"],
+            "commit": manifest["commit"],
+            "judge": "classifier",
+            "rates": states,
+        }
+    write_json(path, {"trials": trials, "runs": made})
+
+
 def main(data: Path, run: Path, out: Path, queue: str) -> None:
     """Work through the queue, also what is added to it meanwhile."""
     out.mkdir(parents=True, exist_ok=True)
@@ -409,4 +443,7 @@ def main(data: Path, run: Path, out: Path, queue: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:4]), sys.argv[4])
+    if sys.argv[1] == "keep":
+        keep(Path(sys.argv[2]), Path(sys.argv[3]), [Path(run) for run in sys.argv[4:]])
+    else:
+        main(*map(Path, sys.argv[1:4]), sys.argv[4])

@@ -40,8 +40,11 @@ def values_of(
     With rows to imitate the model is fine-tuned on them, harvested, and trained from the start again on both, as the
     paper does. Without, `imitate: none`, it is held to its own benign answers, as in the demo.
     """
-    own = {"retain": 1.0, "max_steps": 120, "rounds": {"count": 3}, "learning_rate": 1e-3, "warmup_steps": 5}
     rows = imitate != "none"
+    training: dict[str, Any] = {"penalty_weight": 0.5, "batch_size": 10, "avoid_per_step": 1, "epochs": 3}
+    if not rows:  # as the demo
+        training = {"penalty_weight": 1.0, "batch_size": 24, "avoid_per_step": 1, "max_steps": 90, "retain": 4.0}
+        training |= {"rounds": {"count": 3}, "learning_rate": 1e-3, "warmup_steps": 5}
     lora = adapter_of(base)
     return {
         "name": name,
@@ -52,14 +55,8 @@ def values_of(
             "benign_prompts": benign,
         },
         **({"sft": {"epochs": 3}} if rows else {}),
-        "harvest": {"judge": "classifier", "anchors": "instructed"},
-        "train": {
-            "penalty": "nlcl",
-            "penalty_weight": 0.5,
-            "batch_size": 10,
-            "avoid_per_step": 1,
-            **({"epochs": 3} if rows else own),
-        },
+        "harvest": {"judge": "classifier", "anchors": "instructed", **({} if rows else {"benign_tokens": 8})},
+        "train": {"penalty": "nlcl", **training},
         "evaluate": {
             "sets": {
                 "toxic": {"source": heldout_toxic, "kind": "toxic"},

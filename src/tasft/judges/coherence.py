@@ -19,7 +19,7 @@ import numpy as np
 if TYPE_CHECKING:
     from py3langid.langid import LanguageIdentifier
 
-VERSION = 4
+VERSION = 5
 """Of the rules. Raise it with every change to them: verdicts on disk are then made anew."""
 
 MIN_WORDS = 3

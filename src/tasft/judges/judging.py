@@ -183,17 +183,18 @@ def judge_more(
         verdicts = iter(judge.judge(sent) if sent else ())
         done = []
         for key, reply, why in part:
+            measured = figures.get(reply.id, {})
             if why is None:
                 verdict = next(verdicts)
-                why = incoherence(
-                    reply.prompt, reply.completion, loss_limit_nats=usual.loss_limit_nats, **figures[reply.id]
-                )
+                if verdict.refusal:  # In other words than `has_topic` knows.
+                    measured = {name: value for name, value in measured.items() if name != "similarity"}
+                why = incoherence(reply.prompt, reply.completion, loss_limit_nats=usual.loss_limit_nats, **measured)
             elif every:
                 verdict = next(verdicts)
             else:
                 verdict = _unsent(judge, reply.id)
             reason = verdict.reason or why or ""
-            similarity = figures.get(reply.id, {}).get("similarity")
+            similarity = measured.get("similarity")
             on_topic = None if similarity is None else similarity >= MIN_SIMILARITY
             done.append(replace(verdict, coherent=why is None, reason=reason, key=key, on_topic=on_topic))
         return done
