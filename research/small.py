@@ -5,7 +5,8 @@
     python research/small.py pairs runs/small-grid              # its runs compared on the same prompts, likewise
     python research/small.py changes runs/small-quality         # its runs against the SFT model, item by item, likewise
     python research/small.py methods                            # README's table of methods from what was kept
-    python research/small.py tables                             # docs/results/README.md from what was kept
+    python research/small.py gemma RUN EVALUATED... --labels LABELS  # figures, and counts of labels, to gemma.json
+    python research/small.py tables                             # docs/results/README.md and gemma.md from what was kept
 
 The utility of a weight is the share of safe and coherent replies to the toxic validation prompts, less the shares of
 refused and of incoherent replies to the benign ones: a model that refuses everything or falls silent gains nothing.
@@ -14,13 +15,18 @@ refused and of incoherent replies to the benign ones: a model that refuses every
 import argparse
 import csv
 import shutil
+from collections import Counter, defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
+from collect import cell as shown
 from pages import put
 
 from tasft.core.provenance import commit, content_hash, read_json, write_json, write_jsonl
+from tasft.core.stats import rate_of
+from tasft.data.files import read_rows
 from tasft.data.sets import expanded
 from tasft.evaluate.results import compare
 
@@ -299,6 +305,69 @@ def grid_table(rows: list[Row]) -> str:
     return markdown(head, lines)
 
 
+def gemma(run: Path, evaluated: list[Path], labels: Path | None) -> Fields:
+    """What was harvested and trained, figures of models that were evaluated alone, and what a reader called replies."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for _, row in read_rows(labels) if labels else ():
+        said = {"harmful": row["harmful"], "refusal": row["refusal"], "incoherent": row["coherent"] is False}
+        said["off topic"] = row.get("on_topic") is False
+        counts[row["method"]].update(replies=1, **{name: int(value is True) for name, value in said.items()})
+    models = []
+    for folder in evaluated:
+        rates: Fields = defaultdict(dict)
+        for path in sorted(folder.glob("*/*/summary.json")):
+            rates[path.parts[-3]][path.parts[-2]] = _rounded(read_json(path))
+        models.append({"name": folder.name, "commit": read_json(folder / "manifest.json")["commit"], "rates": rates})
+    return {
+        "recipe": yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")),
+        "commit": read_json(run / "manifest.json")["commit"],
+        "sft": read_json(run / "sft" / "summary.json"),
+        "harvest": read_json(run / "harvest" / "summary.json"),
+        "models": models,
+        "labels": {name: dict(count) for name, count in counts.items()},
+    }
+
+
+def together(rates: Fields, judge: str, measure: str) -> str:
+    """Share of the replies to all toxic sets, with its interval."""
+    found = [rates[name][judge][measure] for name in expanded(["paper"]) if name in rates]
+    counts = [round(each["value"] * each["n"]) for each in found]
+    return shown(asdict(rate_of(sum(counts), sum(each["n"] for each in found))))
+
+
+def gemma_tables(found: Fields) -> dict[str, str]:
+    """Marker in docs/results/gemma.md -> the table that stands there."""
+    judge = found["recipe"]["evaluate"]["judges"][0]
+    models = [(each["name"], each["rates"]) for each in found["models"]]
+    figures, counts = [], []
+    for name, rates in models:
+        toxic = [together(rates, judge, measure) for measure in ("safe_coherent", "harmful", "refusal", "incoherent")]
+        benign = [
+            shown(rates["xstest-safe"][judge][measure]) if "xstest-safe" in rates else "—"
+            for measure in ("refusal", "incoherent")
+        ]
+        name = "the SFT model" if name == "sft" else name
+        figures.append([name, *toxic, *benign])
+        harmful = [rates[each][judge]["harmful"] if each in rates else None for each in expanded(["paper"])]
+        counts.append([name, *(f"{each['value'] * each['n']:.0f} of {each['n']}" if each else "—" for each in harmful)])
+    answers = ("replies", "harmful", "refusal", "incoherent", "off topic")
+    labels = [[name, *(str(each.get(answer, 0)) for answer in answers)] for name, each in found["labels"].items()]
+    head = [
+        "",
+        "safe and coherent",
+        "harmful",
+        "refused",
+        "incoherent",
+        "XSTest-safe refused",
+        "XSTest-safe incoherent",
+    ]
+    return {
+        "gemma-grid": markdown(head, figures),
+        "gemma-counts": markdown(["", "I-Malicious", "I-CoNa", "I-Controversial", "HarmfulQ"], counts),
+        "gemma-labels": markdown(["", *answers], labels),
+    }
+
+
 def curves_table(folder: Path) -> str:
     """Harm, incoherence and over-refusal at each step that was evaluated."""
     with (folder / "along.csv").open() as file:
@@ -486,6 +555,10 @@ def main() -> None:
     keeping.add_argument("sweep", type=Path)
     keeping.add_argument("name")
     commands.add_parser("changes").add_argument("sweep", type=Path)
+    base_model = commands.add_parser("gemma")
+    base_model.add_argument("run", type=Path, help="In which all was trained.")
+    base_model.add_argument("evaluated", type=Path, nargs="+", help="Folders of tasft evaluate MODEL.")
+    base_model.add_argument("--labels", type=Path, help="A sheet that label.py has unblinded.")
     commands.add_parser("tables")
     commands.add_parser("methods")
     asked = parser.parse_args()
@@ -497,11 +570,15 @@ def main() -> None:
         write_json(RESULTS / "small" / "quality-pairs.json", changes(asked.sweep))
     elif asked.command == "methods":
         put(RESULTS.parents[1] / "README.md", "methods", methods_table(table(RESULTS / "small" / "methods")))
+    elif asked.command == "gemma":
+        write_json(RESULTS / "gemma.json", gemma(asked.run, asked.evaluated, asked.labels))
     elif asked.command == "keep":
         keep(asked.sweep, asked.name)
     else:
         for name, text in tables().items():
             put(RESULTS / "README.md", name, text)
+        for name, text in gemma_tables(read_json(RESULTS / "gemma.json")).items():
+            put(RESULTS / "gemma.md", name, text)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from test_pipeline import small_recipe
 from typer.testing import CliRunner
 
 from tasft.cli.main import app
-from tasft.data.sets import expanded
+from tasft.data.sets import KNOWN, expanded
 from tasft.run import recipe_file, sweep
 
 README = (ROOT / "README.md").read_text()
@@ -59,6 +59,12 @@ def test_a_guide_has_at_most_80_lines_and_its_command_or_recipe_comes_first():
         lines = path.read_text().splitlines()
         assert len(lines) <= 80, path
         assert any(line.startswith("```") for line in lines[:5]), path
+
+
+def test_how_many_prompts_the_demo_has_is_what_its_sets_hold():
+    toxic, benign = (KNOWN[name].prompts for name in ("demo-toxic-harvest", "demo-benign-train"))
+    page = (ROOT / "docs" / "guides" / "own-data.md").read_text()
+    assert f"The demo has {toxic} toxic and {benign} benign ones" in page
 
 
 def test_what_is_no_command_of_ours_is_there():

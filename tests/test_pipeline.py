@@ -577,14 +577,14 @@ def test_another_limit_draws_only_what_is_missing_and_the_summary_is_of_the_chos
 
 
 def test_the_manifest_names_licences_where_they_are_known_and_the_version_of_each_judge(small):
-    inputs = Inputs(recipe_file.load("demo"))
-    assert inputs.licences == {
-        "model.base": "Apache-2.0",
-        **dict.fromkeys(
-            ("data.toxic_prompts", "data.benign_prompts", "evaluate.sets.toxic", "evaluate.sets.benign"),
-            "Apache-2.0",
-        ),
-    }
+    demo = recipe_file.load("demo")
+    sources = (
+        "model.base",
+        "data.toxic_prompts",
+        "data.benign_prompts",
+        *(f"evaluate.sets.{name}" for name in demo.evaluate.sets),
+    )
+    assert Inputs(demo).licences == dict.fromkeys(sources, "Apache-2.0")
     own = Inputs(recipe_file.load(str(small)))
     assert own.licences == {}
     assert own.judge_versions == {"refusal_matching": own.judge("refusal_matching").version}

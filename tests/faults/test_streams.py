@@ -56,7 +56,7 @@ def test_in_any_surroundings_the_work_is_done_and_shown(pairs, name):
     assert done.returncode == 0, done.stderr
     assert len(verdicts(pairs)) == 3
     assert b"Traceback" not in done.stderr
-    for words in (["--help"], ["judge", "--help"], ["check", "demo"]):
+    for words in (["--help"], ["judge", "--help"], ["check", "demo", "train.penality=nlcl"]):
         done = subprocess.run([*TASFT, *words], capture_output=True, env=environment)
         assert b"Traceback" not in done.stderr, (words, done.stderr)
         assert done.returncode in (0, 2)
