@@ -236,7 +236,9 @@ def test_the_tables_are_those_of_the_committed_results():
         for name in ("demo", "tries", "control", "labelled-runs")
     }
     demo = (ROOT / "docs" / "results" / "demo.md").read_text()
-    assert script("collect").before_after(results["demo"][0]) in README
+    assert script("collect").before_after(results["demo"][0]) in demo
+    small = script("small")
+    assert small.methods_table(small.table(ROOT / "docs" / "results" / "small" / "methods")) in README
     assert script("collect").tries(results["tries"]) in demo
     assert script("collect").tries(results["labelled-runs"]) in demo
     assert script("control").table(results["control"], [0, 1]) in demo
