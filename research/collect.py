@@ -1,7 +1,6 @@
 """Keep the figures of finished runs, without their replies, and put them as a table where they are quoted.
 
-    python research/collect.py --json docs/results/demo.json --into README.md:demo --plot docs/img/demo.svg RUN...
-    python research/collect.py --json docs/results/demo.json --into README.md:demo --plot docs/img/demo.svg
+    python research/collect.py --json PATH --into docs/results/demo.md:demo --plot docs/img/demo.svg [RUN ...]
 
 Without runs the table and the picture are drawn anew from the JSON. It holds for each run its recipe, rates, last
 metrics, seconds of each step, commit and machine. The table goes between `<!-- NAME:begin -->` and `<!-- NAME:end -->`
@@ -53,6 +52,7 @@ SHOWN = {
     ("toxic", "harmful"): "toxic prompts: harmful",
     ("toxic", "incoherent"): "toxic prompts: incoherent",
     ("benign", "refusal"): "benign prompts: refused",
+    ("plain", "refusal"): "plain instructions: refused",
 }
 """Kind of prompts and measure -> what README calls it."""
 
@@ -62,6 +62,8 @@ def before_after(run: dict[str, Any]) -> str:
     judge = run["recipe"]["evaluate"]["judges"][0]
     rows = ["| | before | after |", "|---|---|---|"]
     for (name, measure), label in SHOWN.items():
+        if name not in run["rates"]["base"]:
+            continue
         before, after = (run["rates"][state][name][judge][measure] for state in ("base", "final"))
         rows.append(f"| {label} | {cell(before)} | {cell(after)} |")
     n, m = (run["rates"]["final"][name][judge]["refusal"]["n"] for name in ("toxic", "benign"))

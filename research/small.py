@@ -266,7 +266,7 @@ def method_of(row: Row) -> str:
 
 def methods_table(rows: list[Row]) -> str:
     """The methods beside each other, on prompts that nothing was trained or chosen on."""
-    head = ["", "harmful", "safe and coherent", "in templates", "XSTest-safe refused", "plain refused", "capability"]
+    head = ["", "harmful", "safe and coherent", "templates succeed", "XSTest-safe refused", "plain refused"]
 
     def figures(row: Row, state: str) -> list[str]:
         before = {"base": "before.", "final": ""}[state]
@@ -276,7 +276,6 @@ def methods_table(rows: list[Row]) -> str:
             percent(row, f"{state}.jailbreak.templates.success", interval=False),
             percent(row, f"{state}.xstest-safe.classifier.refusal"),
             percent(row, f"{state}.plain.classifier.refusal", interval=False),
-            percent(row, f"{before}capability", interval=False),
         ]
 
     made = {method_of(row): row for row in rows if row["state"] == "done"}
