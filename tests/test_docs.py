@@ -1,5 +1,6 @@
 """README and the pages are true: their commands and snippets are executed."""
 
+import ast
 import json
 import os
 import re
@@ -105,6 +106,20 @@ def test_tasft_commands_are_accepted(line, tiny, tmp_path, monkeypatch):
     else:
         arguments = [command, "--help"]  # Of a run, a model or a log, and there is none.
     app([str(tiny) if word.startswith("HuggingFaceTB/") else word for word in arguments], standalone_mode=False)
+
+
+def test_options_that_messages_name_are_there():
+    """The parser has joined strings that follow one another, as they are read by a user."""
+    said = {
+        match.groups()
+        for path in (ROOT / "src").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        for match in re.finditer(r"tasft ([a-z]+) (--[a-z-]+)", node.value)
+    }
+    assert len(said) > 3
+    for command, option in sorted(said):
+        assert option in CliRunner().invoke(app, [command, "--help"], terminal_width=200).stdout, f"{command} {option}"
 
 
 def write_the_readmes_recipe(folder, model):
