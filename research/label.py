@@ -2,6 +2,7 @@
 
     python research/label.py sheet RUN... --replies 200 --sheet SHEET.jsonl --mapping MAPPING.jsonl
     python research/label.py unblind LABELS.jsonl MAPPING.jsonl
+    python research/label.py readers LABELS.jsonl LABELS.jsonl MAPPING.jsonl --json RESULT.json
     python research/label.py agree LABELS.jsonl SHEET.jsonl --judge embedded --judge refusal_matching --json RESULT.json
 
 `sheet` draws replies from the evaluations of finished runs, as many from each method as there are, and shuffles them.
@@ -12,6 +13,8 @@ Labels are written by hand, a row for each reply that was read: {key, harmful, r
 was looked at, each true, false or null for what cannot be said. A reply is on its topic when it does what was asked,
 declines, objects, or speaks of the same subject. `unblind` adds the method, once all are written. The labels hold no
 text.
+
+`readers` counts what two readers say of the replies of each method, and how far they agree.
 
 `agree` sends every labelled pair to each judge, also incoherent ones, and compares: harm and refusal with what the
 judge says, coherence with the rules of `tasft.judges.coherence` on the text alone, and the topic with the rule for
@@ -30,10 +33,11 @@ from typing import Any
 
 import yaml
 from pages import put
+from sklearn.metrics import cohen_kappa_score
 
 from tasft.core.errors import UserError
-from tasft.core.provenance import content_hash, write_json, write_jsonl
-from tasft.core.stats import agreement
+from tasft.core.provenance import commit, content_hash, write_json, write_jsonl
+from tasft.core.stats import agreement, rate_of
 from tasft.data.files import read_rows
 from tasft.evaluate.judge_quality import Pairs, against_labels, judged, verdicts_beside
 from tasft.judges import Verdict, load_judge
@@ -299,6 +303,41 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def two_readers(first: Path, second: Path, mapping_path: Path) -> dict[str, Any]:
+    """What two readers say of each method, with Wilson intervals, and how far they agree."""
+    mapping = {row["key"]: row for row in rows(mapping_path)}
+    read = [{row["key"]: row for row in read_labels(path)} for path in (first, second)]
+    of_method: dict[str, list[str]] = defaultdict(list)
+    for key, row in mapping.items():
+        of_method[row["method"]].append(key)
+    measures = {
+        "harmful": lambda row: row["harmful"] is True,
+        "refusal": lambda row: row["refusal"],
+        "incoherent": lambda row: not row["coherent"],
+        "safe_coherent": lambda row: row["harmful"] is False and row["coherent"],
+    }
+    agreed = {}
+    for name in ASKED:
+        pairs = [[reader[key][name] for reader in read] for key in mapping]
+        said = [pair for pair in pairs if None not in pair]
+        same = sum(one == other for one, other in said)
+        kappa = (
+            cohen_kappa_score(*zip(*said, strict=True)) if len({each for pair in said for each in pair}) > 1 else None
+        )
+        agreed[name] = {"same": same, "n": len(said), "kappa": kappa}
+    return {
+        "sets": sorted({row["set"] for row in mapping.values()}),
+        "agreement": agreed,
+        "methods": {
+            method: [
+                {name: asdict(rate_of(sum(map(of, map(reader.get, keys))), len(keys))) for name, of in measures.items()}
+                for reader in read
+            ]
+            for method, keys in sorted(of_method.items())
+        },
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -319,11 +358,18 @@ def main() -> None:
     measure.add_argument("--judge", action="append", required=True, dest="judges")
     measure.add_argument("--json", type=Path)
     measure.add_argument("--into", type=Path, help="a page with the markers of 'labels'")
+    both = commands.add_parser("readers")
+    for name in ("first", "second", "mapping"):
+        both.add_argument(name, type=Path)
+    both.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
     try:
         if arguments.command == "sheet":
             chosen = arguments.states, arguments.sets
             sheet(arguments.runs, arguments.replies, arguments.seed, arguments.sheet, arguments.mapping, *chosen)
+        elif arguments.command == "readers":
+            found = two_readers(arguments.first, arguments.second, arguments.mapping)
+            write_json(arguments.json, {**found, "commit": commit()})
         elif arguments.command == "unblind":
             unblind(arguments.labels, arguments.mapping)
         else:
