@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
-from test_pipeline import small  # noqa: F401
+from test_pipeline import auto, small  # noqa: F401
 
 from tasft.core.provenance import write_json
 from tasft.models import precision
@@ -53,31 +53,31 @@ def test_the_trial_multiplies_both(monkeypatch):
         (("model.dtype=float16", "train.precision=fp16"), "float16", "fp16"),
     ],
 )
-def test_weights_that_are_trained_stay_in_float32_and_what_a_recipe_says_holds(small, overrides, dtype, products):  # noqa: F811
+def test_weights_that_are_trained_stay_in_float32_and_what_a_recipe_says_holds(auto, overrides, dtype, products):  # noqa: F811
     spec = settled(
-        recipe_file.load(str(small), [*overrides, "sft={max_steps: 1}", "data.imitate={source: rows.jsonl}"]), QUICK
+        recipe_file.load(str(auto), [*overrides, "sft={max_steps: 1}", "data.imitate={source: rows.jsonl}"]), QUICK
     )
     assert (spec.model.dtype, spec.train.precision, spec.sft.precision) == (dtype, products, "bf16")
 
 
-def test_a_run_keeps_what_it_was_begun_with(small, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_keeps_what_it_was_begun_with(auto, tmp_path, monkeypatch):  # noqa: F811
     run = tmp_path / "run"
     monkeypatch.setattr(precision, "fastest", lambda: QUICK)
-    assert opened(small, run).spec.model.dtype == "bfloat16"
+    assert opened(auto, run).spec.model.dtype == "bfloat16"
     write_json(run / "manifest.json", {"precision": {"dtype": "float32", "why": "it was begun elsewhere"}})
-    shutil.copy(small, run / "recipe.yaml")
-    taken_up = opened(small, run)
+    shutil.copy(auto, run / "recipe.yaml")
+    taken_up = opened(auto, run)
     assert taken_up.spec.model.dtype == "float32"
     assert taken_up.spec.train.precision == "fp32"
     assert taken_up.precision.why == "it was begun elsewhere"
     assert remembered(tmp_path / "no manifest.json") == QUICK
 
 
-def test_what_is_written_in_full_is_the_same_work(small, tmp_path, monkeypatch):  # noqa: F811
+def test_what_is_written_in_full_is_the_same_work(auto, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(precision, "fastest", lambda: QUICK)
-    chosen = opened(small, tmp_path / "run")
+    chosen = opened(auto, tmp_path / "run")
     monkeypatch.setattr(precision, "fastest", pytest.fail)
-    said = opened(small, tmp_path / "run", "model.dtype=bfloat16", "train.precision=bf16")
+    said = opened(auto, tmp_path / "run", "model.dtype=bfloat16", "train.precision=bf16")
     assert said.precision is None
     assert said.context.training_reads == chosen.context.training_reads
     assert json.loads(json.dumps(said.spec.model_dump())) == chosen.spec.model_dump()
