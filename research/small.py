@@ -242,13 +242,10 @@ def quality_table(rows: list[Row]) -> str:
 
 METHODS = {
     "sft": "SFT on Alpaca",
-    "stl": "STL: safe answers of a stronger model, beside Alpaca",
     "kto": "KTO",
     "emd": "TA-SFT as in the paper (`emd`)",
-    "prefilled": "`nlcl`, anchors of one sentence",
-    "no rounds": "the demo without rounds",
-    "no penalty": "the demo without rounds and penalty",
-    "demo": "**the demo**: `nlcl`, its own refusals, rounds",
+    "prefilled": "the demo with anchors of one sentence",
+    "demo": "**the demo**: `nlcl`, its own refusals",
 }
 """What README calls the cells of recipes/small/sweep-methods.yaml, in its order."""
 
@@ -259,9 +256,7 @@ def method_of(row: Row) -> str:
         return method
     if row["harvest.anchors"] == "none":
         return row["train.penalty"]
-    if row["harvest.anchors"] == "prefilled":
-        return "prefilled"
-    return "demo" if not row["train.rounds"] else "no rounds" if not row["train.penalty"] else "no penalty"
+    return "prefilled" if row["harvest.anchors"] == "prefilled" else "demo"
 
 
 def methods_table(rows: list[Row]) -> str:
