@@ -161,7 +161,7 @@ def test_every_fault_of_tasks_and_files_is_named_at_once(local):
         "num_fewshot 2 needs boolq_train.jsonl",
     ):
         assert said in faults, faults
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         capability.check(["boolq"], 0, str(local / "nowhere"))
 
 

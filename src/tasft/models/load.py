@@ -108,9 +108,12 @@ def _unpacked(name: str) -> Place:
             folder.parent.mkdir(parents=True, exist_ok=True)
             # Beside it first: what is broken off must not look like the whole.
             with TemporaryDirectory(dir=folder.parent) as draft:
-                model = AutoModelForCausalLM.from_pretrained(packed.name, dtype=torch.float32, **packed.weights())
+                model = AutoModelForCausalLM.from_pretrained(
+                    packed.name, dtype=torch.float32, trust_remote_code=False, **packed.weights()
+                )
                 model.save_pretrained(f"{draft}/model")
-                AutoTokenizer.from_pretrained(packed.name, **packed.arguments()).save_pretrained(f"{draft}/model")
+                tokenizer = AutoTokenizer.from_pretrained(packed.name, trust_remote_code=False, **packed.arguments())
+                tokenizer.save_pretrained(f"{draft}/model")
                 shutil.rmtree(folder, ignore_errors=True)
                 os.rename(f"{draft}/model", folder)
         except OSError:  # The cache cannot be written, or another process was first.
