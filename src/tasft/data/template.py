@@ -213,7 +213,7 @@ class Writer:
         self.style: PromptFormat = style
         self.settings = chat_template_kwargs
         self.special = special_tokens(tokenizer)
-        # Marks that are no text but were not added as special tokens may end a turn, too.
+        # Marks that were not added as special tokens may end a turn, too, where nothing but blanks comes before them.
         added = tokenizer.added_tokens_decoder.items()
         self.marks = self.special | {index for index, token in added if not token.content.isspace()}
         self.lead: list[int] = []
@@ -230,7 +230,8 @@ class Writer:
         if one[: len(before)] == before:
             self.lead = _common(one, other)[len(before) :]
         tail = _common(one[::-1], other[::-1])[::-1]
-        ends = [index for index, token in enumerate(tail) if token in self.marks]
+        first = next((index for index, token in enumerate(tail) if self.tokenizer.decode([token]).strip()), None)
+        ends = [index for index, token in enumerate(tail) if token in (self.marks if index == first else self.special)]
         self.closes = bool(ends)
         if not ends:
             self.after = tail
