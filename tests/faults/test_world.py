@@ -426,7 +426,8 @@ def test_a_training_whose_weights_have_run_away_ends_though_all_is_finite(recipe
     with pytest.raises(
         UserError, match=r"no weight has a gradient at step \d, though the loss is 5.*; lower learning_rate"
     ):
-        go(recipe_file, tmp_path / "run", "train.max_steps=8", "train.learning_rate=1e30")
+        # In float32 the gradient is none before.
+        go(recipe_file, tmp_path / "run", "train.max_steps=8", "train.learning_rate=1e30", "train.precision=bf16")
     assert not (tmp_path / "run" / "train" / "done.json").exists()
 
 
