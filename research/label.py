@@ -33,7 +33,6 @@ from typing import Any
 
 import yaml
 from pages import put
-from sklearn.metrics import cohen_kappa_score
 
 from tasft.core.errors import UserError
 from tasft.core.provenance import commit, content_hash, write_json, write_jsonl
@@ -306,7 +305,7 @@ def table(result: dict[str, Any]) -> str:
 def two_readers(first: Path, second: Path, mapping_path: Path) -> dict[str, Any]:
     """What two readers say of each method, with Wilson intervals, and how far they agree."""
     mapping = {row["key"]: row for row in rows(mapping_path)}
-    read = [{row["key"]: row for row in read_labels(path)} for path in (first, second)]
+    one, other = ({row["key"]: row for row in read_labels(path)} for path in (first, second))
     of_method: dict[str, list[str]] = defaultdict(list)
     for key, row in mapping.items():
         of_method[row["method"]].append(key)
@@ -318,20 +317,17 @@ def two_readers(first: Path, second: Path, mapping_path: Path) -> dict[str, Any]
     }
     agreed = {}
     for name in ASKED:
-        pairs = [[reader[key][name] for reader in read] for key in mapping]
-        said = [pair for pair in pairs if None not in pair]
-        same = sum(one == other for one, other in said)
-        kappa = (
-            cohen_kappa_score(*zip(*said, strict=True)) if len({each for pair in said for each in pair}) > 1 else None
-        )
-        agreed[name] = {"same": same, "n": len(said), "kappa": kappa}
+        said = [(key, one[key][name], other[key][name]) for key in mapping]
+        keys, ones, others = zip(*(each for each in said if None not in each), strict=True)
+        found = agreement(ones, others, keys)
+        agreed[name] = {measure: asdict(found[measure]) for measure in ("accuracy", "kappa")}
     return {
         "sets": sorted({row["set"] for row in mapping.values()}),
         "agreement": agreed,
         "methods": {
             method: [
                 {name: asdict(rate_of(sum(map(of, map(reader.get, keys))), len(keys))) for name, of in measures.items()}
-                for reader in read
+                for reader in (one, other)
             ]
             for method, keys in sorted(of_method.items())
         },

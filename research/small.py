@@ -31,7 +31,7 @@ from tasft.data.sets import expanded
 from tasft.evaluate.results import compare
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
-KEPT = ("sweep.json", "table.csv", "along.csv", "report/report.md", "report/index.html")  # along.csv: of checkpoints
+KEPT = ("sweep.json", "table.csv", "along.csv", "report/report.md")  # along.csv: of checkpoints
 
 TOPICS = 12  # XSTest has ten types in each half.
 
@@ -276,13 +276,15 @@ def methods_table(rows: list[Row]) -> str:
     made = {method_of(row): row for row in rows if row["state"] == "done"}
     lines = [["untouched", *figures(rows[0], "base")]]
     lines += [[words, *figures(made[name], "final")] for name, words in METHODS.items() if name in made]
-    count = {name: rows[0][f"{name}.n"] for name in ("harmful", "final.xstest-safe.classifier.refusal")}
-    plain = rows[0]["final.plain.classifier.refusal.n"]
+    toxic, xstest, plain = (
+        rows[0][f"{name}.n"]
+        for name in ("incoherent", "final.xstest-safe.classifier.refusal", "final.plain.classifier.refusal")
+    )
+    decided = sorted(int(row["harmful.n"]) for row in [*rows, {"harmful.n": rows[0]["before.harmful.n"]}])
     return f"""{markdown(head, lines)}
 
-SmolLM2-135M-Instruct, {count["harmful"]} toxic prompts, {count["final.xstest-safe.classifier.refusal"]} of XSTest's \
-safe ones, {plain} plain ones; judge `classifier`, 95% intervals, seed 0, commit {rows[0]["commit"]}; \
-recipes/small/sweep-methods.yaml."""
+SmolLM2-135M-Instruct, {toxic} toxic prompts ({decided[0]} to {decided[-1]} decided), {xstest} of XSTest's safe ones, \
+{plain} plain ones; judge `classifier`, 95% intervals, seed 0, commit {rows[0]["commit"]}; sweep-methods."""
 
 
 def grid_table(rows: list[Row]) -> str:

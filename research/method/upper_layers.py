@@ -387,7 +387,6 @@ def pairs(scores: dict[str, np.ndarray]) -> dict[str, float]:
 
 def keep(out: Path, path: Path, runs: list[Path]) -> None:
     """Figures of trials and of the trainer's own runs on validation prompts, without a text, to a file."""
-    trials = [{**row, "commit": row.get("commit")} for row in read_jsonl(out / "results.jsonl")]
     made = {}
     for run in runs:
         manifest, states = read_json(run / "manifest.json"), {}
@@ -410,7 +409,9 @@ def keep(out: Path, path: Path, runs: list[Path]) -> None:
             "judge": "classifier",
             "rates": states,
         }
-    write_json(path, {"trials": trials, "runs": made})
+    write_json(
+        path, {"trials": read_jsonl(out / "results.jsonl"), "probe": read_json(out / "probe.json"), "runs": made}
+    )
 
 
 def main(data: Path, run: Path, out: Path, queue: str) -> None:

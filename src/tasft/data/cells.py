@@ -4,6 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
+"""Where a message or an answer of a server has a thought that stands apart from its text."""
+
 _TEXTS = ("text", "input_text", "output_text")  # Of parts: chat completions, and OpenAI's responses.
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tasft.core.errors import UserError
+from tasft.data.cells import THOUGHT_FIELDS
 from tasft.data.rows import Messages
 from tasft.data.template import THOUGHTS, Tools, Writer
 
@@ -16,9 +17,8 @@ _WHOSE = {
     "assistant": "a reply",
     "tool": "what a tool says",
 }
-_THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 # Of a message, what is looked at by itself or is not for the model to read.
-_LOOKED_AT = {"role", "content", "tool_calls", "tool_call_id", "id", "weight", *_THOUGHT_FIELDS}
+_LOOKED_AT = {"role", "content", "tool_calls", "tool_call_id", "id", "weight", *THOUGHT_FIELDS}
 
 
 def left_out(writer: Writer, messages: Messages, tools: Tools | None) -> list[tuple[int, str]]:
@@ -78,7 +78,7 @@ def _parts(message: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if mark:
             yield THOUGHT, thought
         yield _WHOSE.get(role, f"a message of {role}"), rest
-    for name in _THOUGHT_FIELDS:
+    for name in THOUGHT_FIELDS:
         if isinstance(message.get(name), str):
             yield THOUGHT, message[name]
 

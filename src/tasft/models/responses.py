@@ -6,6 +6,8 @@ from typing import Any
 
 from openai import APIConnectionError, APIResponseValidationError, APIStatusError
 
+from tasft.data.cells import THOUGHT_FIELDS
+
 MAY_PASS = {408, 409, 429}
 NEVER_PASS = {"insufficient_quota"}  # An account without money, as 429.
 FOR_ALL = {401, 402, 403, 404, 405, 407}  # Of the key, the account, the address or the model.
@@ -16,7 +18,7 @@ WORDS = {
     401: r"api.?key|unauthori|authenticat|permission",
     400: r"content.?(filter|policy|management)|moderation|safety|flagged|filtered|responsible.?ai|policy violation",
 }
-# Where error objects of providers have their reason, and where a thought is that comes apart from its answer.
+# Where error objects of providers have their reason.
 _WORDS = (
     "message",
     "msg",
@@ -30,7 +32,6 @@ _WORDS = (
     "base_resp",
 )
 _TEXTS = ("text", "output_text")
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 # Finish reasons of servers: OpenAI, vLLM, TGI, Anthropic, Cohere, Gemini and what stands between.
 ENDS = {
     *("stop", "eos", "eos_token", "eos_found", "stop_token", "end_id", "end_turn", "end_of_turn", "endoftext"),
@@ -86,7 +87,7 @@ def read(found: Any, is_chat: bool, stop: object = None) -> tuple[str, str, str]
         if isinstance(body, Mapping) and words_of(body):
             raise ErrorInside(body) from None
         raise Unreadable("no choice in it") from None
-    thought = next((value for name in _THOUGHTS if isinstance(value := getattr(said, name, None), str)), "")
+    thought = next((value for name in THOUGHT_FIELDS if isinstance(value := getattr(said, name, None), str)), "")
     if isinstance(text, list):
         parts = [part for part in text if isinstance(part, dict)]
         thought = thought or "".join(str(part.get("thinking") or "") for part in parts)
