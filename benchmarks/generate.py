@@ -33,8 +33,9 @@ from transformers import (
 from transformers.utils import logging
 
 from tasft.data.rows import Prompt, read_prompts
+from tasft.models.bundled import BUNDLED
 from tasft.models.engine import Sampling, requests_for
-from tasft.models.load import load_model, load_tokenizer, locate
+from tasft.models.load import load_model, load_tokenizer
 from tasft.models.local import TransformersEngine
 
 MODEL = "smollm2-135m-instruct"
@@ -160,14 +161,14 @@ def mixed(count: int) -> list[Prompt]:
 
 
 def real(device: str, dtype: str) -> Work:
-    place = locate(MODEL)
+    packed = BUNDLED[MODEL]
     work = Work(
         load_model(MODEL, dtype).to(device),
         load_tokenizer(MODEL),
         mixed(1024 if device == "cuda" else 128),
         256,
         BATCH,
-        partial(llama_of, f"{place.name}/{place.gguf_file}", torch.get_num_threads()),
+        partial(llama_of, str(packed.found() / packed.file), torch.get_num_threads()),
         None if dtype == "float32" else load_model(MODEL, "float32").to(device),
     )
     ends = {work.tokenizer.eos_token_id, work.model.generation_config.eos_token_id}
