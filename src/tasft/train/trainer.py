@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import (
@@ -41,7 +39,7 @@ from tasft.train.lower import LowerLayers, lower_layers
 from tasft.train.metrics import MetricsFile, peak_mib
 from tasft.train.penalties import penalty_of
 from tasft.train.sampler import FilledSampler, StratifiedSampler, UniformSampler
-from tasft.train.start import REFERENCE, KnowsItsStart, Rows, head_calls, model_inputs
+from tasft.train.start import REFERENCE, KnowsItsStart, Rows, head_calls, model_inputs, refuse_adapted_head
 from tasft.train.stream import RowStream
 
 # Older ones divide the loss by the micro-batches although `loss_is_scaled_for_ga` tells them not to.
@@ -112,7 +110,7 @@ class TASFTTrainer(KnowsItsStart):
             model = load_model(model)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
-        _refuse_adapted_head(model)
+        refuse_adapted_head(model)
         fit_padding(model, tokenizer)
         if args.retain:
             _refuse_to_retain(model, args)
@@ -450,26 +448,6 @@ def _is_encoded(dataset: Any) -> bool:
 def _present(count: Tensor) -> Tensor:
     """What a sum is divided by: an absent kind is 0 / 1. Weights can add up to less than 1."""
     return torch.where(count > 0, count, 1.0)
-
-
-def _refuse_adapted_head(model: Any) -> None:
-    """See that the head is one weight, all of it trained or none."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if isinstance(head, TrainableTokensWrapper):
-        raise UserError(
-            "trainable_token_indices trains some rows of the output head, which the losses read directly and which may "
-            "be the embedding: leave it out, or train in full"
-        )
-    if isinstance(head, BaseTunerLayer):
-        raise UserError(
-            "the adapter is on the output head, which the losses read directly: leave the head out of its "
-            "target_modules, or name it in modules_to_save to train it in full"
-        )
-    if isinstance(embedding, BaseTunerLayer) and head is not None and embedding.weight is head.weight:
-        raise UserError(
-            "the adapter is on the embedding, which is the output head too and which the losses read directly: leave "
-            "it out of its target_modules, or train in full"
-        )
 
 
 def _refuse_to_retain(model: Any, args: TASFTConfig) -> None:
