@@ -33,8 +33,9 @@ from transformers import (
 from transformers.utils import logging
 
 from tasft.data.rows import Prompt, read_prompts
+from tasft.models.bundled import BUNDLED
 from tasft.models.engine import Sampling, requests_for
-from tasft.models.load import load_model, load_tokenizer, locate
+from tasft.models.load import load_model, load_tokenizer
 from tasft.models.local import TransformersEngine
 
 MODEL = "smollm2-135m-instruct"
@@ -56,6 +57,7 @@ class Work(NamedTuple):
     limit: int
     batch: int
     llama: Callable[[], Any] | None = None
+    exact: PreTrainedModel | None = None  # The model in float32, where `model` is not.
 
 
 # --- Who takes part -------------------------------------------------------------------------
@@ -84,6 +86,12 @@ def plain(work: Work, prompts: Sequence[Prompt], batch: int) -> dict[str, str]:
 
 def by_length(work: Work, prompts: Sequence[Prompt], batch: int) -> dict[str, str]:
     return plain(work, sorted(prompts, key=lambda prompt: len(work.tokenizer(written(work, prompt)).input_ids)), batch)
+
+
+def plain_float32(work: Work, prompts: Sequence[Prompt], batch: int) -> dict[str, str]:
+    if work.exact is None:
+        raise ImportError("the others are float32", name="second model: the others are float32")
+    return plain(work._replace(model=work.exact), prompts, batch)
 
 
 def tasft(work: Work, prompts: Sequence[Prompt], batch: int) -> dict[str, str]:
@@ -128,6 +136,7 @@ CONTESTANTS = {
     PLAIN: Contestant(plain),
     "plain_alone": Contestant(plain, alone=True),
     "plain_by_length": Contestant(by_length),
+    "plain_float32": Contestant(plain_float32),
     "tasft": Contestant(tasft),
     "llama_cpp": Contestant(llama_cpp, alone=True),
 }
@@ -152,17 +161,19 @@ def mixed(count: int) -> list[Prompt]:
 
 
 def real(device: str, dtype: str) -> Work:
-    place = locate(MODEL)
+    packed = BUNDLED[MODEL]
     work = Work(
         load_model(MODEL, dtype).to(device),
         load_tokenizer(MODEL),
         mixed(1024 if device == "cuda" else 128),
         256,
         BATCH,
-        partial(llama_of, f"{place.name}/{place.gguf_file}", torch.get_num_threads()),
+        partial(llama_of, str(packed.found() / packed.file), torch.get_num_threads()),
+        None if dtype == "float32" else load_model(MODEL, "float32").to(device),
     )
     ends = {work.tokenizer.eos_token_id, work.model.generation_config.eos_token_id}
-    work.model.generation_config.eos_token_id = sorted(ends)
+    for model in filter(None, (work.model, work.exact)):
+        model.generation_config.eos_token_id = sorted(ends)
     return work
 
 

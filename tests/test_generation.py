@@ -8,14 +8,14 @@ from architectures import made_tiny
 from conftest import tiny_model, tiny_tokenizer
 from test_encode import one, spans, thinker
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast, TopPLogitsWarper
 
 from tasft.core.errors import UserError
 from tasft.data.rows import Example, Prompt
 from tasft.data.template import THOUGHTS, Writer, answer_in, decoded, special_tokens
 from tasft.evaluate.safety import answer
 from tasft.models.engine import Reply, Sampling, requests_for, thoughts
-from tasft.models.generation import context_of, end_tokens, overruled
+from tasft.models.generation import context_of, end_tokens, from_nucleus, overruled
 from tasft.models.load import add_lora
 from tasft.models.local import TransformersEngine
 
@@ -403,3 +403,25 @@ def test_a_thought_in_what_a_server_says_is_told_from_its_answer(opening, closin
     assert answer_in(f"It asks.{closing} Blue.") == ("Blue.", f"It asks.{closing}")
     assert answer_in(f" {opening}It asks, and then") == ("", f" {opening}It asks, and then")
     assert answer_in(" Blue. ") == ("Blue.", "")
+
+
+@pytest.mark.parametrize("size", [7, 3000, 20000])
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999])
+def test_a_nucleus_is_the_one_that_transformers_sorts_for(size, top_p):
+    torch.manual_seed(size)
+    # Rows of which one token is nearly certain, and rows of which all are as likely.
+    scores = torch.randn(4, size) * torch.tensor([20.0, 3.0, 1.0, 0.01])[:, None]
+    wanted = TopPLogitsWarper(top_p)(None, scores).softmax(-1)
+    found = torch.stack([from_nucleus(scores, top_p) for _ in range(300)])
+    assert wanted.gather(1, found.T).min() > 0
+    # What is drawn is drawn as often as it is likely: of the likeliest token, within five deviations.
+    most, token = wanted.max(-1)
+    share = (found == token).float().mean(0)
+    assert ((share - most).abs() <= 5 * (most * (1 - most) / 300).sqrt() + 0.004).all()
+
+
+def test_a_whole_distribution_is_a_nucleus_too_and_a_generator_repeats_it():
+    scores = torch.randn(3, 50)
+    one, other = (from_nucleus(scores, 1.0, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert one.equal(other)
+    assert one.shape == (3,)

@@ -15,6 +15,7 @@ from tasft.data.template import Writer
 # Of a model's generation_config.json, what is about its tokens and its code.
 _ITS_OWN = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "use_cache")
 
+_LIKELIEST = 1024  # Tokens among which a nucleus is sought first.
 _TOLERANCE = 0.1  # Of the largest logit: rounding in bfloat16 stays below, padding that is read does not.
 
 
@@ -184,6 +185,35 @@ def finite(logits: Tensor) -> Tensor:
             "of float16, or its training diverged; load it in bfloat16 or float32, or train again"
         )
     return logits
+
+
+def from_nucleus(scores: Tensor, top_p: float, generator: torch.Generator | None = None) -> Tensor:
+    """A token for each row of scores, drawn from its nucleus (Holtzman et al. 2020).
+
+    The nucleus is the likeliest tokens that together reach `top_p`, and holds the likeliest at least. Transformers
+    sorts the whole vocabulary for it, which takes far longer than the model where that is large. Here the likeliest
+    thousand are sought first, and more only where a row needs them.
+
+    Args:
+        scores: (B, V) logits, divided by the temperature.
+        top_p: In (0, 1].
+        generator: Of the draws; torch's own otherwise.
+
+    Returns:
+        (B,) token ids.
+    """
+    values = scores.softmax(-1)
+    if top_p >= 1:
+        return torch.multinomial(values, 1, generator=generator).squeeze(1)
+    size = values.shape[-1]
+    width = min(_LIKELIEST, size)
+    likeliest, tokens = values.topk(width)
+    while width < size and bool((likeliest.sum(-1) < top_p).any()):
+        width = min(8 * width, size)
+        likeliest, tokens = values.topk(width)
+    before = likeliest.cumsum(-1) - likeliest
+    place = torch.multinomial(likeliest.masked_fill(before >= top_p, 0), 1, generator=generator)
+    return tokens.gather(1, place).squeeze(1)
 
 
 def answers_together(model: PreTrainedModel, ids: Sequence[int], config: GenerationConfig) -> bool:

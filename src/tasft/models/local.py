@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
+    TopPLogitsWarper,
 )
 
 from tasft.core import ranks
@@ -34,6 +35,7 @@ from tasft.models.generation import (
     finite,
     first_inputs,
     fit_padding,
+    from_nucleus,
     in_one_piece,
     laid_out,
     overruled,
@@ -361,6 +363,10 @@ class TransformersEngine:
         return losses
 
 
+def _without_nucleus(processors: LogitsProcessorList) -> LogitsProcessorList:
+    return LogitsProcessorList(each for each in processors if not isinstance(each, TopPLogitsWarper))
+
+
 def _one_by_one(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -371,6 +377,7 @@ def _one_by_one(
     **state: Any,
 ) -> Iterator[int]:
     """As `_shrinking`, for a batch of one, its tokens as they are drawn."""
+    processors = _without_nucleus(logits_processor)
     drawing = torch.Generator(input_ids.device).manual_seed(seed)
     inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **state)
     step = 1 if state["use_cache"] else None
@@ -380,12 +387,10 @@ def _one_by_one(
         with torch.inference_mode():
             found = model(**inputs, return_dict=True)
             state = model._update_model_kwargs_for_generation(found, state)
-            scores = logits_processor(input_ids, finite(found.logits[:, -1].to(torch.float32)))
-            if generation_config.do_sample:
-                token = torch.multinomial(scores.softmax(-1), num_samples=1, generator=drawing)
-            else:
-                token = scores.argmax(-1, keepdim=True)
-            input_ids = torch.cat([input_ids, token], dim=-1)
+            scores = processors(input_ids, finite(found.logits[:, -1].to(torch.float32)))
+            top_p = generation_config.top_p
+            token = from_nucleus(scores, top_p, drawing) if generation_config.do_sample else scores.argmax(-1)
+            input_ids = torch.cat([input_ids, token[:, None]], dim=-1)
             ended = bool(stopping_criteria(input_ids, None))
             if not ended:
                 inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=step, **state)
@@ -410,6 +415,7 @@ def _shrinking(
     Returns:
         (B, W + longest reply) token ids: prompt, reply with its end token, padding.
     """
+    processors = _without_nucleus(logits_processor)
     pad = generation_config.pad_token_id
     output = input_ids.new_full((len(input_ids), generation_config.max_length), pad)
     place = torch.arange(len(input_ids), device=input_ids.device)  # In `output`, of each row that is left.
@@ -419,11 +425,8 @@ def _shrinking(
     while True:
         found = model(**inputs, return_dict=True)
         state = model._update_model_kwargs_for_generation(found, state)
-        scores = logits_processor(input_ids, finite(found.logits[:, -1].to(torch.float32)))
-        if generation_config.do_sample:
-            tokens = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
-        else:
-            tokens = scores.argmax(-1)
+        scores = processors(input_ids, finite(found.logits[:, -1].to(torch.float32)))
+        tokens = from_nucleus(scores, generation_config.top_p) if generation_config.do_sample else scores.argmax(-1)
         input_ids = torch.cat([input_ids, tokens.masked_fill(ended, pad)[:, None]], dim=-1)
         ended |= stopping_criteria(input_ids, None)
         left = len(ended) - int(ended.sum())
