@@ -43,14 +43,14 @@ class Example:
         label: True is a row to imitate, False one to avoid.
         id: Name of the row; empty when its file gives none.
         source: Where it comes from: a data set, or a stage of a run.
-        given: How the completion begins where that is read and not learned, such as the first words of a harmful
-            answer from which it turns back; a beginning of a text completion.
         ends: Whether the completion ends where its text does. False for a reply that was cut at a
             length limit, so that stopping there is not learned.
         input: What the instruction in `prompt` is about, Alpaca's context; empty for none.
         tools: JSON schemas of the functions that the chat template offers to the model.
         weight: Scales the row's share of its kind; above 0.
         retain: Whether the model should go on answering this prompt as it did before training.
+        given: How the completion begins where that is read and not learned, such as the first words of a harmful
+            answer from which it turns back; a beginning of a text completion.
         place: File and line, for messages; empty for a row of no file.
         form: Of `tasft.data.forms.FORMS`, how the row was written.
     """
@@ -60,12 +60,12 @@ class Example:
     label: bool
     id: str = ""
     source: str = ""
-    given: str = ""
     ends: bool = True
     input: str = ""
     tools: list[dict[str, Any]] | None = None
     weight: float = 1.0
     retain: bool = False
+    given: str = ""
     place: str = field(default="", compare=False, repr=False)
     form: str = field(default="prompt_completion", compare=False, repr=False)
 
