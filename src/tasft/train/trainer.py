@@ -35,6 +35,7 @@ from tasft.models.load import load_model, load_tokenizer
 from tasft.train.arguments import refuse_unheeded
 from tasft.train.collate import Batch, collate
 from tasft.train.config import TASFTConfig
+from tasft.train.lower import LowerLayers, lower_layers
 from tasft.train.metrics import MetricsFile, peak_mib
 from tasft.train.penalties import penalty_of
 from tasft.train.sampler import FilledSampler, StratifiedSampler, UniformSampler
@@ -134,6 +135,8 @@ class TASFTTrainer(KnowsItsStart):
         )
         # Of a stream, too, each rank takes its own rows; one rank can only hand out batches of one length.
         self.accelerator.dataloader_config.dispatch_batches = False
+        # Where weights are sharded a layer that is left out would not be gathered.
+        self._lower = LowerLayers([]) if self._shards() else lower_layers(self.accelerator.unwrap_model(self.model))
         self._terms: dict[str, TokenSum] = {}
         self._window: dict[str, Tensor] = {}
         self._term_gradients: dict[str, list[Tensor]] = {}
@@ -253,7 +256,7 @@ class TASFTTrainer(KnowsItsStart):
             self._terms = self._losses(hidden.flatten(0, 1), before, inputs, watch)
             return torch.stack([self._terms[name].total for name in _TERMS if name in self._terms])
 
-        with head_calls(self.accelerator.unwrap_model(model), losses):
+        with head_calls(self.accelerator.unwrap_model(model), losses), self._lower.skipping():
             outputs = model(**model_inputs(inputs))
         here = self._counts(inputs)
         step = torch.cat([here, here.new_tensor([1])]) if num_items_in_batch is None else num_items_in_batch
@@ -275,14 +278,20 @@ class TASFTTrainer(KnowsItsStart):
     @torch.no_grad()
     def _before(self, model: nn.Module, batch: Batch) -> Float[Tensor, "N D"]:
         """Final hidden states of the model at step 0: this one without its adapter."""
-        kept: list[Tensor] = []
         whole = self.accelerator.unwrap_model(model)
+
+        def states() -> Tensor:
+            kept: list[Tensor] = []
+            with head_calls(whole, kept.append):
+                model(**model_inputs(batch))
+            return kept[0].flatten(0, 1)
+
         training = model.training
         model.eval()
-        with whole.disable_adapter(), head_calls(whole, kept.append):
-            model(**model_inputs(batch))
+        with whole.disable_adapter():
+            found = self._lower.before(states)
         model.train(training)
-        return kept[0].flatten(0, 1)
+        return found
 
     def _kinds(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Of each position whether it belongs to a row to imitate, to avoid, to retain."""
