@@ -547,7 +547,7 @@ def test_a_part_of_ones_own_that_one_cell_names_is_looked_at_too(base, tmp_path,
     monkeypatch.setattr(sys, "path", sys.path.copy())
     code, _, faults = tasft("check", write_parts(tmp_path, ["mean", "wrong"]))
     assert code == 2
-    assert "ownparts:wrong takes (hidden), but is called with (hidden, head, labels, weights)" in faults
+    assert "ownparts:wrong takes (hidden), but is called with (hidden, head, labels, *, weights)" in faults
 
 
 @pytest.mark.slow
