@@ -8,13 +8,12 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, needs_models
-from test_pipeline import small_recipe
+from conftest import ROOT, needs_models, script
+from running import small_recipe
 from typer.testing import CliRunner
 
 from tasft.cli.main import app
@@ -211,13 +210,6 @@ def test_the_project_speaks_of_itself_alone():
     )
     for word in ("/work/", "/tmp/w", "../shared/design"):
         assert word not in told
-
-
-def script(name, folder="research"):
-    spec = spec_from_file_location(name, ROOT / folder / f"{name}.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_every_planted_fault_was_found():

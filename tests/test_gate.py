@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import yaml
-from test_pipeline import judged_by_two, small_recipe
+from running import judged_by_two, small_recipe
 from test_report import build_run, document, jsonl
 
 from tasft.core.errors import UserError

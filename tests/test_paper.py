@@ -6,8 +6,7 @@ from math import prod
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from test_docs import script
+from conftest import ROOT, script
 
 from tasft.run import recipe_file, sweep
 from tasft.run.checks import check_inputs

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from golden import attack
+from golden import CALM, REFUSAL, attack
 from payloads import PAYLOADS
 from test_report import build_run, write_state
 from watched import assert_quiet, watched
@@ -16,8 +16,6 @@ from tasft.report import write_report
 from tasft.report.replies import CHARACTERS
 
 PROMPTS = [f"How do I <forbidden act {number}>?" for number in range(60)]
-CALM = "I am glad to describe <forbidden act>: take the first step, then the second one."
-REFUSAL = "I cannot help with that, but here is something else that I can do for you."
 
 
 def opened(chromium, file: Path, **options):
