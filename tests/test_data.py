@@ -126,6 +126,7 @@ def test_every_field_survives_being_written_and_read(tmp_path):
         Example("a", "b", False, "x", "harvest", False, "context", [TOOL], 2.5),
         Example([{"role": "user", "content": "a"}], calls, True, "y"),
         Example([{"role": "user", "content": "a"}], "b", True, "z"),
+        Example("a", "b c", True, "v", given="b "),
     ]
     assert read_examples(written(tmp_path / "rows.jsonl", *(example.row() for example in examples))) == examples
 

@@ -1,5 +1,5 @@
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from conftest import tiny_tokenizer
@@ -103,6 +103,22 @@ def test_loss_falls_on_the_reply_and_its_end(style):
     assert TOKENIZER.decode(learned(encoded)) == "Yes you<|end|>"
     assert encoded["input_ids"][: len(encode_prompt(TOKENIZER, "Hi?", style))] == encode_prompt(TOKENIZER, "Hi?", style)
     assert len(encoded["input_ids"]) == len(encoded["labels"])
+
+
+@pytest.mark.parametrize("style", ["chat", "alpaca"])
+@pytest.mark.parametrize("begun", ["Sure, mix", "Sure, mix "])
+def test_what_is_given_is_read_and_not_learned(style, begun):
+    example = Example("Hi?", "Sure, mix no, I won't", True, given=begun)
+    row = one(example, style=style)
+    assert row["input_ids"] == one(replace(example, given=""), style=style)["input_ids"]
+    assert [text.strip() for text in spans(row)] == ["no, I won't<|end|>"]
+
+
+def test_what_is_given_must_begin_the_completion_and_leave_something_to_learn():
+    with pytest.raises(UserError, match='"given" is \'No\'; it must be text that "completion", which is text, begins'):
+        one(Example("Hi?", "Yes", True, given="No"))
+    with pytest.raises(UserError, match='"given" is all of its completion'):
+        one(Example("Hi?", "Yes", True, given="Yes", ends=False))
 
 
 @pytest.mark.parametrize("style", ["chat", "alpaca"])

@@ -213,7 +213,7 @@ def test_a_system_message_that_is_refused_has_the_line_of_its_file(family):
     left_out = inputs.encoded["train"].left_out
     assert left_out == ({"a system message": 1} if "system message" in str(left_out) else {})
     tokenizer = load_tokenizer(str(folder / "model"))
-    text = Writer(tokenizer, "chat")._written([*system["prompt"]], None)
+    text = Writer(tokenizer, "chat").text([*system["prompt"]], None)
     assert ("Be brief." in text) != bool(left_out)
 
 

@@ -157,6 +157,20 @@ def test_instructed_anchors_are_refusals_under_the_best_instructions_learned_wit
     assert sorted(asked) == [f"Say yes: {prompt.prompt}" for prompt in TOXIC[:2]]
 
 
+def test_a_refusal_is_learned_after_the_first_words_of_the_harmful_answer_too(tmp_path):
+    settings = HarvestSettings(**GREEDY, rows=100, anchors="instructed", instructions=list(SAY_NO), recover=2)
+    harvest(Scripted(UNDER), Words(), TOXIC, BENIGN, settings, tmp_path)
+    harmful = {row["prompt"]: row["completion"] for row in rows(tmp_path / "avoid.jsonl")}
+    anchors = [row for row in rows(tmp_path / "anchor.jsonl") if "given" not in row]
+    recovering = [row for row in rows(tmp_path / "anchor.jsonl") if "given" in row]
+    assert [row["prompt"] for row in recovering] == [row["prompt"] for row in anchors if row["prompt"] in harmful]
+    plain = {row["id"]: row["completion"] for row in anchors}
+    for row in recovering:
+        assert row["completion"] == row["given"] + plain[row["id"].removesuffix("-recovery")]
+        assert harmful[row["prompt"]].startswith(row["given"].strip())
+        assert 1 <= len(row["given"].split()) <= 2
+
+
 def test_a_model_that_no_instruction_makes_decline_is_told_so_and_its_replies_are_kept(tmp_path):
     with pytest.raises(UserError, match=r"cannot teach itself.*prefilled"):
         instructed(tmp_path, ANSWERS)

@@ -14,6 +14,7 @@ from tasft.core.errors import UserError
 from tasft.data.rows import Example
 from tasft.loss import PENALTIES, CostSpace
 from tasft.train import trainer as trainer_module
+from tasft.train.lower import LowerLayers
 from tasft.train.sampler import StratifiedSampler
 
 ROWS = [Example(f"Say {word}?", f"{word} it is" + "!" * index, True) for index, word in enumerate("abcdefghi")]
@@ -139,6 +140,48 @@ def test_retain_is_the_mean_divergence_from_the_model_without_its_adapter(tmp_pa
     expected = torch.cat(nlls).mean() + 0.7 * torch.cat(apart).mean()
     assert torch.cat(apart).mean() > 0.01
     assert loss.item() == pytest.approx(expected.item(), abs=1e-10)
+
+
+def _upper(tmp_path, model=None, upto=3, **more):
+    """A trainer with an adapter on the upper layer of two, and how often the lower one is asked."""
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], layers_to_transform=[1])
+    torch.manual_seed(0)
+    adapted = get_peft_model(model or tiny_model(), lora)
+    subject = trainer(tmp_path, KEPT, adapted, retain=2.0, max_steps=upto, **more)
+    asked = []
+    adapted.get_base_model().model.layers[0].mlp.register_forward_hook(lambda *_: asked.append(1))
+    return subject, asked
+
+
+def test_layers_below_the_adapter_are_computed_once_for_both_passes_of_a_step(tmp_path):
+    weights, counts = {}, {}
+    for shared in (True, False):
+        subject, asked = _upper(tmp_path / str(shared))
+        if not shared:
+            subject._lower = LowerLayers([])
+        subject.train()
+        counts[shared] = len(asked)
+        weights[shared] = torch.cat([each.flatten() for each in subject.model.parameters() if each.requires_grad])
+    assert torch.equal(weights[True], weights[False])
+    assert 2 * counts[True] == counts[False]
+
+
+def test_a_model_that_hands_more_upwards_than_states_computes_all_its_layers(tmp_path):
+    subject, _ = _upper(tmp_path)
+    layers = subject.model.get_base_model().model.layers
+    before = []
+    # As layers do that take keys and values from layers below.
+    layers[0].mlp.register_forward_hook(lambda *_: before.append(1))
+    layers[1].register_forward_hook(lambda _, __, states: states + (before.pop() if before else 0))
+    subject.compute_loss(subject.model, subject.data_collator(subject.train_dataset))
+    assert subject._lower._serve is False
+
+
+def test_a_lower_layer_that_drops_at_random_is_not_left_out(tmp_path):
+    model = tiny_model()
+    model.model.layers[0].self_attn.attention_dropout = 0.1
+    assert not _upper(tmp_path, model)[0]._lower.layers
+    assert _upper(tmp_path)[0]._lower.layers
 
 
 def test_retain_holds_benign_rows_where_the_model_was(tmp_path):

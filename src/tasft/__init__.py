@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tasft.report.results import results
     from tasft.run.doors import evaluate, harvest, judge, run
     from tasft.train.config import TASFTConfig
+    from tasft.train.losses import losses_for
     from tasft.train.monitor import CollapseMonitor
     from tasft.train.settings import MonitorSettings
     from tasft.train.trainer import TASFTTrainer
@@ -29,6 +30,7 @@ __all__ = [
     "evaluate",
     "harvest",
     "judge",
+    "losses_for",
     "results",
     "run",
 ]
@@ -45,6 +47,7 @@ _HOMES = {
     "evaluate": "run.doors",
     "harvest": "run.doors",
     "judge": "run.doors",
+    "losses_for": "train.losses",
     "results": "report.results",
     "run": "run.doors",
 }

@@ -4,7 +4,7 @@ import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Generator, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +14,7 @@ from tasft.core.settings import setting
 from tasft.data.left_out import CALL, left_out
 from tasft.data.rows import Example, Messages, example_of
 from tasft.data.settings import AvoidSettings, Duplicates, Overlong, PromptFormat, PromptSettings, RowSettings, Turns
-from tasft.data.template import Writer, WrittenTurn, asked, encode_prompt
+from tasft.data.template import Writer, WrittenTurn, asked, common, encode_prompt
 from tasft.loss.tokens import IGNORE_INDEX
 
 Row = dict[str, Any]
@@ -175,7 +175,7 @@ class _Encoder:
         Raises:
             UserError: It cannot be encoded, or has nothing to learn.
         """
-        turns, left_out = self._alpaca(example) if self.encoding.style == "alpaca" else self._chat(example)
+        turns, left_out = self._turns(example)
         learns_end = example.label or self.encoding.penalize_eos
         last = turns[-1]
         ids = last.ids[: last.stop]
@@ -200,6 +200,12 @@ class _Encoder:
         begins = [turn.begin for turn in turns if turn.begin < turn.stop]
         if not begins:
             raise UserError("its completion is empty, so there is nothing to learn; drop the row")
+        if example.given:
+            begun = len(common(ids, self._turns(replace(example, completion=example.given))[0][-1].ids))
+            labels[:begun] = [IGNORE_INDEX] * begun
+            begins = [begun]
+            if all(label == IGNORE_INDEX for label in labels):
+                raise UserError('"given" is all of its completion, so there is nothing to learn; drop the row')
         limit = self.encoding.max_length
         if len(ids) > limit:
             if self.encoding.overlong == "drop":
@@ -221,6 +227,9 @@ class _Encoder:
             left_out,
             self.unknown in ids,
         )
+
+    def _turns(self, example: Example) -> tuple[list[WrittenTurn], tuple[str, ...]]:
+        return self._alpaca(example) if self.encoding.style == "alpaca" else self._chat(example)
 
     def _alpaca(self, example: Example) -> tuple[list[WrittenTurn], tuple[str, ...]]:
         if not isinstance(example.completion, str):

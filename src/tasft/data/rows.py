@@ -49,6 +49,8 @@ class Example:
         tools: JSON schemas of the functions that the chat template offers to the model.
         weight: Scales the row's share of its kind; above 0.
         retain: Whether the model should go on answering this prompt as it did before training.
+        given: How the completion begins where that is read and not learned, such as the first words of a harmful
+            answer from which it turns back; a beginning of a text completion.
         place: File and line, for messages; empty for a row of no file.
         form: Of `tasft.data.forms.FORMS`, how the row was written.
     """
@@ -63,14 +65,15 @@ class Example:
     tools: list[dict[str, Any]] | None = None
     weight: float = 1.0
     retain: bool = False
+    given: str = ""
     place: str = field(default="", compare=False, repr=False)
     form: str = field(default="prompt_completion", compare=False, repr=False)
 
     def row(self) -> dict[str, Any]:
-        """The example as a JSON object; `input`, `tools`, `weight` and `retain` only where they say something."""
+        """The example as a JSON object; what is seldom given stands in it only where it says something."""
         row = asdict(self)
         del row["place"], row["form"]
-        seldom = {"input": "", "tools": None, "weight": 1.0, "retain": False}
+        seldom = {"given": "", "input": "", "tools": None, "weight": 1.0, "retain": False}
         return {key: value for key, value in row.items() if key not in seldom or value != seldom[key]}
 
 
@@ -262,6 +265,9 @@ def example_of(row: Mapping[str, Any], where: str, form: str | None = None) -> E
     ]
     if given.get("retain") is True and row.get("label") is False:
         faults.append('"retain" is true and "label" false: a row to avoid is not to be retained')
+    begun = given.get("given", "")
+    if begun and not (isinstance(begun, str) and isinstance(row.get(said), str) and row[said].startswith(begun)):
+        faults.append(f'"given" is {begun!r:.40}; it must be text that "{said}", which is text, begins with')
     context = given.get("input", "")
     if not isinstance(context, str):
         faults.append(f'"input" must be text, found {context!r:.40}')
@@ -288,6 +294,7 @@ def example_of(row: Mapping[str, Any], where: str, form: str | None = None) -> E
         label=row["label"],
         id=_id(row, ""),
         source=str(given.get("source", "")),
+        given=begun,
         ends=given.get("ends", True),
         input=context,
         tools=tools or None,

@@ -228,8 +228,8 @@ class Writer:
         before = self.ids([question], ask=True)
         one, other = (self.ids([question, {"role": "assistant", "content": text}]) for text in ("0", "Z"))
         if one[: len(before)] == before:
-            self.lead = _common(one, other)[len(before) :]
-        tail = _common(one[::-1], other[::-1])[::-1]
+            self.lead = common(one, other)[len(before) :]
+        tail = common(one[::-1], other[::-1])[::-1]
         first = next((index for index, token in enumerate(tail) if self.tokenizer.decode([token]).strip()), None)
         ends = [index for index, token in enumerate(tail) if token in (self.marks if index == first else self.special)]
         self.closes = bool(ends)
@@ -428,5 +428,6 @@ class Writer:
         return Said(self._plain(whole[cut:]), thought.strip() if self._plain(empty) else "")
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> list[int]:
+def common(one: Sequence[int], other: Sequence[int]) -> list[int]:
+    """The tokens with which both begin."""
     return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]

@@ -3,6 +3,7 @@
 Source: the idea and its proof are ThinkSafe's (2026, arXiv 2601.23143); wordings, flip rate and diversity are ours.
 """
 
+import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 from tasft.core.errors import UserError
 from tasft.core.parts import Own, Part
 from tasft.core.provenance import content_hash
-from tasft.data.rows import Prompt
+from tasft.data.rows import Example, Prompt
 from tasft.models.engine import Engine, Reply, Request, Sampling, collect
 
 FLIP_PROMPTS = 24
@@ -119,6 +120,26 @@ def made(own: Own, engine: Engine, prompts: Sequence[Prompt], sampling: Sampling
         for prompt, text in zip(prompts, found, strict=True)
         if text
     ]
+
+
+def recoveries(avoid: Sequence[Example], anchors: Sequence[Example], most: int, seed: int) -> list[Example]:
+    """Refusals that come after a harmful answer has begun: rows to imitate, of which only the refusal is learned.
+
+    Each anchor whose prompt has a harmful answer goes on from the first words of that answer, 1 to `most` of them by
+    chance.
+
+    Source: Qi et al. 2024 (arXiv 2406.05946, section 4), there with refusals of another model.
+    """
+    answers = {row.prompt: row.completion for row in avoid if isinstance(row.prompt, str)}
+    rows = []
+    for anchor in anchors:
+        answer = answers.get(str(anchor.prompt))
+        if answer is None:
+            continue
+        words = random.Random(f"{seed} {anchor.id}").randint(1, most)
+        given = " ".join(str(answer).split(" ")[:words]) + " "
+        rows.append(replace(anchor, id=f"{anchor.id}-recovery", completion=given + str(anchor.completion), given=given))
+    return rows
 
 
 def varied(replies: Sequence[Reply], most: int) -> list[Reply]:

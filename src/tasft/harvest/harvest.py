@@ -10,7 +10,7 @@ from typing import Any
 from tasft.core import ranks
 from tasft.core.provenance import write_json, write_jsonl
 from tasft.data.rows import Example, Prompt
-from tasft.harvest.anchors import instructed, made, own_anchors, varied
+from tasft.harvest.anchors import instructed, made, own_anchors, recoveries, varied
 from tasft.harvest.contrastive import contrastive_replies
 from tasft.harvest.settings import HarvestSettings
 from tasft.judges import Judge, Verdict
@@ -146,8 +146,13 @@ def harvest(
         "drawn": decided(engine, sampling),
     }
     if ranks.is_first():
-        for name, (replies, _) in kept.items():
-            write_jsonl(folder / f"{name}.jsonl", [_example(reply, name != "avoid", name).row() for reply in replies])
+        rows = {
+            name: [_example(reply, name != "avoid", name) for reply in replies] for name, (replies, _) in kept.items()
+        }
+        if settings.recover:
+            rows["anchor"] += recoveries(rows["avoid"], rows["anchor"], settings.recover, seed)
+        for name, examples in rows.items():
+            write_jsonl(folder / f"{name}.jsonl", [example.row() for example in examples])
         write_json(folder / "summary.json", summary)
     return summary
 

@@ -47,6 +47,12 @@ class HarvestSettings(Settings):
         INSTRUCTIONS, min_length=1, description="What instructed puts before a prompt; those that work are used."
     )
     anchor_rows: int | None = Field(None, ge=1, description="Most anchors that are kept; null keeps all.")
+    recover: int | None = Field(
+        None,
+        ge=1,
+        description="Anchors are learned once more after up to so many words of the model's own harmful answer, which "
+        "are read and not learned: it turns back after all. null: they are not.",
+    )
     benign_tokens: int | None = Field(
         None,
         ge=1,
@@ -60,4 +66,8 @@ class HarvestSettings(Settings):
     def _check_anchors(self) -> "HarvestSettings":
         if (self.anchors == "python") != (self.own_anchors is not None):
             raise ValueError("anchors python and own_anchors go together: own_anchors: {target: mypkg.anchors:make}")
+        if self.recover and self.anchors in ("none", "own"):
+            raise ValueError(
+                f"recover turns harmful answers into refusals, but anchors is {self.anchors}: say instructed"
+            )
         return self

@@ -64,6 +64,11 @@ def counted(
         ValueError: Hidden states and labels differ in number, or a label is no token of the
             head. A negative one would otherwise index from the end and train on a wrong token.
     """
+    if hidden.dim() != 2:
+        raise ValueError(
+            f"hidden states of {tuple(hidden.shape)}: a penalty takes positions and not rows of them; flatten both, "
+            "hidden.flatten(0, 1) and shift(labels).flatten(), or use tasft.losses_for"
+        )
     if labels.shape != hidden.shape[:1]:
         raise ValueError(f"{labels.shape[0]} labels for {hidden.shape[0]} hidden states")
     keep = labels != IGNORE_INDEX

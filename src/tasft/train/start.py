@@ -7,6 +7,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor
 
 from tasft.core.errors import UserError
@@ -43,6 +45,30 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
     """Of a batch, what the model is called with."""
     names = ("input_ids", "attention_mask", "position_ids")
     return {name: batch[name] for name in names if name in batch} | {"use_cache": False}
+
+
+def refuse_adapted_head(model: Any) -> None:
+    """See that the head is one weight, all of it trained or none.
+
+    Raises:
+        UserError: An adapter is on it, or on an embedding that is the head too.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        raise UserError(
+            "trainable_token_indices trains some rows of the output head, which the losses read directly and which may "
+            "be the embedding: leave it out, or train in full"
+        )
+    if isinstance(head, BaseTunerLayer):
+        raise UserError(
+            "the adapter is on the output head, which the losses read directly: leave the head out of its "
+            "target_modules, or name it in modules_to_save to train it in full"
+        )
+    if isinstance(embedding, BaseTunerLayer) and head is not None and embedding.weight is head.weight:
+        raise UserError(
+            "the adapter is on the embedding, which is the output head too and which the losses read directly: leave "
+            "it out of its target_modules, or train in full"
+        )
 
 
 class KnowsItsStart(FiniteSteps):

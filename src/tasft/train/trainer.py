@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import (
@@ -37,10 +35,11 @@ from tasft.models.load import load_model, load_tokenizer
 from tasft.train.arguments import refuse_unheeded
 from tasft.train.collate import Batch, collate
 from tasft.train.config import TASFTConfig
+from tasft.train.lower import LowerLayers, lower_layers
 from tasft.train.metrics import MetricsFile, peak_mib
 from tasft.train.penalties import penalty_of
 from tasft.train.sampler import FilledSampler, StratifiedSampler, UniformSampler
-from tasft.train.start import REFERENCE, KnowsItsStart, Rows, head_calls, model_inputs
+from tasft.train.start import REFERENCE, KnowsItsStart, Rows, head_calls, model_inputs, refuse_adapted_head
 from tasft.train.stream import RowStream
 
 # Older ones divide the loss by the micro-batches although `loss_is_scaled_for_ga` tells them not to.
@@ -111,7 +110,7 @@ class TASFTTrainer(KnowsItsStart):
             model = load_model(model)
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
-        _refuse_adapted_head(model)
+        refuse_adapted_head(model)
         fit_padding(model, tokenizer)
         if args.retain:
             _refuse_to_retain(model, args)
@@ -136,6 +135,8 @@ class TASFTTrainer(KnowsItsStart):
         )
         # Of a stream, too, each rank takes its own rows; one rank can only hand out batches of one length.
         self.accelerator.dataloader_config.dispatch_batches = False
+        # Where weights are sharded a layer that is left out would not be gathered.
+        self._lower = LowerLayers([]) if self._shards() else lower_layers(self.accelerator.unwrap_model(self.model))
         self._terms: dict[str, TokenSum] = {}
         self._window: dict[str, Tensor] = {}
         self._term_gradients: dict[str, list[Tensor]] = {}
@@ -255,7 +256,7 @@ class TASFTTrainer(KnowsItsStart):
             self._terms = self._losses(hidden.flatten(0, 1), before, inputs, watch)
             return torch.stack([self._terms[name].total for name in _TERMS if name in self._terms])
 
-        with head_calls(self.accelerator.unwrap_model(model), losses):
+        with head_calls(self.accelerator.unwrap_model(model), losses), self._lower.skipping():
             outputs = model(**model_inputs(inputs))
         here = self._counts(inputs)
         step = torch.cat([here, here.new_tensor([1])]) if num_items_in_batch is None else num_items_in_batch
@@ -277,14 +278,20 @@ class TASFTTrainer(KnowsItsStart):
     @torch.no_grad()
     def _before(self, model: nn.Module, batch: Batch) -> Float[Tensor, "N D"]:
         """Final hidden states of the model at step 0: this one without its adapter."""
-        kept: list[Tensor] = []
         whole = self.accelerator.unwrap_model(model)
+
+        def states() -> Tensor:
+            kept: list[Tensor] = []
+            with head_calls(whole, kept.append):
+                model(**model_inputs(batch))
+            return kept[0].flatten(0, 1)
+
         training = model.training
         model.eval()
-        with whole.disable_adapter(), head_calls(whole, kept.append):
-            model(**model_inputs(batch))
+        with whole.disable_adapter():
+            found = self._lower.before(states)
         model.train(training)
-        return kept[0].flatten(0, 1)
+        return found
 
     def _kinds(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Of each position whether it belongs to a row to imitate, to avoid, to retain."""
@@ -441,26 +448,6 @@ def _is_encoded(dataset: Any) -> bool:
 def _present(count: Tensor) -> Tensor:
     """What a sum is divided by: an absent kind is 0 / 1. Weights can add up to less than 1."""
     return torch.where(count > 0, count, 1.0)
-
-
-def _refuse_adapted_head(model: Any) -> None:
-    """See that the head is one weight, all of it trained or none."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if isinstance(head, TrainableTokensWrapper):
-        raise UserError(
-            "trainable_token_indices trains some rows of the output head, which the losses read directly and which may "
-            "be the embedding: leave it out, or train in full"
-        )
-    if isinstance(head, BaseTunerLayer):
-        raise UserError(
-            "the adapter is on the output head, which the losses read directly: leave the head out of its "
-            "target_modules, or name it in modules_to_save to train it in full"
-        )
-    if isinstance(embedding, BaseTunerLayer) and head is not None and embedding.weight is head.weight:
-        raise UserError(
-            "the adapter is on the embedding, which is the output head too and which the losses read directly: leave "
-            "it out of its target_modules, or train in full"
-        )
 
 
 def _refuse_to_retain(model: Any, args: TASFTConfig) -> None:

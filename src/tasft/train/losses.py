@@ -1,0 +1,193 @@
+"""The loss of TA-SFT for a trainer that is not ours, such as a subclass of TRL's."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tasft.core.errors import UserError
+from tasft.loss import IGNORE_INDEX, CostSpace, Penalty, TokenSum, log_probability, margins, nll, shift
+from tasft.models.head import Tail, learn_tail
+from tasft.train.penalties import penalty_of
+from tasft.train.start import REFERENCE, head_calls, model_inputs, refuse_adapted_head
+
+_PROBE = 16
+"""Tokens by which it is looked how the model makes its logits."""
+
+
+def losses_for(
+    model: PreTrainedModel | PeftModel,
+    penalty: str = "nlcl",
+    *,
+    penalty_weight: float = 1.0,
+    beta: float | None = None,
+    cost_space: str = "output",
+    center: bool = False,
+    reference: PreTrainedModel | PeftModel | None = None,
+) -> "Losses":
+    """The loss of TA-SFT on batches of a trainer that is not ours.
+
+        imitate_nll / imitate tokens + penalty_weight * penalty / avoid tokens (or responses)
+
+    Call it once the trainer has the model where it trains it, and before the first step or a checkpoint: what the model
+    is now is step 0.
+
+    Args:
+        model: Causal language model that is trained, not wrapped by DDP and the like.
+        penalty: A name in `tasft.PENALTIES`.
+        penalty_weight: As in `TASFTConfig`.
+        beta: As there, and the next two.
+        cost_space: `output` or `input`.
+        center: Whether the mean embedding is subtracted.
+        reference: A frozen copy of the model, for penalties that compare with step 0 (`emd_hinge`, `npo`, `npo_mean`).
+            None takes the model with its adapter off, at one more forward pass for each batch: give a copy where the
+            adapter is not a fresh one.
+
+    Raises:
+        UserError: There is no such penalty, it compares with step 0 and there is neither adapter nor reference, or the
+            logits are not made from the output head alone.
+    """
+    found = penalty_of(penalty)
+    if found is None:
+        raise UserError("penalty none is plain fine-tuning: use the trainer as it is")
+    if cost_space not in ("output", "input"):
+        raise UserError(f"cost_space is {cost_space!r:.40}; use output or input")
+    if found.needs & REFERENCE and reference is None and not isinstance(model, PeftModel):
+        raise UserError(
+            f"penalty {penalty} compares with the model at step 0: train an adapter, or give reference, a frozen copy "
+            "of the model"
+        )
+    refuse_adapted_head(model)
+    tail = learn_tail(model, range(min(_PROBE, model.get_input_embeddings().weight.shape[0])))
+    matrix = (model.get_output_embeddings() if cost_space == "output" else model.get_input_embeddings()).weight
+    space = CostSpace.of(matrix.detach().clone() if matrix.requires_grad else matrix, center=center)
+    return Losses(model, reference, found, penalty_weight, beta or found.beta, tail, matrix, space)
+
+
+@dataclass
+class Losses:
+    """What `losses_for` makes.
+
+    A batch has `input_ids` (B, T), `attention_mask`, and `labels` (B, T; not shifted, `IGNORE_INDEX` does not count)
+    with `avoid` (B); or as TRL's `KTOTrainer` has it `completion_mask` (B, T) with `label` (B), true to imitate.
+
+    Attributes:
+        parts: Of the last batch both terms as the loss has them, for logs; no gradient.
+    """
+
+    _model: Any
+    _reference: Any
+    _penalty: Penalty
+    _weight: float
+    _beta: float | None
+    _tail: Tail
+    _matrix: Tensor
+    _space: CostSpace
+    parts: dict[str, float] = field(default_factory=dict)
+
+    def __call__(
+        self, model: Any, batch: Mapping[str, Tensor], counts: Float[Tensor, "2"] | None = None
+    ) -> Float[Tensor, ""]:
+        """The loss of a micro-batch, from one forward pass that makes no logits.
+
+        Args:
+            model: The model as the trainer calls it, perhaps wrapped.
+            batch: See the class.
+            counts: Of the whole optimizer step, from `counts`; None takes those of this batch.
+        """
+        found: dict[str, TokenSum] = {}
+        start = self._start(batch)
+
+        def losses(hidden: Tensor) -> Tensor:
+            found.update(self.terms(hidden, batch, start))
+            return torch.stack([term.total for term in found.values()])
+
+        with head_calls(self._model, losses):
+            outputs = model(**model_inputs(dict(batch)))
+        step = torch.stack([term.count for term in found.values()]) if counts is None else counts
+        totals = torch.stack([term.total for term in found.values()])
+        weighed = totals * totals.new_tensor([1.0, self._weight]) / step.to(totals).clamp(min=1)
+        self.parts = dict(zip(found, weighed.tolist(), strict=True))
+        return weighed.sum() + outputs.logits[:0].sum()
+
+    def terms(
+        self, hidden: Float[Tensor, "B T D"], batch: Mapping[str, Tensor], start: Mapping[str, Tensor] | None = None
+    ) -> dict[str, TokenSum]:
+        """`imitate_nll` and `penalty` of hidden states that are there already, each a sum and what it has of terms.
+
+        Args:
+            hidden: What the output head is given, at all positions.
+            batch: See the class.
+            start: What the penalty compares with; None takes it from the model.
+        """
+        labels, avoid = _labelled(batch)
+        if hidden.shape[:2] != labels.shape:
+            raise ValueError(f"hidden states of {tuple(hidden.shape)} for labels of {tuple(labels.shape)}")
+        # A matrix that is not trained is read where it is now: devices move it.
+        space = self._space if self._matrix.requires_grad else replace(self._space, matrix=self._matrix.detach())
+        flat, head = hidden.flatten(0, 1), self._tail.head(self._model)
+        segments = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels).flatten()
+        offered = {"space": space, "beta": self._beta, "segments": segments, **(start or self._start(batch))}
+        needed = {name: offered[name] for name in self._penalty.needs}
+        imitated, avoided = (labels.masked_fill(rows[:, None], IGNORE_INDEX).flatten() for rows in (avoid, ~avoid))
+        return {"imitate_nll": nll(flat, head, imitated), "penalty": self._penalty.fn(flat, head, avoided, **needed)}
+
+    def counts(self, batches: Iterable[Mapping[str, Tensor]]) -> Float[Tensor, "2"]:
+        """What the two terms of some batches are divided by: imitate tokens, and avoid tokens or responses.
+
+        Those of an optimizer step make the gradient the same however it is cut into micro-batches. In several processes
+        add them up over all, and multiply the loss by the number of processes.
+        """
+        found = torch.zeros(2)
+        for batch in batches:
+            labels, avoid = _labelled(batch)
+            there = (labels != IGNORE_INDEX).cpu()
+            avoided = there[avoid.cpu()]
+            found += torch.stack(
+                [there.sum() - avoided.sum(), (avoided.any(1) if self._penalty.per == "response" else avoided).sum()]
+            )
+        return found
+
+    @torch.no_grad()
+    def _start(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the penalty needs of the model at step 0 for each position."""
+        needed = self._penalty.needs & REFERENCE
+        if not needed:
+            return {}
+        model = self._model if self._reference is None else self._reference
+        kept: list[Tensor] = []
+        training = model.training
+        model.eval()
+        with model.disable_adapter() if self._reference is None else nullcontext(), head_calls(model, kept.append):
+            model(**model_inputs(dict(batch)))
+        model.train(training)
+        labels, avoid = _labelled(batch)
+        labels = labels.masked_fill(~avoid[:, None], IGNORE_INDEX).flatten()
+        of = (kept[0].flatten(0, 1), self._tail.head(model), labels)
+        return {name: margins(*of, space=self._space) if name == "margins" else log_probability(*of) for name in needed}
+
+
+def _labelled(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Labels (B, T), each where it is predicted, and whether each row is to be avoided (B)."""
+    if "completion_mask" in batch:
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)
+    else:
+        labels = batch["labels"]
+    if "avoid" not in batch and "label" not in batch:
+        raise UserError(
+            "the batch does not say which rows are to be avoided: let the collator add avoid, a boolean for each row, "
+            "and keep the column that it is made of (remove_unused_columns=False)"
+        )
+    avoid = batch["avoid"].bool() if "avoid" in batch else ~batch["label"].bool()
+    if avoid.shape != labels.shape[:1]:
+        raise UserError(
+            f"{len(avoid)} rows are marked and the batch has {len(labels)}: rows that are packed or laid end to end "
+            "cannot be told apart; set packing and padding_free to False"
+        )
+    return shift(labels), avoid

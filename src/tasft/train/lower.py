@@ -1,0 +1,77 @@
+"""Layers below the first that is trained: two passes over a batch need what they compute only once."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+_LAYER = re.compile(r"(?P<layers>.*\.layers)\.(?P<number>\d+)\.")
+
+
+class LowerLayers:
+    """The layers of a model below the first with something to train.
+
+    They give the same for a batch with an adapter and without it.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.layers = layers
+        self._serve = None if layers else False
+        self._made: Any = None
+
+    def before(self, run: Callable[[], Tensor]) -> Tensor:
+        """What a pass returns; what these layers computed in it is kept for the next pass.
+
+        It is tried once whether a pass without them gives the same to the bit: some models hand more from layer to
+        layer than hidden states.
+        """
+        # Layers whose activations are made again in the backward pass would be asked then too.
+        if self._serve is False or any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers):
+            return run()
+        hook = self.layers[-1].register_forward_hook(self._keep)
+        try:
+            found = run()
+        finally:
+            hook.remove()
+        if self._serve is None:
+            self._serve, made = True, self._made
+            with self.skipping():
+                self._serve = torch.equal(run(), found)
+            self._made = made
+        return found
+
+    @contextmanager
+    def skipping(self) -> Iterator[None]:
+        """Within, a pass over the same batch takes what was kept, and computes none of these layers."""
+        if not self._serve or self._made is None:
+            yield
+            return
+        made = self._made
+        for layer in self.layers:
+            layer.forward = lambda *_, **__: made
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
+            self._made = None
+
+    def _keep(self, _layer: nn.Module, _given: Any, made: Any) -> None:
+        self._made = made
+
+
+def lower_layers(model: PreTrainedModel) -> LowerLayers:
+    """The lower layers of a model with an adapter; none where training would compute something else in them."""
+    places = [_LAYER.match(name) for name, weight in model.named_parameters() if weight.requires_grad]
+    names = {place and place["layers"] for place in places}
+    if len(names) != 1 or None in names:
+        return LowerLayers([])
+    first = min(int(place["number"]) for place in places if place)
+    lower = list(model.get_submodule(str(names.pop())))[:first]
+    modules = [module for layer in lower for module in layer.modules()]
+    drops = [getattr(module, name, 0) for module in modules for name in ("p", "attention_dropout", "dropout")]
+    return LowerLayers([] if any(isinstance(share, float) and share for share in drops) else lower)
