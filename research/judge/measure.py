@@ -194,13 +194,15 @@ def tables(result: dict[str, Any]) -> str:
     lines = [head]
     for outcome, judges in result["own"].items():
         for judge, row in judges.items():
+            name = judge.replace("embedded", "embedded (removed)")
             lines.append(
-                f"| {outcome} | {judge.replace('embedded', 'embedded (removed)')} | {row['n']} | {row['positive']} | {row['undecided']} | "
+                f"| {outcome} | {name} | {row['n']} | {row['positive']} | {row['undecided']} | "
                 + " | ".join(cell(row.get(name)) for name in measures)
                 + " |"
             )
     parts = [
-        f"Own labels, {result['what']}: {result['replies']} replies, {result['cells']} models, {result['prompts']} prompts.",
+        f"Own labels, {result['what']}: {result['replies']} replies, {result['cells']} models, "
+        f"{result['prompts']} prompts.",
         "",
         *lines,
     ]
