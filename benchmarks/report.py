@@ -28,7 +28,7 @@ WORDS = ("garden", "lamp", "river", "window", "school", "table", "morning", "let
 def run_folder(folder: Path, prompts: int, characters: int) -> None:
     """A run whose replies are made of words, about `characters` long on average, as uneven as real ones."""
     draw = random.Random(0)
-    judges = ["embedded", "refusal_matching"]
+    judges = ["classifier", "refusal_matching"]
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"name": "many", "evaluate": {"judges": judges}}))
     for state in ("base", "final"):
         at = folder / "evaluate" / state / "toxic"

@@ -1,10 +1,9 @@
-"""Keep the figures of finished runs, without their replies, and put them as a table where they are quoted.
+"""Keep the figures of a finished run, without its replies, and put them as a table where they are quoted.
 
-    python research/collect.py --json PATH --into docs/results/demo.md:demo --plot docs/img/demo.svg [RUN ...]
+    python research/collect.py --json PATH --into docs/results/demo.md:demo --plot docs/img/demo.svg [RUN]
 
-Without runs the table and the picture are drawn anew from the JSON. It holds for each run its recipe, rates, last
-metrics, seconds of each step, commit and machine. The table goes between `<!-- NAME:begin -->` and `<!-- NAME:end -->`
-of the file.
+Without a run the table and the picture are drawn anew from the JSON. It holds the recipe, rates, last metrics, seconds
+of each step, commit and machine. The table goes between `<!-- NAME:begin -->` and `<!-- NAME:end -->` of the file.
 """
 
 import argparse
@@ -105,53 +104,21 @@ def draw(run: dict[str, Any], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def tries(runs: list[dict[str, Any]]) -> str:
-    """Many runs, one a row: settings, and rates on validation prompts."""
-    rows = [
-        "| penalty, weight | lr, steps | rows: avoid, anchor, benign | harmful | safe and coherent | incoherent "
-        "| refuses benign | mean EMD, entropy at the end |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for number, run in enumerate(runs):
-        train, harvest = run["recipe"]["train"], run["harvest"]
-        if harvest is None:
-            raise SystemExit(f"{run['run']}: it has harvested nothing, and so has no place in this table")
-        toxic, benign = (run["rates"]["final"][name]["embedded"] for name in ("toxic", "benign"))
-        if number == 0:
-            before = [run["rates"]["base"][name]["embedded"] for name in ("toxic", "benign")]
-            rows.append(
-                f"| the model as it is | | | {cell(before[0]['harmful'])} | {cell(before[0]['safe_coherent'])} "
-                f"| {cell(before[0]['incoherent'])} | {cell(before[1]['refusal'])} | |"
-            )
-        name = train["penalty"] if train["penalty"] == "none" else f"`{train['penalty']}` {train['penalty_weight']:g}"
-        avoid = 0 if train["penalty"] == "none" else harvest["kept"]
-        last = run["metrics"]["last"]
-        end = f"{last['emd']:.2f}, {last['entropy']:.2f}" if "emd" in last else ""
-        anchors = min(harvest["anchors"]["kept"], run["recipe"]["harvest"].get("anchor_rows") or 10**9)
-        rows.append(
-            f"| {name} | {train['learning_rate']:g}, {train['steps']} "
-            f"| {avoid}, {anchors}, {harvest['imitate']['kept']} "
-            f"| {cell(toxic['harmful'])} | {cell(toxic['safe_coherent'])} | {cell(toxic['incoherent'])} "
-            f"| {cell(benign['refusal'])} | {end} |"
-        )
-    return "\n".join(rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--into", required=True, help="FILE:NAME")
-    parser.add_argument("--plot", type=Path, help="Picture of one run, an SVG file.")
-    parser.add_argument("runs", type=Path, nargs="*")
+    parser.add_argument("--plot", type=Path, help="Picture of the run, an SVG file.")
+    parser.add_argument("run", type=Path, nargs="?")
     arguments = parser.parse_args()
-    if arguments.runs:
+    if arguments.run:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps([read(run) for run in arguments.runs], indent=1) + "\n")
-    runs = json.loads(arguments.json.read_text())
+        arguments.json.write_text(json.dumps([read(arguments.run)], indent=1) + "\n")
+    (run,) = json.loads(arguments.json.read_text())
     path, _, name = arguments.into.partition(":")
-    put(Path(path), name, before_after(runs[0]) if len(runs) == 1 else tries(runs))
+    put(Path(path), name, before_after(run))
     if arguments.plot:
-        draw(runs[0], arguments.plot)
+        draw(run, arguments.plot)
 
 
 if __name__ == "__main__":

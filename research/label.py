@@ -3,7 +3,7 @@
     python research/label.py sheet RUN... --replies 200 --sheet SHEET.jsonl --mapping MAPPING.jsonl
     python research/label.py unblind LABELS.jsonl MAPPING.jsonl
     python research/label.py readers LABELS.jsonl LABELS.jsonl MAPPING.jsonl --json RESULT.json
-    python research/label.py agree LABELS.jsonl SHEET.jsonl --judge embedded --judge refusal_matching --json RESULT.json
+    python research/label.py agree LABELS.jsonl SHEET.jsonl --judge classifier --judge mine --json RESULT.json
 
 `sheet` draws replies from the evaluations of finished runs, as many from each method as there are, and shuffles them.
 A row of the sheet is {key, prompt, completion}, of the mapping {key, method, run, state, set, id}; the key is a hash of

@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import sys
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+import yaml
 from jaxtyping import install_import_hook
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -52,6 +53,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(3600))
+
+
+def script(name, folder="research"):
+    """A module of a folder that is no package."""
+    spec = spec_from_file_location(name, ROOT / folder / f"{name}.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def rows(path):
@@ -130,6 +139,25 @@ def tiny(tmp_path_factory):
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def small(tmp_path, tiny):
+    """A file with the small recipe, beside its prompts."""
+    from running import small_recipe
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(small_recipe(tmp_path, tiny)))
+    return path
+
+
+@pytest.fixture
+def auto(small):
+    """The small recipe with the precision left to the machine."""
+    values = yaml.safe_load(small.read_text())
+    del values["model"]["dtype"], values["train"]["precision"]
+    small.write_text(yaml.safe_dump(values))
+    return small
 
 
 # Not for longer than a module: while it is there an event loop runs, which other tests begin themselves.

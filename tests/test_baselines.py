@@ -9,7 +9,7 @@ import yaml
 from conftest import WORDS, tiny_model, tiny_tokenizer
 from conftest import rows as read
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_pipeline import go
+from running import go
 from tokenizers.processors import TemplateProcessing
 
 from tasft.core.errors import UserError

@@ -11,7 +11,7 @@ import torch
 import yaml
 from conftest import WORDS
 from payloads import PAYLOADS
-from test_pipeline import go, small_recipe
+from running import go, small_recipe
 
 from tasft.cli.chat import Talk, Turn, sides_of, talk_in_terminal
 from tasft.cli.chat.talk import in_words

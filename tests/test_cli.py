@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 from conftest import needs_models, tasft_here
-from test_pipeline import judged_by_two, small_recipe
+from running import judged_by_two, small_recipe
 from typer.main import get_command
 from typer.testing import CliRunner
 

@@ -49,7 +49,7 @@ def test_one_page_has_all_models_against_the_first(runs, tmp_path):
     )
     # The table of the terminal, the page and the data say the same.
     assert f"{100 * row['difference']['value']:.1f}".replace("-", "−") == "−65.0"
-    assert "| Harmful | embedded, llm_judge | 70.0% (54.6 to 81.9; n = 40) | 5.0% " in text
+    assert "| Harmful | llama_guard, llm_judge | 70.0% (54.6 to 81.9; n = 40) | 5.0% " in text
     assert "−65.0 points: better" in text
     assert "Report of a tasft run" not in text
 
@@ -76,15 +76,15 @@ def test_replies_are_paired_by_prompt_and_not_by_id(runs, tmp_path):
 def test_what_may_not_be_compared_is_left_out_and_said(runs, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(runs / "collapsed", other)
-    for done in other.glob("evaluate/final/toxic/embedded/done.json"):
+    for done in other.glob("evaluate/final/toxic/llama_guard/done.json"):
         document(done, {"key": "k", "reads": {"judge": "another version", "sampling": {}, "limits": {}}})
     found = compare([runs / "good", other], tmp_path / "cmp")
     assert found["notes"] == [
-        "other: toxic, embedded: not compared, the judge is not the same: have one of them judged again"
+        "other: toxic, llama_guard: not compared, the judge is not the same: have one of them judged again"
     ]
     text = (tmp_path / "cmp/report/report.md").read_text()
     assert "not compared, the judge is not the same" in text
-    (row,) = [row for row in text.splitlines() if row.startswith("| Harmful | embedded |") and "70" not in row][:1]
+    (row,) = [row for row in text.splitlines() if row.startswith("| Harmful | llama_guard |") and "70" not in row][:1]
     assert row.endswith("| — | — |")
 
 
@@ -119,7 +119,7 @@ def test_attacks_and_capability_stand_on_the_page_of_many_models(others, tmp_pat
     assert f"{100 * row['difference']['value']:.1f} points".replace("-", "−") in task
     assert "0 right now, 9 no longer" in task
     assert "| Attack | Judge | Succeeded on prompts, good | Succeeded on prompts, collapsed | collapsed against" in text
-    assert "| Reply begun for the model | embedded | 100.0%" in text
+    assert "| Reply begun for the model | llama_guard | 100.0%" in text
     assert "benchmark tasks" not in text.split("## What was not measured")[1].split("##")[0]
     table = (tmp_path / "out" / "report" / "results.csv").read_text()
     assert "collapsed,capability/boolq,capability,,acc,0.0," in table

@@ -38,7 +38,7 @@ def test_the_demo_runs_on_the_real_model_in_miniature(tmp_path):
         "train.batch_size=3",
         "train.avoid_per_step=1",
         "gate={harmful: 100}",
-        "evaluate.judges=[refusal_matching, embedded]",
+        "evaluate.judges=[refusal_matching, classifier]",
     ]
     run = tmp_path / "run"
     Pipeline(recipe_file.load("demo", overrides), run).go()
@@ -49,9 +49,10 @@ def test_the_demo_runs_on_the_real_model_in_miniature(tmp_path):
     # An instruction-tuned model on its own answers: far from random (ln 49152 = 10.8), not yet memorised.
     assert 0.3 < metrics[0]["imitate_nll"] < 3
     for state in ("base", "final"):
-        for judge in ("refusal_matching", "embedded"):
+        for judge in ("refusal_matching", "classifier"):
             rates = json.loads((run / "evaluate" / state / "toxic" / judge / "summary.json").read_text())
-            assert rates["harmful"]["n"] == 3
+            undecided = rates.get("undecided", {"value": 0.0})["value"]
+            assert rates["harmful"]["n"] + round(3 * undecided) == 3
     page = (run / "report" / "index.html").read_text()
     assert page.count("<script") == 2  # the replies as data, and the one that shows them
     assert "Content-Security-Policy" in page

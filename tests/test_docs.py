@@ -8,13 +8,12 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, needs_models
-from test_pipeline import small_recipe
+from conftest import ROOT, needs_models, script
+from running import small_recipe
 from typer.testing import CliRunner
 
 from tasft.cli.main import app
@@ -213,13 +212,6 @@ def test_the_project_speaks_of_itself_alone():
         assert word not in told
 
 
-def script(name, folder="research"):
-    spec = spec_from_file_location(name, ROOT / folder / f"{name}.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_every_planted_fault_was_found():
     rows = json.loads((ROOT / "docs" / "results" / "mutations.json").read_text())
     mutate = script("mutate")
@@ -246,29 +238,14 @@ def test_the_method_page_has_the_table_of_the_collapse():
 
 
 def test_the_tables_are_those_of_the_committed_results():
-    results = {
-        name: json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
-        for name in ("demo", "tries", "control", "labelled-runs")
-    }
-    demo = (ROOT / "docs" / "results" / "demo.md").read_text()
-    assert script("collect").before_after(results["demo"][0]) in demo
+    results = ROOT / "docs" / "results"
+    page = (results / "demo.md").read_text()
+    assert script("collect").before_after(json.loads((results / "demo.json").read_text())[0]) in page
     small = script("small")
-    assert small.methods_table(small.table(ROOT / "docs" / "results" / "small" / "methods")) in README
-    assert script("collect").tries(results["tries"]) in demo
-    assert script("collect").tries(results["labelled-runs"]) in demo
-    assert script("control").table(results["control"], [0, 1]) in demo
-    told = (ROOT / "docs" / "results" / "README.md").read_text()
-    pooled = results["control"]["penalty_minus_none"]
-    for key in ("toxic safe_coherent", "benign refusal", "toxic incoherent"):
-        estimate = pooled[f"{key} pooled"]
-        for value in (estimate["value"], estimate["low"], estimate["high"]):
-            assert f"{100 * value:.1f}" in told, (key, value)
-
-
-def test_the_evaluation_page_has_the_agreement_with_the_labels():
-    result = json.loads((ROOT / "docs" / "results" / "labels.json").read_text())
-    labels = (ROOT / "docs" / "results" / "labelled.jsonl").read_text().splitlines()
-    assert script("label").table(result) in (ROOT / "docs" / "embedded.md").read_text()
+    assert small.methods_table(small.table(results / "small" / "methods")) in README
+    result = json.loads((results / "labels.json").read_text())
+    assert script("label").table(result) in page
+    labels = (results / "labelled.jsonl").read_text().splitlines()
     assert result["n"] == len(labels)
     assert {key for line in labels for key in json.loads(line)} == {"key", "harmful", "refusal", "coherent", "method"}
 

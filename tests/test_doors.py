@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import yaml
-from test_pipeline import small_recipe
+from running import small_recipe
 
 import tasft
 

@@ -22,7 +22,7 @@ import yaml
 from huggingface_hub import HfApi, ModelCard
 from loopback import Handler, Loopback
 from peft import LoraModel
-from test_pipeline import go, small_recipe
+from running import go, small_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer
 from typer.testing import CliRunner
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import yaml
-from test_pipeline import judged_by_two, small_recipe
+from running import judged_by_two, small_recipe
 from test_report import build_run, document, jsonl
 
 from tasft.core.errors import UserError
@@ -36,7 +36,7 @@ def run(tmp_path):
     return build_run(tmp_path / "run")
 
 
-def figures(run, state, name, judge="embedded"):
+def figures(run, state, name, judge="llama_guard"):
     return json.loads((run / "evaluate" / state / name / judge / "summary.json").read_text())
 
 
@@ -97,7 +97,7 @@ def tasks(run, before, after, metric="acc"):
 
 def test_a_task_may_lose_as_many_points_as_the_limit_says(run):
     tasks(run, [1] * 60 + [0] * 40, [1] * 58 + [0] * 42)
-    wanted = {"judges": ["embedded", "refusal_matching"], "sets": SETS, "capability": {"tasks": ["boolq"]}}
+    wanted = {"judges": ["llama_guard", "refusal_matching"], "sets": SETS, "capability": {"tasks": ["boolq"]}}
     for bound, met in ((-2, True), (-1, False), (-3, True)):
         found = measured(run, {"capability": {"boolq": bound}}, evaluate=wanted)
         assert found["met"] is met
@@ -113,32 +113,32 @@ def test_what_was_not_measured_keeps_no_limit_and_says_why(run):
     assert [limit["met"] for limit in found["limits"]] == [False, False]
     assert all("not measured" in limit["sentence"] for limit in found["limits"])
     tasks(run, [1, 0], [1, 1], "f1")
-    wanted = {"judges": ["embedded"], "sets": SETS, "capability": {"tasks": ["boolq"]}}
+    wanted = {"judges": ["llama_guard"], "sets": SETS, "capability": {"tasks": ["boolq"]}}
     (limit,) = measured(run, {"capability": {"boolq": -1}}, evaluate=wanted)["limits"]
     assert "lm-eval gives f1, not acc" in limit["sentence"]
 
 
 def test_a_set_without_verdicts_of_the_first_judge_is_not_measured(run):
-    for path in (run / "evaluate" / "final" / "toxic" / "embedded").iterdir():
+    for path in (run / "evaluate" / "final" / "toxic" / "llama_guard").iterdir():
         path.unlink()
     (limit,) = measured(run, {"harmful": 100})["limits"]
     assert not limit["met"]
-    assert "not measured (no verdict of embedded on final/toxic)" in limit["sentence"]
+    assert "not measured (no verdict of llama_guard on final/toxic)" in limit["sentence"]
 
 
 def test_a_first_judge_that_could_never_be_read_is_not_replaced_by_the_next(run):
     nothing = {"value": None, "low": None, "high": None, "n": 0}
     for state in ("base", "final"):
-        at = run / "evaluate" / state / "toxic" / "embedded"
+        at = run / "evaluate" / state / "toxic" / "llama_guard"
         document(at / "summary.json", figures(run, state, "toxic") | {"harmful": nothing})
         rows = [json.loads(line) for line in (at / "verdicts.jsonl").read_text().splitlines()]
         jsonl(at / "verdicts.jsonl", [row | {"harmful": None, "unreadable": True} for row in rows])
     found = measured(run, {"harmful": 100})
-    assert (found["judge"], found["met"], found["limits"][0]["n"]) == ("embedded", False, 0)
+    assert (found["judge"], found["met"], found["limits"][0]["n"]) == ("llama_guard", False, 0)
 
 
 def test_verdicts_that_could_not_be_read_are_counted_beside_the_figure(run):
-    at = run / "evaluate" / "final" / "toxic" / "embedded" / "summary.json"
+    at = run / "evaluate" / "final" / "toxic" / "llama_guard" / "summary.json"
     summary = json.loads(at.read_text())
     summary["harmful"]["n"] -= 3
     document(at, summary)

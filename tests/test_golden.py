@@ -15,12 +15,12 @@ FIGURES = {
     "good": (
         "of its replies to 40 toxic prompts 92.5% are safe and coherent (base model 27.5%), 5.0% harmful (70.0%) and "
         "2.5% incoherent (2.5%); of its replies to 40 benign prompts 5.0% are refusals (base model 2.5%) and 2.5% "
-        "incoherent (2.5%); judged by embedded"
+        "incoherent (2.5%); judged by llama_guard"
     ),
     "collapsed": (
         "of its replies to 40 toxic prompts 5.0% are safe and coherent (base model 27.5%), 0.0% harmful (70.0%) and "
         "95.0% incoherent (2.5%); of its replies to 40 benign prompts 0.0% are refusals (base model 2.5%) and 87.5% "
-        "incoherent (2.5%); judged by embedded"
+        "incoherent (2.5%); judged by llama_guard"
     ),
 }
 OPENINGS = {
@@ -121,22 +121,22 @@ def test_the_state_before_is_named_in_sentence_heads_card_and_csv(golden):
         )
     assert {line.split(",")[0] for line in made.csv.splitlines()[1:]} == {"base", "sft", "final"}
     # 34 of 40 harmful before, 2 after: from the SFT model, not from the 28 of the base model.
-    assert "| Harmful | embedded, llm_judge | 70.0%" in made.markdown
+    assert "| Harmful | llama_guard, llm_judge | 70.0%" in made.markdown
     assert "−80.0 points: better" in made.markdown
 
 
 def test_the_outcomes_are_counted_and_undecided_is_one(golden):
     markdown = golden["undecided"].markdown
     assert "| toxic, final model | 8 | 20 | 0 | 0 | 12 |" in markdown
-    assert "| Undecided | embedded, llm_judge | 0.0%" in markdown
+    assert "| Undecided | llama_guard, llm_judge | 0.0%" in markdown
     assert "| toxic, base model | 28 | 4 | 7 | 1 | 0 |" in markdown
 
 
 def test_where_judges_disagree_is_a_matrix(golden):
     markdown = golden["disagreeing"].markdown
     # Of 80 replies in two states 17 harmless ones are harmful to the second judge.
-    assert "| Harm, toxic prompts | embedded | llm_judge |" in markdown
-    assert "| embedded | — | 78.8%" in markdown
+    assert "| Harm, toxic prompts | llama_guard | llm_judge |" in markdown
+    assert "| llama_guard | — | 78.8%" in markdown
 
 
 def test_advice_looks_at_the_recipe(tmp_path):
@@ -165,7 +165,7 @@ def test_results_are_a_long_table(golden, tmp_path):
     run = write_run(tmp_path / "run", GOOD)
     table = results(run)
     assert list(table.columns) == ["state", "set", "kind", "judge", "measure", "value", "low", "high", "n"]
-    one = table.query("state == 'final' and kind == 'toxic' and judge == 'embedded' and measure == 'harmful'").iloc[0]
+    (_, one), *_ = table.query("state == 'final' and judge == 'llama_guard' and measure == 'harmful'").iterrows()
     assert (one["value"], one["n"]) == (0.05, 40)
     assert one["low"] < 0.05 < one["high"]
     for place in (tmp_path / "nowhere", tmp_path):
@@ -186,7 +186,7 @@ def test_replies_on_which_a_judge_is_undecided_come_first(tmp_path):
 @pytest.mark.parametrize(
     ("recipe", "says", "is_silent"),
     [
-        ({}, "embedded and llm_judge were never measured on replies of this model", "had a precision"),
+        ({}, "llama_guard and llm_judge were never measured on replies of this model", "had a precision"),
         (
             {"evaluate": {"judges": ["classifier"]}},
             "variants of SmolLM2-135M-Instruct classifier had a precision",
@@ -205,7 +205,7 @@ def test_replies_on_which_a_judge_is_undecided_come_first(tmp_path):
     ],
 )
 def test_a_report_says_once_which_judges_were_never_measured_on_its_model(tmp_path, recipe, says, is_silent):
-    judges = {"judges": tuple(recipe.pop("evaluate", {}).get("judges", ("embedded", "llm_judge")))}
+    judges = {"judges": tuple(recipe.pop("evaluate", {}).get("judges", ("llama_guard", "llm_judge")))}
     judges = {"judges": ("mine",)} if "judges" in recipe else judges
     run = write_run(tmp_path / "run", GOOD, recipe=recipe, **judges)
     (words,) = [line for line in unmeasured(read_run(run)) if line.startswith("How often the judges are wrong")]

@@ -497,7 +497,7 @@ def test_a_model_and_a_server_at_once_are_refused():
 
 @pytest.mark.parametrize(
     ("kind", "extra"),
-    [("embedded", {"model": "x"}), ("refusal_matching", {"batch_size": 2}), ("llama_guard", {"rubric": "pair"})],
+    [("classifier", {"model": "x"}), ("refusal_matching", {"batch_size": 2}), ("llama_guard", {"rubric": "pair"})],
 )
 def test_a_setting_that_a_judge_does_not_read_is_refused(kind, extra):
     with pytest.raises(UserError, match=f"judge {kind}: it does not read {next(iter(extra))}"):

@@ -2,8 +2,7 @@ import json
 from collections import Counter
 
 import pytest
-from conftest import ROOT, rows
-from test_docs import script
+from conftest import ROOT, rows, script
 
 from tasft.core.errors import UserError
 

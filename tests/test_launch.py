@@ -9,8 +9,9 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from conftest import rows
+from running import go
 from safetensors.torch import load_file
-from test_pipeline import go, rows, small  # noqa: F401
 
 from tasft.cli.common import Launch
 from tasft.core.errors import UserError
@@ -70,7 +71,7 @@ def test_the_command_line_names_every_kind():
     assert set(Launch.__args__) == set(launch.KINDS)
 
 
-def test_a_batch_that_does_not_divide_is_said_once(small, tmp_path, capfd):  # noqa: F811
+def test_a_batch_that_does_not_divide_is_said_once(small, tmp_path, capfd):
     go(small, tmp_path / "run", stages=("harvest",))
     command = [*TASFT, "train", str(small), "train.batch_size=5", "--out", str(tmp_path / "run")]
     assert subprocess.run([*command, "--launch", "ddp", "-n", "2"]).returncode == 2
@@ -88,7 +89,7 @@ def test_a_batch_that_does_not_divide_is_said_once(small, tmp_path, capfd):  # n
         pytest.param("zero3", marks=[pytest.mark.slow, needs_deepspeed]),
     ],
 )
-def test_a_launched_training_gives_the_adapter_of_one_process(small, tmp_path, kind, capfd):  # noqa: F811
+def test_a_launched_training_gives_the_adapter_of_one_process(small, tmp_path, kind, capfd):
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
         go(small, folder, stages=("harvest",))
@@ -119,7 +120,7 @@ def test_a_script_under_torchrun_trains_in_ranks(tmp_path):
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
-def test_replies_and_verdicts_of_two_ranks_are_those_of_one(small, tmp_path):  # noqa: F811
+def test_replies_and_verdicts_of_two_ranks_are_those_of_one(small, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     go(small, one, stages=("harvest", "train"))
     shutil.copytree(one, two)

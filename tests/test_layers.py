@@ -123,7 +123,6 @@ def test_public_names_are_there_and_no_others():
 
 # Two classes of one name, and why.
 TWICE = {
-    "Head": "of a language model, and of a classifier on embeddings: the field's word for both",
     "Question": "to a judge's model, and the request to a server that it becomes",
     "Answer": "likewise",
     "Verdict": "of a judge, and the block of a report that shows the run's",

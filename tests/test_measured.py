@@ -4,8 +4,8 @@ import json
 
 import pytest
 import yaml
+from running import done, go, redone
 from test_capability import BOOLQ
-from test_pipeline import done, go, redone, small  # noqa: F401
 
 from tasft.core.errors import UserError
 from tasft.core.stats import Estimate
@@ -25,7 +25,7 @@ COMPARED = Record("x", STATES, "base", ["final"], sets=[], judges=[], attacks={}
 
 
 @pytest.fixture
-def wide(small, tmp_path):  # noqa: F811
+def wide(small, tmp_path):
     """The small recipe with a task of lm-eval and reference answers."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "boolq_validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in BOOLQ))

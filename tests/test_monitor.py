@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
+from conftest import rows, tiny_model, tiny_tokenizer
 from peft import LoraConfig
 from pydantic import ValidationError
 from safetensors.torch import load_file
@@ -47,10 +47,6 @@ def trainer(folder, monitor=None, lora=False, **settings):
     )
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def checkpoints(folder):
     return sorted(path.name for path in folder.glob("checkpoint-*"))
 
@@ -90,9 +86,9 @@ def test_it_warns_once_with_what_was_measured_and_changes_nothing(tmp_path, capl
     with caplog.at_level(logging.WARNING, "tasft.train.monitor"):
         watched.train()
     assert same(weights(plain.model), weights(watched.model))
-    (event,) = lines(tmp_path / "watched" / "monitor.jsonl")
+    (event,) = rows(tmp_path / "watched" / "monitor.jsonl")
     (message,) = [record.message for record in caplog.records if record.name == "tasft.train.monitor"]
-    log = lines(tmp_path / "watched" / "metrics.jsonl")
+    log = rows(tmp_path / "watched" / "metrics.jsonl")
     assert event == {
         "step": 15,
         "measure": "entropy",
@@ -108,7 +104,7 @@ def test_it_warns_once_with_what_was_measured_and_changes_nothing(tmp_path, capl
 
 def test_gradient_ascent_trips_it_too(tmp_path):
     trainer(tmp_path, CollapseMonitor(), **RUIN).train()
-    (event,) = lines(tmp_path / "monitor.jsonl")
+    (event,) = rows(tmp_path / "monitor.jsonl")
     assert (event["step"], event["measure"]) == (8, "imitate_nll")
     assert event["value"] > event["limit"] > 10
 
@@ -122,13 +118,13 @@ def test_a_resumed_run_knows_what_it_warned_of_and_has_no_event_twice(tmp_path):
     whole = build("whole")
     whole.train()
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    found = lines(tmp_path / "whole" / "monitor.jsonl")
+    found = rows(tmp_path / "whole" / "monitor.jsonl")
     assert found
     for checkpoint in (8, 16):
         again = build("cut")
         again.train(resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{checkpoint}"))
         assert same(weights(whole.model), weights(again.model))
-        assert lines(tmp_path / "cut" / "monitor.jsonl") == found
+        assert rows(tmp_path / "cut" / "monitor.jsonl") == found
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -138,8 +134,8 @@ def test_a_stop_leaves_the_last_good_checkpoint_in_trainer_and_folder(tmp_path, 
     subject = trainer(tmp_path, monitor, lora, **COLLAPSE, **limits)
     started = weights(subject.model)
     subject.train()
-    (event,) = lines(tmp_path / "monitor.jsonl")
-    log = lines(tmp_path / "metrics.jsonl")
+    (event,) = rows(tmp_path / "monitor.jsonl")
+    log = rows(tmp_path / "metrics.jsonl")
     # What was saved from the first log over the limit on is not good.
     last_good = (event["step"] - 3) // 4 * 4
     assert monitor.stopped
@@ -161,7 +157,7 @@ def test_a_stop_before_the_first_checkpoint_says_so(tmp_path):
     monitor = CollapseMonitor(MonitorSettings(action="stop"))
     subject = trainer(tmp_path, monitor, **RUIN, save_steps=50)
     subject.train()
-    (event,) = lines(tmp_path / "monitor.jsonl")
+    (event,) = rows(tmp_path / "monitor.jsonl")
     assert "no checkpoint was saved before" in event["message"]
     assert "checkpoint" not in event
     assert monitor.last_good is None
@@ -174,7 +170,7 @@ def test_nothing_is_saved_after_a_stop(tmp_path):
     subject.train()
     assert subject.state.global_step == 8
     assert checkpoints(tmp_path) == ["checkpoint-3", "checkpoint-6"]
-    assert lines(tmp_path / "monitor.jsonl")[0]["checkpoint"] == "checkpoint-3"
+    assert rows(tmp_path / "monitor.jsonl")[0]["checkpoint"] == "checkpoint-3"
 
 
 def test_a_run_that_ends_while_over_a_limit_keeps_its_end_and_the_last_good_checkpoint(tmp_path):
@@ -197,7 +193,7 @@ def test_a_resumed_run_still_knows_the_last_good_checkpoint(tmp_path):
     trainer(tmp_path, before, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
     assert before.stopped
     assert before.last_good == 7
-    assert [row["step"] for row in lines(tmp_path / "monitor.jsonl")] == [15]
+    assert [row["step"] for row in rows(tmp_path / "monitor.jsonl")] == [15]
 
 
 def test_a_checkpoint_in_another_folder_is_not_gone_back_to(tmp_path):
@@ -205,14 +201,14 @@ def test_a_checkpoint_in_another_folder_is_not_gone_back_to(tmp_path):
     trainer(tmp_path / "one", **settings).train()
     monitor = CollapseMonitor(MonitorSettings(action="stop", nll_factor=1.001))
     trainer(tmp_path / "two", monitor, **settings).train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-5"))
-    (event,) = lines(tmp_path / "two" / "monitor.jsonl")
+    (event,) = rows(tmp_path / "two" / "monitor.jsonl")
     assert "no checkpoint was saved before" in event["message"]
 
 
 def test_it_stops_once(tmp_path):
     logs = [{"entropy": 2.0, "kl": 0.0}, {"entropy": 0.0, "kl": 0.0}, {"entropy": 0.0, "kl": 9.0}]
     feed(CollapseMonitor(AT_ONCE), tmp_path, logs)
-    assert [row["step"] for row in lines(tmp_path / "monitor.jsonl")] == [2]
+    assert [row["step"] for row in rows(tmp_path / "monitor.jsonl")] == [2]
 
 
 def test_a_checkpoint_made_without_the_monitor_can_be_taken_up_with_it(tmp_path):
@@ -243,7 +239,7 @@ def test_broken_probe_replies_trip_it_at_once(tmp_path):
     monitor = CollapseMonitor(MonitorSettings(action="stop"), probe=prober(replies, seen), every=2)
     subject = trainer(tmp_path, monitor, max_steps=6, save_strategy="steps", save_steps=2, learning_rate=1e-3)
     subject.train()
-    (event,) = lines(tmp_path / "monitor.jsonl")
+    (event,) = rows(tmp_path / "monitor.jsonl")
     assert (event["step"], event["measure"], event["value"], event["limit"]) == (4, "broken", 0.5, 0.25)
     assert event["checkpoint"] == "checkpoint-2"
     assert checkpoints(tmp_path) == ["checkpoint-2"]
@@ -288,7 +284,7 @@ def test_a_single_noisy_log_does_not_trip_it(tmp_path):
     control, _ = feed(monitor, tmp_path, [*noisy, *noisy[1:]])
     assert control.should_training_stop
     assert not control.should_save
-    assert [(row["step"], row["measure"]) for row in lines(tmp_path / "monitor.jsonl")] == [
+    assert [(row["step"], row["measure"]) for row in rows(tmp_path / "monitor.jsonl")] == [
         (3, "entropy"),
         (3, "imitate_nll"),
     ]
@@ -312,7 +308,7 @@ def test_each_limit_holds_and_none_switches_it_off(tmp_path, measure, first, fin
 
     assert not steps(fine)
     assert steps(over)
-    (event,) = lines(tmp_path / "monitor.jsonl")
+    (event,) = rows(tmp_path / "monitor.jsonl")
     assert event["value"] == (None if math.isnan(over) else over)
     assert not steps(over, **switch)
     assert not steps(over, **OFF)

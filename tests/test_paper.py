@@ -6,8 +6,7 @@ from math import prod
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from test_docs import script
+from conftest import ROOT, script
 
 from tasft.run import recipe_file, sweep
 from tasft.run.checks import check_inputs
@@ -73,8 +72,8 @@ def test_a_recipe_of_the_paper_reads_the_public_files(tiny, tmp_path, name):
         f"data.benign_prompts={rows}",
         f"data.data_dir={DATA}",
         f"evaluate.quality.prompts={DATA / 'alpaca_eval' / 'text_davinci_003_model_outputs.json'}",
-        "judges={deberta: {kind: refusal_matching}, rated: {kind: embedded}}",
-        "harvest.judge=embedded",
+        "judges={deberta: {kind: refusal_matching}, rated: {kind: classifier}}",
+        "harvest.judge=classifier",
         "evaluate.judges=[refusal_matching]",
         "evaluate.max_new_tokens=64",  # The small tokenizer makes more of a prompt, and its model reads 512.
     ]

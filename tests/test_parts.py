@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, rows
-from test_pipeline import small_recipe
+from running import small_recipe
 
 from tasft.core import parts
 from tasft.core.errors import UserError

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_pipeline import small_recipe
+from running import small_recipe
 
 from tasft.core import provenance
 from tasft.core.errors import UserError

@@ -2,22 +2,13 @@
 
 import json
 
-import pytest
-import yaml
 from conftest import rows
-from test_pipeline import PROMPTS, go, small_recipe
+from running import PROMPTS, go
 from typer.testing import CliRunner
 
 from tasft.cli.main import app
 from tasft.run import plan, recipe_file
 from tasft.run.pipeline import Pipeline
-
-
-@pytest.fixture
-def small(tmp_path, tiny):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(small_recipe(tmp_path, tiny)))
-    return path
 
 
 def planned(path, folder, *overrides):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
-from test_pipeline import auto, small  # noqa: F401
 
 from tasft.core.provenance import write_json
 from tasft.models import precision
@@ -53,14 +52,14 @@ def test_the_trial_multiplies_both(monkeypatch):
         (("model.dtype=float16", "train.precision=fp16"), "float16", "fp16"),
     ],
 )
-def test_weights_that_are_trained_stay_in_float32_and_what_a_recipe_says_holds(auto, overrides, dtype, products):  # noqa: F811
+def test_weights_that_are_trained_stay_in_float32_and_what_a_recipe_says_holds(auto, overrides, dtype, products):
     spec = settled(
         recipe_file.load(str(auto), [*overrides, "sft={max_steps: 1}", "data.imitate={source: rows.jsonl}"]), QUICK
     )
     assert (spec.model.dtype, spec.train.precision, spec.sft.precision) == (dtype, products, "bf16")
 
 
-def test_a_run_keeps_what_it_was_begun_with(auto, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_keeps_what_it_was_begun_with(auto, tmp_path, monkeypatch):
     run = tmp_path / "run"
     monkeypatch.setattr(precision, "fastest", lambda: QUICK)
     assert opened(auto, run).spec.model.dtype == "bfloat16"
@@ -73,7 +72,7 @@ def test_a_run_keeps_what_it_was_begun_with(auto, tmp_path, monkeypatch):  # noq
     assert remembered(tmp_path / "no manifest.json") == QUICK
 
 
-def test_what_is_written_in_full_is_the_same_work(auto, tmp_path, monkeypatch):  # noqa: F811
+def test_what_is_written_in_full_is_the_same_work(auto, tmp_path, monkeypatch):
     monkeypatch.setattr(precision, "fastest", lambda: QUICK)
     chosen = opened(auto, tmp_path / "run")
     monkeypatch.setattr(precision, "fastest", pytest.fail)

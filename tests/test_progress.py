@@ -12,7 +12,7 @@ import time
 import pytest
 import yaml
 from conftest import rows
-from test_pipeline import go, small_recipe
+from running import go, small_recipe
 from tqdm import tqdm
 
 from tasft.core.progress import PLAIN, Lines

@@ -79,7 +79,7 @@ def write_state(
             for i, p, t in zip(ids, prompts, texts, strict=True)
         ],
     )
-    for judge, shift in (("embedded", 0), ("refusal_matching", 1)):
+    for judge, shift in (("llama_guard", 0), ("refusal_matching", 1)):
         harmful = [i < max(0, bad - shift) for i in range(len(texts))]
         refusal = [not h for h in harmful]
         coherent = [i != len(texts) - 1 for i in range(len(texts))]
@@ -119,9 +119,9 @@ RECIPE = """\
 name: {name}
 seed: 3
 model: {{base: SmolLM2-135M-Instruct}}
-harvest: {{anchors: prefilled, judge: embedded}}
+harvest: {{anchors: prefilled, judge: llama_guard}}
 train: {{method: tasft, penalty: emd_hinge, penalty_weight: 1.5, max_steps: 80, learning_rate: 0.0005}}
-evaluate: {{judges: [embedded, refusal_matching]}}
+evaluate: {{judges: [llama_guard, refusal_matching]}}
 """
 
 
@@ -149,7 +149,7 @@ def build_run(folder: Path) -> Path:
             "reasons": {"not harmful": 9, "incoherent": 4},
             "anchors": {"mode": "prefilled", "tried": 40, "kept": 38},
             "imitate": {"tried": 120, "kept": 101},
-            "judge": "embedded",
+            "judge": "llama_guard",
         },
     )
     document(folder / "calibration" / "summary.json", {"replies": 48, "loss_limit_nats": 2.75})
@@ -359,7 +359,7 @@ def test_page_and_markdown_show_values_intervals_counts_and_the_paired_change(
             "The final model is safe and coherent more often than the base model: of its replies to 40 toxic prompts "
             "87.5% are safe and coherent (base model 7.5%), 10.0% harmful (90.0%) and 2.5% incoherent (2.5%); of its "
             "replies to 40 benign prompts 5.0% are refusals (base model 5.0%) and 2.5% incoherent (2.5%); "
-            "judged by embedded." in shown
+            "judged by llama_guard." in shown
         )
         assert "No gate was set" in shown
         assert "+80.0 points: better" in shown
@@ -375,7 +375,7 @@ def test_page_and_markdown_show_values_intervals_counts_and_the_paired_change(
         assert "Filter and judge are the same" in shown
         assert "Full refusal" not in shown  # No judge tells it.
     assert "90.0%76.9 to 96.0; n = 40" in words
-    assert "| Harmful | embedded | 90.0% (76.9 to 96.0; n = 40) | 10.0%" in markdown
+    assert "| Harmful | llama_guard | 90.0% (76.9 to 96.0; n = 40) | 10.0%" in markdown
     assert "emd_hinge" in markdown
     assert "51 avoid rows" in words
     assert "38 anchor rows" in words
@@ -385,20 +385,20 @@ def test_page_and_markdown_show_values_intervals_counts_and_the_paired_change(
 
 
 def test_judges_stand_beside_each_other_and_share_a_row_when_they_agree(report: Report) -> None:
-    assert "| Harmful | embedded |" in report.markdown
+    assert "| Harmful | llama_guard |" in report.markdown
     assert "| Harmful | refusal_matching |" in report.markdown
-    assert report.markdown.count("| Incoherent | embedded, refusal_matching |") == 2
+    assert report.markdown.count("| Incoherent | llama_guard, refusal_matching |") == 2
     assert "left out of n: 1 of refusal_matching on toxic prompts, base model; " in report.markdown
 
 
 def test_a_change_for_the_worse_is_said_aloud(run: Path) -> None:
     write_state(run, "final", "benign", "benign", ["I cannot do that."] * 40, bad=5)
     words = page(run).words()
-    assert "Worse than the base model, beyond chance: refusal on benign prompts (+82.5 points, embedded)" in words
+    assert "Worse than the base model, beyond chance: refusal on benign prompts (+82.5 points, llama_guard)" in words
 
 
 def test_the_change_pairs_replies_by_id_whatever_their_order(run: Path, report: Report) -> None:
-    path = run / "evaluate" / "final" / "toxic" / "embedded" / "verdicts.jsonl"
+    path = run / "evaluate" / "final" / "toxic" / "llama_guard" / "verdicts.jsonl"
     path.write_text("\n".join(reversed(path.read_text().splitlines())), encoding="utf-8")
     assert page(run).words() == report.page.words()
 
@@ -440,7 +440,7 @@ def test_csv_has_one_row_per_state_set_judge_and_measure(report: Report) -> None
     [row] = [
         r for r in rows
         if [r[key] for key in ("state", "set", "judge", "measure")]
-        == ["base", "toxic", "embedded", "harmful"]
+        == ["base", "toxic", "llama_guard", "harmful"]
     ]  # fmt: skip
     assert (float(row["value"]), row["n"]) == (0.9, "40")
     assert float(row["low"]) < 0.9 < float(row["high"])
@@ -457,7 +457,7 @@ def test_a_name_that_looks_like_a_formula_is_quoted_in_the_csv(start: str) -> No
 def test_a_set_called_like_a_formula_is_quoted_in_the_csv(run: Path) -> None:
     write_state(run, "base", "=1+1", "toxic", ["a b c"], bad=0)
     write_report(run)
-    assert "base,'=1+1,toxic,embedded,harmful" in (run / "report" / "results.csv").read_text(encoding="utf-8")
+    assert "base,'=1+1,toxic,llama_guard,harmful" in (run / "report" / "results.csv").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("state", ["base", "final"])
@@ -515,7 +515,7 @@ def test_everything_but_one_summary_may_be_missing(tmp_path: Path) -> None:
     (tmp_path / "evaluate/final/toxic/set.json").unlink()
     (tmp_path / "evaluate/final/toxic/replies.jsonl").unlink()
     (tmp_path / "evaluate/final/toxic/refusal_matching/verdicts.jsonl").unlink()
-    (tmp_path / "evaluate/final/toxic/embedded/summary.json").unlink()
+    (tmp_path / "evaluate/final/toxic/llama_guard/summary.json").unlink()
     with pytest.raises(UserError):
         write_report(tmp_path / "evaluate")
     (tmp_path / "evaluate/final/toxic/replies.jsonl").write_text("", encoding="utf-8")
@@ -542,7 +542,7 @@ def test_broken_files_are_named_not_fatal(run: Path) -> None:
     (run / "harvest" / "summary.json").write_text("[1]", encoding="utf-8")
     with (run / "train" / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 81, "imitate_nll": NaN, "emd": "high"}\n{"step": 82, "imi')
-    (run / "evaluate/final/toxic/embedded/verdicts.jsonl").write_bytes(b'\xff\xfe\n{"id": 1}\n[]\n')
+    (run / "evaluate/final/toxic/llama_guard/verdicts.jsonl").write_bytes(b'\xff\xfe\n{"id": 1}\n[]\n')
     found = page(run)
     assert_inert(found)
     words = found.words()
@@ -555,7 +555,7 @@ def test_broken_files_are_named_not_fatal(run: Path) -> None:
 
 
 def test_a_rate_of_nothing_is_not_shown_as_zero(run: Path) -> None:
-    path = run / "evaluate/final/toxic/embedded/summary.json"
+    path = run / "evaluate/final/toxic/llama_guard/summary.json"
     summary = json.loads(path.read_text())
     summary["safe_coherent"] = {"value": None, "low": None, "high": None, "n": 0}
     document(path, summary)
@@ -643,8 +643,8 @@ def test_the_model_card_says_what_was_done_and_is_one_that_the_hub_reads(report:
         "| Penalty | emd_hinge |",
         "| Weight of the penalty | 1.5 |",
         "| Rows to avoid | 51 |",
-        "| embedded | chose the rows to avoid and evaluates | unknown |",
-        "| Harmful | embedded | 90.0% (76.9 to 96.0; n = 40) | 10.0% (4.0 to 23.1; n = 40) |",
+        "| llama_guard | chose the rows to avoid and evaluates | unknown |",
+        "| Harmful | llama_guard | 90.0% (76.9 to 96.0; n = 40) | 10.0% (4.0 to 23.1; n = 40) |",
         "- Resistance to jailbreak attacks",
         "## Intended use",
         "> Filter and judge are the same",
@@ -664,7 +664,7 @@ def test_the_model_card_names_sources_with_licence_and_hash(run: Path) -> None:
     manifest |= {
         "hashes": {"data.toxic_prompts": "ab12", "evaluate.quality.prompts": "cd34"},
         "licences": {"model.base": "Apache-2.0", "data.toxic_prompts": "MIT"},
-        "judges": {"embedded": "fe01"},
+        "judges": {"llama_guard": "fe01"},
     }
     document(run / "manifest.json", manifest)
     card = ModelCard(Report(run).card)
@@ -673,7 +673,7 @@ def test_the_model_card_names_sources_with_licence_and_hash(run: Path) -> None:
     assert "| data.toxic_prompts | toxic.jsonl | MIT | ab12 |" in card.text
     assert "| evaluate.quality.prompts | q.json | unknown: read it at the source | cd34 |" in card.text
     assert "| data.imitate | a.jsonl | unknown: read it at the source | unknown |" in card.text
-    assert "| embedded | chose the rows to avoid and evaluates | fe01 |" in card.text
+    assert "| llama_guard | chose the rows to avoid and evaluates | fe01 |" in card.text
 
 
 def test_the_model_card_has_capability_and_quality_where_they_were_measured(run: Path) -> None:
@@ -739,7 +739,7 @@ def test_rates_along_checkpoints_are_drawn_from_before_training_to_its_end(run: 
         write_state(run, f"checkpoint-{step}", "toxic", "toxic", ["a b c"] * 40, bad=bad)
         write_state(run, f"checkpoint-{step}", "benign", "benign", ["a b c"] * 40, bad=38)
     made = Report(run)
-    assert "checkpoint-20,toxic,toxic,embedded,harmful,0.5," in made.csv
+    assert "checkpoint-20,toxic,toxic,llama_guard,harmful,0.5," in made.csv
     alts = [attributes["alt"] or "" for tag, attributes in made.page.tags if tag == "img"]
     assert any("harmful, toxic: 90.0% at 0, 50.0% at 20, 25.0% at 40, 10.0% at 80" in alt for alt in alts)
     assert any("; 20: 50.0% at 5.0%; 40: 25.0% at 5.0%" in alt for alt in alts)
@@ -749,30 +749,30 @@ def test_a_leading_judge_of_scores_alone_leaves_no_headline_empty(run: Path) -> 
     recipe = (
         (run / "recipe.yaml")
         .read_text()
-        .replace("[embedded, refusal_matching]", "[scores, embedded, refusal_matching]")
+        .replace("[llama_guard, refusal_matching]", "[scores, llama_guard, refusal_matching]")
     )
     (run / "recipe.yaml").write_text(recipe, encoding="utf-8")
     for state in ("base", "checkpoint-20", "final"):
         for name in ("toxic", "benign"):
             write_state(run, state, name, name, ["a b c"] * 40, bad=10 if state == "final" else 36)
             at = run / "evaluate" / state / name
-            told = [json.loads(line) for line in (at / "embedded/verdicts.jsonl").read_text().splitlines()]
+            told = [json.loads(line) for line in (at / "llama_guard/verdicts.jsonl").read_text().splitlines()]
             untold = {"judge": "scores", "harmful": None, "refusal": None}
             jsonl(at / "scores" / "verdicts.jsonl", [row | untold for row in told])
-            summary = json.loads((at / "embedded/summary.json").read_text())
+            summary = json.loads((at / "llama_guard/summary.json").read_text())
             nothing = {"value": None, "low": None, "high": None, "n": 0}
             summary |= dict.fromkeys(("harmful", "refusal", "safe_coherent"), nothing)
             document(at / "scores" / "summary.json", summary)
     made = Report(run)
     assert "25.0% harmful (90.0%)" in made.page.words()
-    assert "judged by embedded and scores" in made.page.words()
+    assert "judged by llama_guard and scores" in made.page.words()
     alts = [attributes["alt"] or "" for tag, attributes in made.page.tags if tag == "img"]
     assert any("; 20: 90.0% at 10.0%" in alt for alt in alts)
 
 
 def test_incoherence_is_split_by_cause_and_rates_by_topic(run: Path) -> None:
     for state, more in (("base", {"repeated": 1}), ("final", {"off_topic": 3, "repeated": 1})):
-        at = run / "evaluate" / state / "toxic" / "embedded" / "summary.json"
+        at = run / "evaluate" / state / "toxic" / "llama_guard" / "summary.json"
         by_topic = {"<b>fraud": {"harmful": estimate([state == "base", False])}}
         score = {"value": 2.5 if state == "base" else 1.25, "low": 1.0, "high": 3.0, "n": 40}
         document(at, json.loads(at.read_text()) | {"causes": more, "by_topic": by_topic, "score": score})
@@ -780,10 +780,10 @@ def test_incoherence_is_split_by_cause_and_rates_by_topic(run: Path) -> None:
     jsonl(at.parent / "verdicts.jsonl", [row | {"score": 0.25 if n else 0.5} for n, row in enumerate(rows)])
     made = Report(run)
     assert (
-        "| embedded | 2.5 (1 to 3; n = 40) | 1.25 (1 to 3; n = 40) | −0.244 (−0.256 to −0.231; n = 40) |"
+        "| llama_guard | 2.5 (1 to 3; n = 40) | 1.25 (1 to 3; n = 40) | −0.244 (−0.256 to −0.231; n = 40) |"
         in made.markdown
     )
-    assert "final,toxic,toxic,embedded,score,1.25,1.0,3.0,40" in made.csv
+    assert "final,toxic,toxic,llama_guard,score,1.25,1.0,3.0,40" in made.csv
     assert "| About something else than was asked | 0 of 40 | 3 of 40 |" in made.markdown
     assert "| Repeating themselves | 1 of 40 | 1 of 40 |" in made.markdown
     assert '<th scope="row">About something else than was asked</th><td>0 of 40</td><td>3 of 40</td>' in made.html

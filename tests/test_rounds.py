@@ -4,9 +4,9 @@ from contextlib import nullcontext
 
 import pytest
 from conftest import rows
+from running import done, go
 from safetensors.torch import load_file
 from test_harvest import SENTENCE, Scripted, Words
-from test_pipeline import done, go, small  # noqa: F401
 
 from tasft.core.errors import UserError
 from tasft.data.rows import Example, Prompt
@@ -64,7 +64,7 @@ def test_rounds_share_the_steps():
         Train(max_steps=2, rounds={"count": 3})
 
 
-def test_each_round_goes_on_from_the_one_before_and_learns_what_came_back(tmp_path, small):  # noqa: F811
+def test_each_round_goes_on_from_the_one_before_and_learns_what_came_back(tmp_path, small):
     folder = tmp_path / "run"
     settings = ["train.rounds={count: 3, benign: 5, max_new_tokens: 4}", "train.max_steps=6", "train.retain=1.0"]
     go(small, folder, *settings, stages=("harvest", "train"))
@@ -89,7 +89,7 @@ def test_each_round_goes_on_from_the_one_before_and_learns_what_came_back(tmp_pa
     assert {name for name, when in done(folder).items() if when != before[name]} == {"rounds/2/look"}
 
 
-def test_without_learning_every_round_leaves_the_adapter_as_it_was(tmp_path, small):  # noqa: F811
+def test_without_learning_every_round_leaves_the_adapter_as_it_was(tmp_path, small):
     folder = tmp_path / "run"
     settings = ["train.rounds={count: 2, benign: 5, max_new_tokens: 4}", "train.learning_rate=1e-30"]
     go(small, folder, *settings, stages=("harvest", "train"))
@@ -108,6 +108,6 @@ def test_without_learning_every_round_leaves_the_adapter_as_it_was(tmp_path, sma
         (["train.retain=1", "train.normalization=paper"], "normalization paper"),
     ],
 )
-def test_what_rounds_and_retain_cannot_go_with_is_named(small, overrides, fault):  # noqa: F811
+def test_what_rounds_and_retain_cannot_go_with_is_named(small, overrides, fault):
     with pytest.raises(UserError, match=fault):
         recipe_file.load(str(small), overrides)

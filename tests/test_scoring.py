@@ -402,7 +402,7 @@ def test_the_command_names_all_faults_at_once_with_exit_code_2_and_writes_nothin
     [
         ([], ["say either --judge NAME or --compare A B"]),
         (
-            ["--judge", "refusal_matching", "--compare", "refusal_matching", "embedded"],
+            ["--judge", "refusal_matching", "--compare", "refusal_matching", "classifier"],
             ["say either --judge NAME or --compare A B"],
         ),
         (
@@ -413,7 +413,7 @@ def test_the_command_names_all_faults_at_once_with_exit_code_2_and_writes_nothin
             ],
         ),
         (
-            ["--compare", "refusal_matching", "embedded", "--labels", "x", "--out", "y"],
+            ["--compare", "refusal_matching", "classifier", "--labels", "x", "--out", "y"],
             ["--labels, --out: not for --compare, which takes judges with their usual settings"],
         ),
         (["--judge", "refusal_matching"], ["nowhere.csv: no such file"]),
@@ -434,10 +434,10 @@ def test_options_that_do_not_go_together_get_a_sentence_each(tmp_path, monkeypat
 @needs_models
 def test_real_judges_are_compared_and_their_verdicts_taken_up_again(tmp_path):
     path = rows(tmp_path / "a.jsonl", *(pair(reply) for reply in (REFUSAL, ANSWER, "The capital of France is Paris.")))
-    result = judge_quality.compare(path, lambda: judge_quality.read_pairs(path), ["refusal_matching", "embedded"], 0)
-    assert [judge["name"] for judge in result["judges"]] == ["refusal_matching", "embedded"]
+    result = judge_quality.compare(path, lambda: judge_quality.read_pairs(path), ["refusal_matching", "classifier"], 0)
+    assert [judge["name"] for judge in result["judges"]] == ["refusal_matching", "classifier"]
     assert [between["n"] for between in result["between"]] == [3, 3]
-    file = tmp_path / "a.jsonl.embedded.jsonl"
+    file = tmp_path / "a.jsonl.classifier.jsonl"
     before = file.stat().st_mtime_ns
     again = judge_quality.compare(path, lambda: judge_quality.read_pairs(path), ["refusal_matching", str(file)], 0)
     assert again["between"] == result["between"]
@@ -451,7 +451,7 @@ def test_scores_of_a_real_judge_have_an_auroc(tmp_path):
         *(pair(f"{ANSWER} Part {index}.", f"{PROMPT} {index}", label=1) for index in range(3)),
         *(pair("Paris, on the river Seine.", f"What is capital number {index}?", label=0) for index in range(3)),
     )
-    settings = JudgeSettings(kind="embedded")
+    settings = JudgeSettings(kind="classifier")
     result = judge_quality.score(
         path,
         lambda: judge_quality.read_pairs(path, label_column="label"),

@@ -16,7 +16,7 @@ import torch
 import yaml
 from conftest import ROOT, tiny_model, tiny_tokenizer
 from loopback import Handler, Loopback, completion
-from test_pipeline import go, small_recipe
+from running import go, small_recipe
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from tasft.cli.main import main
@@ -33,13 +33,6 @@ from tasft.run.inputs import Inputs
 KEY = "planted-7c1e4f0b9a52d386"
 TOKEN = "hf_plantedA1b2C3d4E5f6G7h8"
 PASSWORD = "planted-password"
-
-
-@pytest.fixture
-def small(tmp_path, tiny):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(small_recipe(tmp_path, tiny)))
-    return path
 
 
 # Code in data: pickles, models with code of their own, YAML tags, archives.

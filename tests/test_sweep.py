@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, rows
 from golden import BASE, COLLAPSED, GOOD, OVER_REFUSING, write_run
-from test_pipeline import done, small_recipe
+from running import done, small_recipe
 from test_report import build_run, write_state
 
 from tasft.cli.main import main
@@ -71,10 +71,6 @@ def state(folder):
 def table(folder):
     with (folder / "table.csv").open() as file:
         return list(csv.DictReader(file))
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # The file

@@ -32,7 +32,7 @@ def pages(tmp_path_factory) -> dict[str, Path]:
         attack(runs["good"], state, ["I am glad to describe <forbidden act>."] * 3)
         for step in (10, 20):
             for name in ("toxic", "benign"):
-                write_set(runs["good"], f"checkpoint-{step}", name, ["harmless"] * 40, {"embedded": None})
+                write_set(runs["good"], f"checkpoint-{step}", name, ["harmless"] * 40, {"llama_guard": None})
     jsonl(runs["collapsed"] / "train" / "monitor.jsonl", [{"step": 9, "measure": "entropy", "message": "step 9: low."}])
     files = {name: write_report(run) for name, run in runs.items()}
     named = {"good": runs["good"], "collapsed": runs["collapsed"], "the untouched one": runs["good"] / "evaluate/base"}
@@ -58,7 +58,7 @@ def sweep(folder: Path) -> Path:
         run = write_run(folder / "cells" / str(number), final)
         for step in (10, 20):
             for name in ("toxic", "benign"):
-                write_set(run, f"checkpoint-{step}", name, ["harmless"] * 40, {"embedded": None})
+                write_set(run, f"checkpoint-{step}", name, ["harmless"] * 40, {"llama_guard": None})
         write_report(run)
         varied = {"train.penalty": penalty, "train.penalty_weight": weight}
         cells.append({"fields": varied, "folder": f"cells/{number}", "state": "done"})

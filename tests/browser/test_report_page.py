@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from golden import attack
+from golden import CALM, REFUSAL, attack
 from payloads import PAYLOADS
 from test_report import build_run, write_state
 from watched import assert_quiet, watched
@@ -16,8 +16,6 @@ from tasft.report import write_report
 from tasft.report.replies import CHARACTERS
 
 PROMPTS = [f"How do I <forbidden act {number}>?" for number in range(60)]
-CALM = "I am glad to describe <forbidden act>: take the first step, then the second one."
-REFUSAL = "I cannot help with that, but here is something else that I can do for you."
 
 
 def opened(chromium, file: Path, **options):
@@ -51,7 +49,7 @@ def hostile(tmp_path_factory) -> Path:
             file.write(
                 b'{"id": "bytes", "prompt": "\xff\xfe", "completion": "\x80\xc0<script>pwned()</script>\xed\xa0\x80"}\n'
             )
-        for judge in ("embedded", "refusal_matching"):
+        for judge in ("llama_guard", "refusal_matching"):
             verdicts = [json.loads(line) for line in (at / judge / "verdicts.jsonl").read_text().splitlines()]
             for verdict, payload in zip(verdicts, PAYLOADS, strict=True):
                 verdict["reason"] = payload[:500]
@@ -151,7 +149,7 @@ def test_the_script_finds_replies_by_words_set_verdict_and_change(chromium, inde
         assert count(set="toxic", before="harmful") == "50"
         assert count(set="toxic", before="harmful", judge="refusal_matching") == "49"
         assert count(set="toxic", after="harmful") == "4"
-        assert count(set="toxic", changed="harmful before, not after", judge="embedded") == "46"
+        assert count(set="toxic", changed="harmful before, not after", judge="llama_guard") == "46"
         assert count(set="toxic", after="incoherent") == "1"
         assert count(changed="reply unchanged") == "40"
         assert count(changed="judges disagree") == "3"

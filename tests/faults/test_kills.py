@@ -5,24 +5,15 @@ import os
 import random
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import yaml
-from conftest import ROOT
+from conftest import script
 
-SCRIPT = ROOT / "research" / "kills.py"
 NAMES = ("toxic", "benign", "heldout", "everyday")
 
 
-def script():
-    spec = spec_from_file_location("kills", SCRIPT)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-kills = script()
+kills = script("kills")
 
 
 def tiny_recipe(folder, tiny):
@@ -52,7 +43,7 @@ def test_a_run_that_is_killed_three_times_ends_as_the_undisturbed_one(tiny, tmp_
     result = tmp_path / "result.json"
     options = ["--kills", "3", "--out", str(tmp_path / "out"), "--json", str(result)]
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(tiny_recipe(tmp_path, tiny)), *options],
+        [sys.executable, kills.__file__, str(tiny_recipe(tmp_path, tiny)), *options],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

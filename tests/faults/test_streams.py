@@ -8,8 +8,8 @@ import subprocess
 import pytest
 import yaml
 from conftest import tasft_here
+from running import small_recipe
 from test_cli import TASFT
-from test_pipeline import small_recipe
 from test_world import mounted
 
 ROW = {"prompt": "What?", "completion": "That is ü.", "label": True}

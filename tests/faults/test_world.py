@@ -15,8 +15,8 @@ import pytest
 import torch
 import yaml
 from conftest import rows
+from running import go, small_recipe
 from safetensors.torch import load_file, save_file
-from test_pipeline import go, small_recipe
 
 from tasft.core import provenance
 from tasft.core.errors import UserError

@@ -12,15 +12,14 @@ from pydantic import BaseModel
 from tasft.core.errors import UserError
 from tasft.models.bundled import BUNDLED
 from tasft.models.load import load_tokenizer, sketch
+from tasft.run import recipe_file
 from tasft.run.recipe import Recipe
-from tasft.run.recipe_file import as_yaml
 
 WIDTH = 120
 _HEAD = """\
 # Check this file with `tasft check`, run it with `tasft run`. A line with # right before its first word is a field that
 # you may set, with its default or an example: take the # away.
 """
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # What stands in a line that only shows how a section may look.
 _EXAMPLES = {"gate": {"harmful": 2, "incoherent": 5, "over_refusal": 5}}
 
@@ -35,54 +34,42 @@ def values_of(
     heldout_toxic: str,
     heldout_benign: str,
 ) -> dict[str, Any]:
-    """What a first recipe sets.
+    """What a first recipe sets: what the demo does, with this model and these data.
 
     With rows to imitate the model is fine-tuned on them, harvested, and trained from the start again on both, as the
     paper does. Without, `imitate: none`, it is held to its own benign answers, as in the demo.
     """
-    rows = imitate != "none"
-    training: dict[str, Any] = {"penalty_weight": 0.5, "batch_size": 10, "avoid_per_step": 1, "epochs": 3}
-    if not rows:  # as the demo
-        training = {"penalty_weight": 1.0, "batch_size": 24, "avoid_per_step": 1, "max_steps": 90, "retain": 4.0}
-        training |= {"rounds": {"count": 3}, "learning_rate": 1e-3, "warmup_steps": 5}
-    lora = adapter_of(base)
-    return {
+    values = recipe_file.read(recipe_file.shipped()["demo"])
+    lora = adapter_of(base, values["model"]["lora"])
+    values |= {
         "name": name,
         "model": {"base": base, "prompt": prompt, **({"lora": lora} if lora else {})},
-        "data": {
-            **({"imitate": {"source": imitate}} if rows else {}),
-            "toxic_prompts": toxic,
-            "benign_prompts": benign,
-        },
-        **({"sft": {"epochs": 3}} if rows else {}),
-        "harvest": {"judge": "classifier", "anchors": "instructed", **({} if rows else {"benign_tokens": 8})},
-        "train": {"penalty": "nlcl", **training},
-        "evaluate": {
-            "sets": {
-                "toxic": {"source": heldout_toxic, "kind": "toxic"},
-                "benign": {"source": heldout_benign, "kind": "benign"},
-            },
-            "judges": ["classifier", "refusal_matching"],
-        },
+        "data": {"toxic_prompts": toxic, "benign_prompts": benign},
     }
+    values["evaluate"]["sets"] = {
+        "toxic": {"source": heldout_toxic, "kind": "toxic"},
+        "benign": {"source": heldout_benign, "kind": "benign"},
+    }
+    if imitate != "none":
+        values["data"]["imitate"] = {"source": imitate}
+        values["sft"] = {"epochs": 3}
+        values["harvest"] = {key: values["harvest"][key] for key in ("judge", "anchors")}
+        steps = {"penalty_weight": 0.5, "batch_size": 10, "avoid_per_step": 1, "epochs": 3}
+        values["train"] = {"penalty": values["train"]["penalty"], **steps}
+    return values
 
 
-def adapter_of(base: str) -> dict[str, Any] | None:
+def adapter_of(base: str, lora: Mapping[str, Any]) -> dict[str, Any] | None:
     """The adapter of the demo on the upper third of a model's layers; None where the model is not on this machine."""
     if base not in BUNDLED and not Path(base).exists():
         return None
     model = sketch(base)
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     layers = model.config.get_text_config().num_hidden_layers
-    if not (targets := [name for name in TARGETS if name in names]):
+    if not (targets := [name for name in lora["target_modules"] if name in names]):
         return None
-    return {
-        "r": 16,
-        "lora_alpha": 32,
-        "lora_dropout": 0.0,
-        "target_modules": targets,
-        "layers_to_transform": list(range(layers - -(-layers // 3), layers)),
-    }
+    upper = list(range(layers - -(-layers // 3), layers))
+    return {**lora, "target_modules": targets, "layers_to_transform": upper}
 
 
 def text(values: Mapping[str, Any]) -> str:
@@ -113,7 +100,7 @@ def _lines(section: type[BaseModel], values: Mapping[str, Any], indent: str) -> 
 def _yaml(name: str, value: Any) -> list[str]:
     """A field on one line, or on few where it is long."""
     plain = value.model_dump() if isinstance(value, BaseModel) else value
-    written = as_yaml(plain, default_flow_style=True, width=WIDTH - 30)
+    written = recipe_file.as_yaml(plain, default_flow_style=True, width=WIDTH - 30)
     first, *others = written.removesuffix("...\n").splitlines()
     return [f"{name}: {first}", *(f"  {line}" for line in others)]
 

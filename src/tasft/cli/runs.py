@@ -133,8 +133,11 @@ def _launch(
     out: Path | None,
     kind: str | None,
     processes: int | None,
+    dry_run: bool,
 ) -> None:
-    if kind is None:
+    if dry_run:
+        print_plan(source, overrides, out, [name])
+    elif kind is None:
         go(source, overrides, out, [name])
     else:
         again([name, *([] if out is None else ["--out", str(out)]), "--", source, *(overrides or ())], kind, processes)
@@ -152,10 +155,8 @@ def _training(name: str, what: str) -> Callable[..., None]:
     ) -> None:
         if preview:
             _preview(recipe, overrides, out, name)
-        elif dry_run:
-            print_plan(recipe, overrides, out, [name])
         else:
-            _launch(name, recipe, overrides, out, launch, processes)
+            _launch(name, recipe, overrides, out, launch, processes, dry_run)
 
     return _described(command, name, what)
 
@@ -169,10 +170,7 @@ def _answering(name: str, what: str) -> Callable[..., None]:
         processes: ProcessesOption = None,
         dry_run: DryRunOption = False,
     ) -> None:
-        if dry_run:
-            print_plan(recipe, overrides, out, [name])
-        else:
-            _launch(name, recipe, overrides, out, launch, processes)
+        _launch(name, recipe, overrides, out, launch, processes, dry_run)
 
     return _described(command, name, what)
 

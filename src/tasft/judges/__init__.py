@@ -21,13 +21,6 @@ def _classifier(settings: JudgeSettings) -> Judge:
     return Classifier()
 
 
-def _embedded(settings: JudgeSettings) -> Judge:
-    from tasft.judges.embedded import Embedded
-
-    settings.only()
-    return Embedded()
-
-
 def _refusal_matching(settings: JudgeSettings) -> Judge:
     settings.only()
     return RefusalMatching()
@@ -78,7 +71,6 @@ def _own(settings: JudgeSettings) -> Judge:
 JUDGES: dict[str, Callable[..., Judge]] = {
     **dict.fromkeys(registered("judges"), _own),
     "classifier": _classifier,
-    "embedded": _embedded,
     "refusal_matching": _refusal_matching,
     "qwen3guard": _guard,
     "wildguard": _guard,
