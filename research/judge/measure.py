@@ -277,6 +277,8 @@ def main() -> None:
     }
     if asked.cells:
         result["harm_by_cell"] = by_cell(rows)
+        of_smol, _ = of_own([row for row in rows if "gemma" not in row.source])
+        found["harm"]["classifier, SmolLM2 alone"] = of_smol["harm"]["classifier"]
         write_json(RESULTS / f"{asked.name}.json", result)
         put(ROOT / "docs" / "judges.md", asked.name, tables(result))
         return
