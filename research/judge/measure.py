@@ -201,13 +201,14 @@ def tables(result: dict[str, Any]) -> str:
                 + " |"
             )
     parts = [
-        f"Own labels, {result['what']}: {result['replies']} replies, {result['cells']} models, "
+        f"Own labels, {result.get('what', 'test part')}: {result['replies']} replies, {result['cells']} models, "
         f"{result['prompts']} prompts.",
         "",
         *lines,
     ]
     if "public" not in result:
         return "\n".join([*parts, "", f"Of `{result['commit']}`."])
+    parts[0] += f" Of `{result['commit']}`."
     parts += ["", "Public labels, by weights that were not trained on them:", "", head.replace("| |", "| source |", 1)]
     for source, found in result["public"].items():
         for what in ("harm", "refusal", "harm by embedded"):
@@ -252,13 +253,19 @@ def kinds_of(mistakes: Sequence[dict[str, Any]], count: Counter[Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--replies", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--replies", type=Path)
     parser.add_argument("--labels", type=Path, default=RESULTS / "labels.jsonl")
     parser.add_argument("--without", nargs="*", default=[], metavar="SOURCE=FILE")
     parser.add_argument("--cells", nargs="*", default=[], help="measure these cells alone, and write NAME.json")
     parser.add_argument("--name", default="held-out")
+    parser.add_argument("--tables", action="store_true", help="write the tables of figures.json anew, measure nothing")
     asked = parser.parse_args()
+    if asked.tables:
+        result = json.loads((RESULTS / "figures.json").read_text("utf-8"))
+        put(ROOT / "docs" / "judges.md", "measured", tables(result))
+        put(ROOT / "docs" / "judges.md", "aims", aims(result))
+        return
     rows = own(asked.labels, asked.replies, "test")
     if asked.cells:
         rows = [row for row in rows if row.source.removeprefix("own-") in asked.cells]
