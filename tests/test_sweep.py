@@ -496,3 +496,64 @@ def test_a_node_of_a_ray_cluster_dies_and_nothing_is_lost(base, tmp_path, monkey
         steps = [row["step"] for row in rows(file)]
         assert steps == sorted(set(steps))
         assert steps[-1] == 150
+
+
+PARTS = """
+from tasft.loss import IGNORE_INDEX, TokenSum
+
+
+class Judge:
+    tells = {"harmful", "refusal"}
+
+    def __init__(self, letter):
+        self.letter = letter
+
+    def __call__(self, pairs):
+        return [{"harmful": self.letter in pair.completion, "refusal": False} for pair in pairs]
+
+
+def mean(hidden, head, labels, weights=None):
+    keep = labels != IGNORE_INDEX
+    return TokenSum((hidden[keep] * head.weight[labels[keep]]).sum(-1).clamp(min=0).sum(), keep.sum())
+
+
+def half(hidden, head, labels, weights=None):
+    total, count = mean(hidden, head, labels)
+    return TokenSum(total / 2, count)
+
+
+def wrong(hidden):
+    return hidden
+"""
+
+
+def write_parts(folder, targets):
+    (folder / "ownparts.py").write_text(PARTS)
+    values = yaml.safe_load((folder / "base.yaml").read_text())
+    values["judges"] = {"letters": {"kind": "python", "target": "ownparts:Judge", "options": {"letter": "e"}}}
+    values["harvest"]["judge"] = "letters"
+    values["evaluate"]["judges"] = ["letters"]
+    values["train"]["penalty"] = "python"
+    (folder / "base.yaml").write_text(yaml.safe_dump(values))
+    return write(folder, grid={"train.own_penalty": [{"target": f"ownparts:{target}"} for target in targets]})
+
+
+def test_a_part_of_ones_own_that_one_cell_names_is_looked_at_too(base, tmp_path, monkeypatch, tasft):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    code, _, faults = tasft("check", write_parts(tmp_path, ["mean", "wrong"]))
+    assert code == 2
+    assert "ownparts:wrong takes (hidden), but is called with (hidden, head, labels, *, weights)" in faults
+
+
+@pytest.mark.slow
+def test_parts_of_ones_own_work_in_the_cells_of_a_sweep(base, tmp_path):
+    path, out = write_parts(tmp_path, ["mean", "half"]), tmp_path / "out"
+    subprocess.run([*TASFT, "sweep", path.name, "--out", out], cwd=tmp_path, check=True, capture_output=True)
+    cells = json.loads((out / "sweep.json").read_text())["cells"]
+    assert [cell["state"] for cell in cells] == ["done", "done"]
+    keys = {json.loads((out / cell["folder"] / "train" / "done.json").read_text())["key"] for cell in cells}
+    assert len(keys) == 2
+    for cell in cells:
+        verdicts = (out / cell["folder"] / "evaluate/final/toxic/letters/verdicts.jsonl").read_text().splitlines()
+        assert {json.loads(line)["judge"] for line in verdicts} == {"letters"}

@@ -32,6 +32,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": runs.train,
     "evaluate": models.evaluate,
     "compare": models.compare,
+    "logs": models.logs,
     "view": start.view,
     "report": runs.report,
     "check": sweeps.check,

@@ -46,6 +46,9 @@ def evaluate(
     prompt: Annotated[
         Literal["chat", "alpaca"] | None, typer.Option("--prompt", help="How a model alone is asked; default chat.")
     ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="The model that an adapter is for, if not the one that it names.")
+    ] = None,
     as_json: JsonOption = False,
     launch: DataParallelOption = None,
     processes: ProcessesOption = None,
@@ -71,6 +74,7 @@ def evaluate(
             "--limit": limit,
             "--max-new-tokens": max_new_tokens,
             "--prompt": prompt,
+            "--base": base,
         }
         given = [str(word) for option, value in options.items() if value for word in (option, value)]
         given += ["--json"] * as_json + ["--report"] * with_report
@@ -84,7 +88,7 @@ def evaluate(
     }
     fields = [*(overrides or ()), *(f"{key}={json.dumps(value)}" for key, value in asked.items() if value)]
     with alone(as_json):
-        is_recipe = _is_recipe(what, overrides, prompt, with_report, dry_run)
+        is_recipe = _is_recipe(what, overrides, prompt, base, with_report, dry_run)
     if dry_run:
         print_plan(what, fields, out, ["evaluate"], as_json)
         return
@@ -95,14 +99,14 @@ def evaluate(
             # Not what an earlier form of the recipe left there.
             folder, wanted = opened.folder / "evaluate", {step.folder for step in opened.steps("evaluate")}
         else:
-            folder = evaluated(what, named, judges, out, data_dir, limit, max_new_tokens or 64, prompt or "chat")
+            folder = evaluated(what, named, judges, out, data_dir, limit, max_new_tokens or 64, prompt or "chat", base)
             wanted = None
     if os.environ.get("RANK", "0") == "0":
         _print_rates(folder, wanted, with_report, as_json)
 
 
 def _is_recipe(
-    what: str, overrides: Sequence[str] | None, prompt: str | None, with_report: bool, dry_run: bool
+    what: str, overrides: Sequence[str] | None, prompt: str | None, base: str | None, with_report: bool, dry_run: bool
 ) -> bool:
     """Whether a recipe is meant, or a model alone, for which other options are.
 
@@ -112,6 +116,8 @@ def _is_recipe(
     from tasft.run import recipe_file
 
     is_recipe = recipe_file.is_recipe(what)
+    if is_recipe and base is not None:
+        raise UserError("--base is for an adapter alone: a recipe names its model by model.base")
     if is_recipe and prompt is not None:
         raise UserError("--prompt is for a model alone: override model.prompt, which trains it so, too")
     if is_recipe and with_report:
@@ -174,6 +180,31 @@ def compare(
         print(f"{visible(first)} first, {visible(model)} second:")
         print_table(results.comparison({"rows": [row for row in found["rows"] if row["model"] == model]}))
     print(f"report: {found['report']}")
+
+
+def logs(
+    folder: Annotated[Path, typer.Argument(help="A run that was evaluated, or --out of evaluate.")],
+    out: Annotated[Path, typer.Argument(help="Where the logs go: a folder that is not there or empty.")],
+    form: Annotated[str, typer.Option("--form", help="inspect or lm-eval.")] = "inspect",
+    replies: Annotated[
+        bool, typer.Option("--replies", help="Prompts, replies and single verdicts too; else figures alone.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write an evaluation as logs of another tool: Inspect's .eval, or the result files of lm-eval.
+
+    Example: tasft logs runs/demo logs --form inspect
+    """
+    from tasft.evaluate.logs_out import write_logs
+
+    with alone(as_json):
+        files = write_logs(folder, out, form, replies)
+    if as_json:
+        print_json({"files": [str(file) for file in files]})
+        return
+    print("\n".join(visible(str(file)) for file in files))
+    if not replies:
+        print("figures alone: --replies adds prompts, replies and single verdicts")
 
 
 def chat(

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -232,7 +232,7 @@ def _report_is_written(source: str, overrides: Sequence[str] | None, out: Path |
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder whose final model was evaluated.")],
+    run: Annotated[Path, typer.Argument(help="A run folder whose final model was evaluated; or an adapter's folder.")],
     folder: Annotated[Path, typer.Argument(help="Where the model goes: a folder that is not there or empty.")],
     push: Annotated[
         str | None, typer.Option("--push", metavar="NAME", help="Upload it to the hub too, after a question.")
@@ -241,6 +241,13 @@ def export(
     ungated: Annotated[
         bool, typer.Option("--ungated", help="Also a model that does not meet the gate of its recipe.")
     ] = False,
+    base: Annotated[
+        str | None, typer.Option("--base", help="The model that an adapter alone is for, if not the one it names.")
+    ] = None,
+    prompt: Annotated[
+        Literal["chat", "alpaca"] | None, typer.Option("--prompt", help="How an adapter alone is asked; default chat.")
+    ] = None,
+    gguf: Annotated[bool, typer.Option("--gguf", help="A .gguf file too, by llama.cpp's converter.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write the final model of a run as one that needs no adapter, with tokenizer and model card.
@@ -260,7 +267,15 @@ def export(
 
         if push:
             exports.check_push(push)
-        done = exports.export(run, folder, push, ungated)
+        if gguf:
+            exports.converter()
+        if (run / "adapter_config.json").is_file():
+            done = exports.export_adapter(run, folder, base, prompt or "chat", push)
+        elif base or prompt:
+            raise UserError("--base and --prompt are for an adapter alone: a run names its model itself")
+        else:
+            done = exports.export(run, folder, push, ungated)
+        done = exports.add_gguf(done) if gguf else done
         for note in done.notes:
             print(note)
         print(f"model: {done.folder} ({sum(done.files.values()) / 1e6:,.0f} MB: {', '.join(done.files)})")

@@ -41,7 +41,8 @@ def read_log(path: Path) -> Rows | None:
     rows = read_rows(path)
     first = rows[0][1].keys()
     if {"resps", "arguments", "doc_id"} <= first:
-        return _numbered(path, rows, _lm_eval)
+        # A reply has a row for each filter that looked at it.
+        return _numbered(path, [row for row in rows if row[1].get("filter") == rows[0][1].get("filter")], _lm_eval)
     if "entry_type" in first:
         return _numbered(path, [row for row in rows if row[1].get("entry_type") == "attempt"], _garak)
     if {"conversation_id", "role", "original_value"} <= first:

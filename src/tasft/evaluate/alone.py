@@ -53,11 +53,13 @@ class Alone:
         name: A model as `tasft.models.load.locate` takes it, or the folder of an adapter, which names its base.
         prompt: How prompts are written.
         trust_remote_code: Run code that comes with the model.
+        base: The model that an adapter is for; None is the one that it names.
     """
 
     name: str
     prompt: PromptFormat = "chat"
     trust_remote_code: bool = False
+    base: str | None = None
 
     @cached_property
     def _adapter(self) -> Path | None:
@@ -66,7 +68,9 @@ class Alone:
 
     @cached_property
     def _base(self) -> str:
-        return base_of(self._adapter) if self._adapter else self.name
+        if self.base and not self._adapter:
+            raise UserError(f"--base is the model that an adapter is for, and {self.name} is no adapter: leave it out")
+        return self.base or (base_of(self._adapter) if self._adapter else self.name)
 
     def evaluate(self, sets: Sequence[Asked], judges: Sequence[Judge], max_new_tokens: int, folder: Path) -> None:
         """Answer sets and have the replies judged; taken up where it was left.
@@ -87,7 +91,7 @@ class Alone:
         held = (provenance.read_json(manifest) or {"model": self.name}).get("model")
         if held != self.name:
             raise UserError(f"{folder} holds the evaluation of {held}: choose another folder with --out")
-        tokenizer = load_tokenizer(self._base, self.trust_remote_code)
+        tokenizer = load_tokenizer(self._base, self.trust_remote_code, self._adapter)
         encode_prompt(tokenizer, "Hello?", self.prompt)
         weights = [fingerprint(str(place)) or str(place) for place in (self._base, self._adapter) if place]
         precision = remembered(manifest)

@@ -256,13 +256,14 @@ def fingerprint(base: str) -> list[tuple[str, str]] | str | None:
     return [(str(file.relative_to(path)), known_hash(file)) for file in _files_read(path)] or None
 
 
-def load_tokenizer(base: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model, with a padding token.
+def load_tokenizer(base: str, trust_remote_code: bool = False, adapter: Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model, or the one that was saved with an adapter for it; with a padding token.
 
     Raises:
         UserError: It is not there, or comes with code that is not trusted.
     """
-    place = locate(base, trust_remote_code)
+    with_adapter = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    place = Place(str(adapter)) if with_adapter else locate(base, trust_remote_code)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             place.name, trust_remote_code=trust_remote_code, **place.arguments()
@@ -370,6 +371,10 @@ def base_of(adapter: Path) -> str:
         # The folder that it is loaded from is all that the adapter remembers: unpacked, or of the file.
         if base in (str(bundled.folder), str(_kept(name))):
             return name
+    if Path(base).is_absolute() and not os.path.exists(base):
+        raise UserError(
+            f"{adapter / 'adapter_config.json'}: its model is {base:.100}, which is not here: name the model by --base"
+        )
     return str(base)
 
 
@@ -439,12 +444,26 @@ def attach_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = Fals
     """
     path = adapter / "adapter_model.safetensors"
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        pickles = sorted(each.name for each in adapter.glob("adapter_model*.bin"))
+        why = f"; {pickles[0]} is a pickle, which may run code: save the adapter as safetensors" if pickles else ""
+        raise UserError(f"{path}: no such file{why}")
     check_trained(adapter)
     try:
+        _fit_vocabulary(model, path)
         return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
     except Exception as error:  # those of every kind of adapter
         raise UserError(f"{adapter}: this adapter does not fit the model ({_reason(error)})") from error
+
+
+def _fit_vocabulary(model: PreTrainedModel, weights: Path) -> None:
+    """Resize head and embedding to those that an adapter holds whole, of a training that added tokens."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = {name for name, module in model.named_modules() if any(module is end for end in ends)}
+    keys = {f"base_model.model.{name}{inner}.weight" for name in names for inner in ("", ".base_layer")}
+    with safe_open(weights, "pt") as file:
+        sizes = {file.get_slice(key).get_shape()[0] for key in keys & set(file.keys())}
+    if sizes and max(sizes) != ends[0].weight.shape[0]:
+        model.resize_token_embeddings(max(sizes), mean_resizing=False)
 
 
 def detach(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

@@ -29,6 +29,16 @@ def model_card(record: Record, report: Document, usage: Sequence[str] = ()) -> s
     return f"---\n{metadata}\n---\n\n# {text(record.name)}\n\n" + "\n".join(lines)
 
 
+def plain_card(base: str, usage: Sequence[str]) -> str:
+    """The card of an adapter that was merged into a model and that no run knows: nothing was measured."""
+    from huggingface_hub import ModelCardData
+
+    named = base if HUB_NAME.fullmatch(base) else None
+    data = ModelCardData(base_model=named, library_name="transformers", pipeline_tag="text-generation", tags=["tasft"])
+    about = f"An adapter, merged into {text(named or base.rpartition('/')[2])}. It was not measured."
+    return f"---\n{data.to_yaml()}\n---\n\n# A merged model\n\n{about}\n\n" + "\n".join(usage)
+
+
 def _metadata(record: Record, *, is_merged: bool) -> str:
     from huggingface_hub import EvalResult, ModelCardData  # takes half a second
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tasft.core.provenance import atomic_write_text
 from tasft.report.blocks import Document
-from tasft.report.card import model_card
+from tasft.report.card import model_card, plain_card
 from tasft.report.markdown import markdown
 from tasft.report.page import page
 from tasft.report.read import read_model, read_models, read_run
@@ -72,6 +72,11 @@ def _write(record: Record, report: Document, folder: Path) -> Path:
     atomic_write_text(folder / "report.md", markdown(report))
     atomic_write_text(folder / "index.html", page(report))
     return folder / "index.html"
+
+
+def write_plain_card(base: str, path: Path, usage: Sequence[str]) -> None:
+    """Write the `README.md` of an adapter that was merged into a model and of which no run tells anything."""
+    atomic_write_text(path, plain_card(base, usage))
 
 
 def write_card(run: Path, path: Path, usage: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from tasft.models.load import fingerprint
 from tasft.run.inputs import Inputs
 from tasft.run.recipe import Recipe
 from tasft.run.resident import Resident
+from tasft.train.settings import NO_MATTER
 
 
 class Context:
@@ -64,7 +65,7 @@ class Context:
         """What the model depends on that answers the toxic prompts."""
         if self.spec.sft is None:
             return self.base_reads
-        return self.training_reads | {"sft": self.spec.sft.model_dump(exclude={"save_steps"})}
+        return self.training_reads | {"sft": self.spec.sft.model_dump(exclude=NO_MATTER)}
 
     @property
     def about(self) -> dict[str, Any]:

@@ -113,6 +113,7 @@ def evaluate(
     limit: int | None = None,
     max_new_tokens: int = 64,
     prompt: "PromptFormat" = "chat",
+    base: str | None = None,
 ) -> "pd.DataFrame":
     """How a model answers prompt sets, as `tasft evaluate MODEL` measures it.
 
@@ -125,6 +126,7 @@ def evaluate(
         limit: Most prompts of each set.
         max_new_tokens: Longest reply; replies are greedy.
         prompt: How it is asked: `chat` or `alpaca`.
+        base: The model that an adapter is for; None is the one that it names.
 
     Returns:
         As `tasft.results`.
@@ -134,7 +136,7 @@ def evaluate(
     """
     from tasft.report.results import results
 
-    return results(evaluated(model, sets, judges, out, data_dir, limit, max_new_tokens, prompt))
+    return results(evaluated(model, sets, judges, out, data_dir, limit, max_new_tokens, prompt, base))
 
 
 def evaluated(
@@ -146,6 +148,7 @@ def evaluated(
     limit: int | None,
     max_new_tokens: int,
     prompt: "PromptFormat",
+    base: str | None = None,
 ) -> Path:
     """As `evaluate`; says what tells the files of sets from the published ones, and gives the folder."""
     if (least := min(max_new_tokens, 1 if limit is None else limit)) < 1:
@@ -159,7 +162,7 @@ def evaluated(
         print(f"note: {note}", flush=True)
     by = [load_judge(judge) for judge in judges or Evaluate.model_fields["judges"].default]
     folder = Path(out or Path("runs") / f"evaluate-{Path(model).name}")
-    Alone(str(model), prompt).evaluate(asked, by, max_new_tokens, folder)
+    Alone(str(model), prompt, base=base).evaluate(asked, by, max_new_tokens, folder)
     return folder
 
 

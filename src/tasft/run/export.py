@@ -2,9 +2,12 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,10 +22,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tasft.core import provenance
 from tasft.core.errors import UserError
 from tasft.core.step import done_key
+from tasft.data.settings import PromptFormat
 from tasft.data.template import ALPACA, encode_prompt
 from tasft.models.generation import end_tokens, fit_padding
-from tasft.models.load import attach_adapter, load_model, load_tokenizer, saved
-from tasft.report import write_card
+from tasft.models.load import attach_adapter, base_of, load_model, load_tokenizer, saved, sketch
+from tasft.report import write_card, write_plain_card
 from tasft.report.read import read_run
 from tasft.run import gate, recipe_file
 from tasft.run.recipe import Gate, Model
@@ -84,8 +88,6 @@ def export(run: Path, target: Path, name: str | None = None, ungated: bool = Fal
         UserError: The run is not done, its gate is not met, `target` is not free or cannot be written, or the logits
             differ by more than rounding explains.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} is there and not empty: choose another folder")
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run} is not a run folder: it has no recipe.yaml")
     with provenance.lock(run):
@@ -94,18 +96,48 @@ def export(run: Path, target: Path, name: str | None = None, ungated: bool = Fal
         trained = _trained(run, besides | set(spec.evaluate.sets))
         if spec.gate is not None and not ungated:
             _require_gate(run, spec.gate)
-        draft = None
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-            done = _written(run, spec.model, trained, draft, name or target.name)
-            _open_to_all(draft)
-            os.rename(draft, target)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{target} could not be written ({error}): nothing was left there") from error
-        finally:
-            if draft is not None:
-                shutil.rmtree(draft, ignore_errors=True)
+        return _placed(spec.model, trained, target, name, partial(write_card, run))
+
+
+def export_adapter(
+    adapter: Path, target: Path, base: str | None = None, prompt: PromptFormat = "chat", name: str | None = None
+) -> Exported:
+    """As `export`, of an adapter in PEFT's form, whoever trained it; the card has no figures.
+
+    Args:
+        adapter: Its folder. A tokenizer that was saved there is taken.
+        target: As there.
+        base: The model that it is for; None is the one that it names.
+        prompt: How the exported model is asked.
+        name: As there.
+
+    Raises:
+        UserError: As there; or the model is not here, or the adapter does not fit it.
+    """
+    base = base or base_of(adapter)
+    dtype = str(getattr(sketch(base).config, "dtype", None) or "float32").removeprefix("torch.")
+    spec = Model(base=base, prompt=prompt, dtype=dtype if dtype in LIMITS else "bfloat16")  # type: ignore[arg-type]
+    return _placed(spec, adapter, target, name, partial(write_plain_card, base))
+
+
+def _placed(
+    spec: Model, trained: Path, target: Path, name: str | None, card: Callable[[Path, Sequence[str]], None]
+) -> Exported:
+    """Written beside the target first, and moved there when it is whole."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} is there and not empty: choose another folder")
+    draft = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        done = _written(spec, trained, draft, name or target.name, card)
+        _open_to_all(draft)
+        os.rename(draft, target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{target} could not be written ({error}): nothing was left there") from error
+    finally:
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)
     return Exported(target, *done)
 
 
@@ -143,21 +175,21 @@ def _trained(run: Path, asked: set[str]) -> Path:
 
 
 def _written(
-    run: Path, spec: Model, trained: Path, draft: Path, name: str
+    spec: Model, trained: Path, draft: Path, name: str, card: Callable[[Path, Sequence[str]], None]
 ) -> tuple[dict[str, int], float, float | None, float, list[str]]:
-    tokenizer = load_tokenizer(spec.base, spec.trust_remote_code)
+    is_adapter = (trained / "adapter_config.json").is_file()
+    tokenizer = load_tokenizer(spec.base, spec.trust_remote_code, trained if is_adapter else None)
     asked = [
         encode_prompt(tokenizer, prompt, spec.prompt, chat_template_kwargs=spec.chat_template_kwargs)
         + tokenizer(reply, add_special_tokens=False).input_ids
         for prompt, reply in _PAIRS
     ]
-    is_adapter = (trained / "adapter_config.json").is_file()
     loaded = load_model(spec.base if is_adapter else str(trained), spec.dtype, spec.trust_remote_code)
     before = _logits(loaded, asked) if is_adapter else None
     if is_adapter:
         loaded = attach_adapter(loaded, trained)
     own = _logits(loaded, asked)
-    merged = loaded.merge_and_unload(safe_merge=True) if isinstance(loaded, PeftModel) else loaded
+    merged = _merged(loaded, trained) if isinstance(loaded, PeftModel) else loaded
     _set_generation(merged, tokenizer, spec)
     merged.save_pretrained(draft)
     files = {path.name for path in draft.iterdir()}
@@ -166,11 +198,12 @@ def _written(
     read = load_model(str(draft), spec.dtype, spec.trust_remote_code)
     difference, largest = _difference(own, _logits(read, asked)), max(float(row.abs().max()) for row in own)
     del read
-    moved = _difference(own, before) if before else None
+    # A training may have added tokens.
+    moved = _difference([row[:, : before[0].shape[1]] for row in own], before) if before else None
     limit = LIMITS[spec.dtype] * largest
     if not difference <= limit:
         raise UserError(
-            f"{run}: logits of the merged model differ from those of its adapter by up to {difference:.2g}, where "
+            f"{trained}: logits of the merged model differ from those of its adapter by up to {difference:.2g}, where "
             f"rounding to {spec.dtype} explains {limit:.2g}"
             + (f" and the adapter itself moves them by {moved:.2g}" if moved is not None else "")
             + ": nothing was exported; serve the base model with the adapter"
@@ -188,9 +221,19 @@ def _written(
         f"Logits of these files differ from those of the run's own model by at most {difference:.2g} on {len(_PAIRS)} "
         f"prompts with replies, the largest being {largest:.2g}{adapter}."
     )
-    write_card(run, draft / "README.md", [*_usage(name, spec), *(f"{note}\n" for note in notes)])
+    card(draft / "README.md", [*_usage(name, spec), *(f"{note}\n" for note in notes)])
     files.add("README.md")
     return {name: (draft / name).stat().st_size for name in sorted(files)}, difference, moved, largest, notes
+
+
+def _merged(loaded: PeftModel, adapter: Path) -> PreTrainedModel:
+    try:
+        return loaded.merge_and_unload(safe_merge=True)
+    except (RuntimeError, ValueError, AttributeError, NotImplementedError) as error:  # as each kind of adapter has it
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{adapter}: this adapter cannot be merged ({reason:.200}): serve the base model with it"
+        ) from error
 
 
 @torch.inference_mode()
@@ -276,6 +319,43 @@ def _usage(name: str, spec: Model) -> list[str]:
         "```",
         "",
     ]
+
+
+CONVERTER = "convert_hf_to_gguf.py"
+
+
+def converter() -> str:
+    """llama.cpp's script that makes a .gguf file of a model: in the folder that LLAMA_CPP names, or on the PATH.
+
+    Raises:
+        UserError: It is not there; says how to have it.
+    """
+    there = os.environ.get("LLAMA_CPP")
+    found = shutil.which(CONVERTER, mode=os.R_OK, path=there)
+    if found is None:
+        raise UserError(
+            f"--gguf needs llama.cpp's {CONVERTER}, which is not {'in ' + there if there else 'on the PATH'}: "
+            "git clone https://github.com/ggml-org/llama.cpp, and name that folder in LLAMA_CPP"
+        )
+    return found
+
+
+def add_gguf(exported: Exported) -> Exported:
+    """Have llama.cpp's converter write the model as one .gguf file too, `NAME.gguf` in its folder.
+
+    Raises:
+        UserError: The converter is not there, or does not take the model; the export stays as it was.
+    """
+    made = exported.folder / f"{exported.folder.resolve().name}.gguf"
+    command = [sys.executable, converter(), str(exported.folder), "--outfile", str(made)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode or not made.is_file():
+        made.unlink(missing_ok=True)
+        last = " ".join((done.stderr or done.stdout).strip().rpartition("\n")[2].split())
+        raise UserError(
+            f"--gguf: {CONVERTER} ended with {done.returncode} ({last:.200}); the model is exported, without a .gguf"
+        )
+    return replace(exported, files=exported.files | {made.name: made.stat().st_size})
 
 
 def check_push(name: str) -> None:

@@ -191,9 +191,10 @@ def check_cells(cells: Sequence[SweepCell]) -> list[str]:
     """
     cells_of: dict[str, list[str]] = {}  # Of each fault.
     warnings: list[str] = []
-    # Neither the seed nor the training decides whether something can be read, but for how rows are encoded.
+    # Neither the seed nor the training decides whether something can be read, but for how rows are encoded and for what
+    # is named.
     others = {"name", "seed", "sft", "train"}
-    encoding = {"method", "max_length", "turns", "overlong", "duplicates"}
+    encoding = {"method", "max_length", "turns", "overlong", "duplicates", "own_penalty", "report_to"}
     distinct = {
         provenance.content_hash(
             [

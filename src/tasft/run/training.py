@@ -67,7 +67,8 @@ def _common(recipe: Recipe, spec: Train, folder: Path) -> dict[str, Any]:
         "save_steps": spec.save_steps,
         "save_total_limit": None if recipe.evaluate.checkpoints and folder.name == "train" else 1,
         "seed": recipe.seed,
-        "report_to": "none",
+        "report_to": spec.report_to or "none",
+        "run_name": f"{recipe.name}-{folder.name}",
     }
 
 

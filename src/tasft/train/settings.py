@@ -27,6 +27,9 @@ class Training(RowSettings):
     )
     activation_checkpointing: bool = Field(False, description="Compute activations again in backward: less memory.")
     save_steps: int = Field(20, ge=1, description="Steps between checkpoints, from which an interrupted run goes on.")
+    report_to: list[str] = Field(
+        [], description="Trackers that get figures, no texts: tensorboard, trackio, wandb or others of transformers."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "Training":
@@ -37,6 +40,10 @@ class Training(RowSettings):
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
         return self
+
+
+NO_MATTER = {"save_steps", "report_to"}
+"""Fields of a training on which its result does not depend."""
 
 
 class MonitorSettings(Settings):

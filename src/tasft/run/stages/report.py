@@ -8,7 +8,7 @@ from tasft.core.step import Step
 from tasft.models.load import check_trained
 from tasft.report import write_report
 from tasft.report.read import read_run
-from tasft.run import gate
+from tasft.run import gate, trackers
 from tasft.run.context import Context
 
 
@@ -27,5 +27,7 @@ def steps(context: Context, earlier: Iterable[Step]) -> Iterator[Step]:
         if context.spec.gate:
             provenance.write_json(folder / "gate.json", gate.judge(context.spec.gate, read_run(context.folder)))
         write_report(context.folder)
+        if told := context.spec.train.report_to:
+            trackers.tell_rates(context.folder, told, context.spec.name)
 
     yield Step(context.folder / "report", reads, work, costs_nothing=True)

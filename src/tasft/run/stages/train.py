@@ -17,6 +17,7 @@ from tasft.run.context import Context
 from tasft.run.stages import harvest
 from tasft.train.baselines import safe_instead
 from tasft.train.penalties import own_penalty
+from tasft.train.settings import NO_MATTER
 
 
 def steps(context: Context) -> Iterator[Step]:
@@ -28,7 +29,7 @@ def steps(context: Context) -> Iterator[Step]:
     spec = context.spec.train
     reads = context.training_reads | {
         "start": context.before_reads if spec.start == "sft" else None,
-        "train": spec.model_dump(exclude={"save_steps"}),
+        "train": spec.model_dump(exclude=NO_MATTER),
         "rows": {path.name: provenance.file_hash(path) for path in harvest.files(context)},
     }
     if spec.own_penalty and spec.method == "tasft":
