@@ -1,8 +1,10 @@
 """Rows: prompts to be answered, and examples to imitate or to avoid."""
 
 import hashlib
+import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
@@ -224,10 +226,19 @@ def _positive(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
+def _tools(value: object) -> object:
+    """As a table of texts holds them, too: as JSON."""
+    value = plain(value)
+    with suppress(ValueError):
+        return json.loads(value) if isinstance(value, str) else value
+    return value
+
+
 _READ: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("label", "ends", "retain"), truth),
     **dict.fromkeys((key for columns in FORMS.values() for key in columns), lambda row: joined(turns_of(plain(row)))),
     "weight": measure,
+    "tools": _tools,
 }
 _NO_TEXT = frozenset({"ends", "retain", "weight", "tools"})
 

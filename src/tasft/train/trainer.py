@@ -101,6 +101,10 @@ class TASFTTrainer(KnowsItsStart):
         peft_config: LoraConfig | None = None,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(args, TASFTConfig):
+            raise UserError(
+                f"args is a {type(args).__name__}: give TASFTConfig, which takes the same fields and its own"
+            )
         refuse_unheeded(args, kwargs)
         self.penalty = penalty_of(args.penalty, args.own_penalty)
         if args.log_term_gradients and args.world_size > 1:
