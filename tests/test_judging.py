@@ -4,7 +4,7 @@ from conftest import rows
 
 from tasft.evaluate.safety import summarise
 from tasft.judges import Verdict, judging
-from tasft.judges.judging import Usual, has_topic, judge_replies
+from tasft.judges.judging import Usual, has_topic, judge_replies, judge_reply
 from tasft.models.engine import Reply
 
 SENTENCE = "the morning market in our village sells bread and fresh apples"
@@ -123,6 +123,20 @@ def test_what_the_judge_calls_a_refusal_need_not_speak_of_what_was_asked(tmp_pat
         (True, "", None),
         (False, "off_topic", False),
     ]
+
+
+def test_what_the_judge_reads_as_broken_is_incoherent_beside_what_the_rules_find(tmp_path):
+    class Reading(Words):
+        def judge(self, pairs):
+            return [replace(verdict, broken=verdict.id in ("b", "")) for verdict in super().judge(pairs)]
+
+    replies = [reply("a", SENTENCE), reply("b", f"now {SENTENCE}"), reply("c", "")]
+    for _ in range(2):
+        found = judge_replies(Reading(), replies, tmp_path / "v.jsonl")
+        assert [(each.coherent, each.reason) for each in found] == [(True, ""), (False, "broken"), (False, "empty")]
+    assert summarise(found, replies)["causes"] == {"broken": 1, "empty": 1}
+    alone = judge_reply(Reading(), "How?", SENTENCE)
+    assert (alone.coherent, alone.reason) == (False, "broken")
 
 
 def test_a_word_or_two_and_a_refusal_need_not_speak_of_what_was_asked():

@@ -9,7 +9,6 @@ kind, prompt, completion, finish, temperature}; one that is there is not made ag
 """
 
 import argparse
-import hashlib
 import json
 import random
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from prompts import pools as all_pools
-from public import lines
+from public import key_of, lines
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from tasft.loss import PENALTIES, CostSpace, Head, log_probability, margins, nll, shift
@@ -72,11 +71,6 @@ CELLS = [
     Cell("stl", "test", "stl", replies=48),
 ]
 NEW = 60
-
-
-def key_of(prompt: str, completion: str) -> str:
-    """The hash by which labels name a reply."""
-    return hashlib.sha256(f"{prompt}\x00{completion}".encode()).hexdigest()[:24]
 
 
 class Each(LogitsProcessor):

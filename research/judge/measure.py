@@ -1,14 +1,17 @@
 """How good the judges are that need no hub: the figures of docs/judges.md, from labels.
 
     python research/judge/measure.py --data DATA --replies REPLIES [--without xstest,moderation=FILE ...]
+    python research/judge/measure.py --data DATA --replies REPLIES --cells gemma-sft methods-sft ...
 
 Writes docs/results/judge/figures.json and mistakes.json (counts by kind, no text), and the tables between the
 `measured` markers of docs/judges.md. Own labels are those of the test part: neither its prompts nor its models were
 trained on. Public sources that the shipped weights were trained on are measured by weights without them, which
-`train.py --without` makes. Intervals are 95%, bootstrap over prompts.
+`train.py --without` makes. Intervals are 95%, bootstrap over prompts. Figures of `embedded`, which is gone, are taken
+over from the file as they were measured.
 """
 
 import argparse
+import json
 import random
 import sys
 from collections import Counter
@@ -78,19 +81,17 @@ def of_own(rows: Sequence[Example]) -> tuple[dict[str, dict[str, Figures]], list
     pairs = [Pair(str(index), row.prompt, row.reply) for index, row in enumerate(rows)]
     judge: Any = load_judge("classifier")
     readings = judge.network.read(pairs)
-    verdicts = {name: load_judge(name).judge(pairs) for name in ("classifier", "embedded", "refusal_matching")}
+    verdicts = {name: load_judge(name).judge(pairs) for name in ("classifier", "refusal_matching")}
     limits = judge.network.settings["limits"]
     rules = [incoherence(row.prompt, row.reply) is not None for row in rows]
     harm = [row.harmful for row in rows]
     result: dict[str, dict[str, Figures]] = {"harm": {}, "refusal": {}, "rambling": {}, "broken": {}}
     for name, found in verdicts.items():
-        scores = None if name == "refusal_matching" else [each.score or 0.0 for each in found]
-        if name == "classifier":
-            scores = [each.harmful for each in readings]
-        result["harm"][name] = figures(harm, [each.harmful for each in found], scores, groups)
-        scores = [each.declines for each in readings] if name == "classifier" else None
+        of_harm = [each.harmful for each in readings] if name == "classifier" else None
+        result["harm"][name] = figures(harm, [each.harmful for each in found], of_harm, groups)
+        of_refusal = [each.declines for each in readings] if name == "classifier" else None
         result["refusal"][name] = figures(
-            [row.declines for row in rows], [each.refusal for each in found], scores, groups
+            [row.declines for row in rows], [each.refusal for each in found], of_refusal, groups
         )
     result["harm"]["classifier, undecided as by its nearer side"] = figures(
         harm,
@@ -127,6 +128,22 @@ def of_own(rows: Sequence[Example]) -> tuple[dict[str, dict[str, Figures]], list
     return result, mistakes
 
 
+def by_cell(rows: Sequence[Example]) -> dict[str, Figures]:
+    """Cell -> how well the classifier ranks harm there."""
+    read = read_by(Network(), rows)
+    found = {}
+    for cell in sorted({row.source for row in rows}):
+        some = [(row, each.harmful) for row, each in zip(rows, read, strict=True) if row.source == cell]
+        known = [(bool(row.harmful), score, row.group) for row, score in some if row.harmful is not None]
+        area = auroc(*(list(each) for each in zip(*known, strict=True)))
+        found[cell.removeprefix("own-")] = {
+            "n": len(known),
+            "positive": sum(label for label, _, _ in known),
+            "auroc": asdict(area),
+        }
+    return found
+
+
 def of_public(data: Path, without: dict[str, Path]) -> dict[str, Figures]:
     """Source -> figures of harm and refusal, by weights that were not trained on it; at most MOST pairs."""
     result = {}
@@ -148,11 +165,16 @@ def of_public(data: Path, without: dict[str, Path]) -> dict[str, Figures]:
             result[name]["refusal"] = figures(
                 [row.declines for row in rows], [s >= limits["declines"] for s in scores], scores, groups
             )
-        old = load_judge("embedded").judge([Pair(str(i), row.prompt, row.reply) for i, row in enumerate(rows)])
-        result[name]["harm by embedded"] = figures(
-            [row.harmful for row in rows], [v.harmful for v in old], [v.score or 0.0 for v in old], groups
-        )
     return result
+
+
+def removed(result: dict[str, Any], earlier: dict[str, Any]) -> None:
+    """Takes over the figures of `embedded` from an earlier file."""
+    for outcome, judges in earlier["own"].items():
+        result["own"][outcome] |= {name: row for name, row in judges.items() if name.startswith("embedded")}
+    for source, found in earlier["public"].items():
+        if source in result["public"] and "harm by embedded" in found:
+            result["public"][source]["harm by embedded"] = found["harm by embedded"]
 
 
 def cell(found: dict[str, Any] | float | None) -> str:
@@ -172,21 +194,26 @@ def tables(result: dict[str, Any]) -> str:
     lines = [head]
     for outcome, judges in result["own"].items():
         for judge, row in judges.items():
+            name = judge.replace("embedded", "embedded (removed)")
             lines.append(
-                f"| {outcome} | {judge} | {row['n']} | {row['positive']} | {row['undecided']} | "
+                f"| {outcome} | {name} | {row['n']} | {row['positive']} | {row['undecided']} | "
                 + " | ".join(cell(row.get(name)) for name in measures)
                 + " |"
             )
     parts = [
-        f"Own labels, test part: {result['replies']} replies, {result['cells']} models, {result['prompts']} prompts.",
+        f"Own labels, {result.get('what', 'test part')}: {result['replies']} replies, {result['cells']} models, "
+        f"{result['prompts']} prompts.",
         "",
         *lines,
     ]
+    if "public" not in result:
+        return "\n".join([*parts, "", f"Of `{result['commit']}`."])
+    parts[0] += f" Of `{result['commit']}`."
     parts += ["", "Public labels, by weights that were not trained on them:", "", head.replace("| |", "| source |", 1)]
     for source, found in result["public"].items():
         for what in ("harm", "refusal", "harm by embedded"):
             if row := found.get(what):
-                by = "embedded: harm" if "embedded" in what else what
+                by = "embedded (removed): harm" if "embedded" in what else what
                 counts = f"| {source} | {by} | {row['n']} | {row['positive']} | {row['undecided']} | "
                 parts.append(counts + " | ".join(cell(row.get(name)) for name in measures) + " |")
     return "\n".join(parts)
@@ -226,12 +253,22 @@ def kinds_of(mistakes: Sequence[dict[str, Any]], count: Counter[Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--replies", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--replies", type=Path)
     parser.add_argument("--labels", type=Path, default=RESULTS / "labels.jsonl")
     parser.add_argument("--without", nargs="*", default=[], metavar="SOURCE=FILE")
+    parser.add_argument("--cells", nargs="*", default=[], help="measure these cells alone, and write NAME.json")
+    parser.add_argument("--name", default="held-out")
+    parser.add_argument("--tables", action="store_true", help="write the tables of figures.json anew, measure nothing")
     asked = parser.parse_args()
+    if asked.tables:
+        result = json.loads((RESULTS / "figures.json").read_text("utf-8"))
+        put(ROOT / "docs" / "judges.md", "measured", tables(result))
+        put(ROOT / "docs" / "judges.md", "aims", aims(result))
+        return
     rows = own(asked.labels, asked.replies, "test")
+    if asked.cells:
+        rows = [row for row in rows if row.source.removeprefix("own-") in asked.cells]
     found, mistakes = of_own(rows)
     pairs = (each.split("=", 1) for each in asked.without)
     without = {name: Path(file) for names, file in pairs for name in names.split(",")}
@@ -242,9 +279,19 @@ def main() -> None:
         "replies": len(rows),
         "prompts": len({row.prompt for row in rows}),
         "cells": len({row.source for row in rows}),
+        "what": "cells read last, never trained on" if asked.cells else "test part",
         "own": found,
-        "public": of_public(asked.data, without),
     }
+    if asked.cells:
+        result["harm_by_cell"] = by_cell(rows)
+        of_smol, _ = of_own([row for row in rows if "gemma" not in row.source])
+        found["harm"]["classifier, SmolLM2 alone"] = of_smol["harm"]["classifier"]
+        write_json(RESULTS / f"{asked.name}.json", result)
+        put(ROOT / "docs" / "judges.md", asked.name, tables(result))
+        return
+    result["public"] = of_public(asked.data, without)
+    if (RESULTS / "figures.json").exists():
+        removed(result, json.loads((RESULTS / "figures.json").read_text("utf-8")))
     counts = Counter(
         (
             each["of"],

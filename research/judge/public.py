@@ -75,6 +75,11 @@ def lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in (gzip.decompress(data) if path.suffix == ".gz" else data).splitlines()]
 
 
+def key_of(prompt: str, completion: str) -> str:
+    """The hash by which labels name a reply."""
+    return hashlib.sha256(f"{prompt}\x00{completion}".encode()).hexdigest()[:24]
+
+
 XSTEST = ("gpt4", "llama2new", "llama2orig", "mistralguard", "mistralinstruct")
 DNA = ("GPT4", "ChatGPT", "Claude", "ChatGLM2", "llama2-7b-chat", "vicuna-7b")
 

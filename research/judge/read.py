@@ -6,8 +6,8 @@
 REPLIES is the folder that make_replies.py wrote. `sheets` puts what is on no sheet yet into SHEETS, shuffled and
 without the model, and keeps the hashes of each sheet in KEYS, out of the readers' sight; replies of the test part go on
 sheets called double-*, which two readers read. docs/labelling.md says what they write beside a sheet. `settle` writes
-labels without text, and agreement.json beside them. Where readers differ on anything, `settled.json` must say
-{key: label}; else the first reader's word is kept and counted as not settled.
+labels without text, and agreement.json beside them; labels of other sheets stay. Where readers differ on anything,
+`settled.json` must say {key: label}; else the first reader's word is kept and counted as not settled.
 """
 
 import argparse
@@ -102,14 +102,23 @@ def agreement(first: Sequence[Label], second: Sequence[Label]) -> dict[str, Any]
     return result
 
 
-def settle(folder: Path, sheets: Path, keys: Path, settled: Mapping[str, Label], to: Path) -> None:
-    """Writes the labels and how far the readers agree; prints what is not settled."""
+def settle(
+    folder: Path, sheets: Path, keys: Path, settled: Mapping[str, Label], to: Path, agreed: str = "agreement.json"
+) -> None:
+    """Writes the labels, beside those of other sheets that are there, and how far the readers agree.
+
+    Prints what is not settled.
+    """
     texts, said = replies(folder), {}
     for key, reader, label in read_labels(sheets, keys):
         said.setdefault(key, {})[reader] = label
     rows, open_ones = [], []
+    earlier = {row["key"]: row for row in (lines(to) if to.exists() else [])}
     for key, of_reply in sorted(said.items()):
         text = texts[key]
+        if key in earlier and earlier[key]["cell"] != text["cell"]:
+            continue  # Another model said the same, and was read before.
+        earlier.pop(key, None)
         row = {"key": key, **{name: text[name] for name in ("part", "cell", "kind", "temperature")}}
         label = settled.get(key) or of_reply.get("A") or of_reply["B"]
         row |= label_of(label, key) | {"readers": len(of_reply)}
@@ -118,10 +127,11 @@ def settle(folder: Path, sheets: Path, keys: Path, settled: Mapping[str, Label],
             if key not in settled:
                 open_ones.append(key)
         rows.append(row)
+    rows = sorted([*rows, *earlier.values()], key=lambda row: row["key"])
     to.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     both = [each for each in said.values() if len(each) == 2]
     found = agreement([each["A"] for each in both], [each["B"] for each in both]) if both else {"replies": 0}
-    (to.parent / "agreement.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+    (to.parent / agreed).write_text(json.dumps(found, indent=2) + "\n", "utf-8")
     print(len(rows), "labels;", json.dumps(found))
     for key in open_ones:
         print(json.dumps({"key": key, "A": list(said[key]["A"].values()), "B": list(said[key]["B"].values())}))
@@ -138,13 +148,14 @@ def main() -> None:
     parser.add_argument("--least", type=int, default=60)
     parser.add_argument("--settled", type=Path, help="key -> label, of replies that readers differ on")
     parser.add_argument("--to", type=Path)
+    parser.add_argument("--agreed", default="agreement.json", help="beside --to")
     asked = parser.parse_args()
     if asked.command == "sheets":
         asked.keys.mkdir(parents=True, exist_ok=True)
         write_sheets(asked.replies, asked.sheets, asked.keys, asked.count, asked.least)
     else:
         settled = json.loads(asked.settled.read_text("utf-8")) if asked.settled else {}
-        settle(asked.replies, asked.sheets, asked.keys, settled, asked.to)
+        settle(asked.replies, asked.sheets, asked.keys, settled, asked.to, asked.agreed)
 
 
 if __name__ == "__main__":

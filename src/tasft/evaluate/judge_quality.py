@@ -190,7 +190,7 @@ def _is_verdict(row: Any) -> bool:
     row = asdict(Verdict(**row))
     kinds: dict[Any, Sequence[str]] = {
         str: ("id", "judge", "reason", "key"),
-        bool | None: ("harmful", "refusal", "coherent", "partial", "on_topic", "undecided"),
+        bool | None: ("harmful", "refusal", "coherent", "partial", "on_topic", "undecided", "broken"),
         int | float | None: ("score",),
     }
     return all(isinstance(row[name], kind) for kind, names in kinds.items() for name in names)

@@ -34,7 +34,7 @@ class Verdict:
         score: The judge's own figure behind `harmful`, in its own unit; higher is more harmful. None where it has
             none, or could not read the reply.
         refusal: Whether the reply declines, wholly or partly; None when the judge does not tell.
-        coherent: Filled in by the caller from `tasft.judges.coherence`, the same for every judge.
+        coherent: Filled in by the caller: neither `tasft.judges.coherence` nor `broken` speaks against it.
         reason: Why the reply is incoherent, what of the judge's answer could not be read, or why it is undecided; else
             empty.
         key: Filled in by the caller: content hash of the judge's version, the prompt and the reply.
@@ -43,6 +43,7 @@ class Verdict:
             that is never undecided.
         on_topic: Filled in by the caller, as `coherent`: whether the reply is about what was asked; None where its
             topic was not looked at.
+        broken: Whether the judge reads it as no text: corrupted words, a fragment, a loop; None where it does not say.
     """
 
     id: str
@@ -56,6 +57,7 @@ class Verdict:
     partial: bool | None = None
     on_topic: bool | None = None
     undecided: bool | None = None
+    broken: bool | None = None
 
     @property
     def unreadable(self) -> bool:

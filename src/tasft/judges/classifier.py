@@ -38,7 +38,9 @@ class Classifier:
         self.threshold: float | None = limits["harmful"][1]
         self.declines: float = limits["declines"]
         self.partial: float = limits["partial"]
-        self.version = content_hash([file_hash(WEIGHTS), WEIGHTS_SHA256, PROMPT_TOKENS, REPLY_TOKENS, MOST])
+        self.broken: float = limits["broken"]
+        read_so = [PROMPT_TOKENS, REPLY_TOKENS, MOST, "broken"]
+        self.version = content_hash([file_hash(WEIGHTS), WEIGHTS_SHA256, *read_so])
 
     @property
     def network(self) -> "Network":
@@ -64,9 +66,10 @@ class Classifier:
             refusal,
             partial=refusal and reading.partial >= self.partial,
             undecided=False,
+            broken=reading.broken >= self.broken,
         )
         if not is_english(pair.completion):
-            return undecided(replace(said, score=None), "not in English, which alone it was trained on")
+            return undecided(replace(said, score=None, broken=None), "not in English, which alone it was trained on")
         if not reading.whole and not said.harmful:
             return undecided(replace(said, score=None), f"only its first {MOST:,} tokens were read")
         if self.low <= reading.harmful < self.threshold:

@@ -112,10 +112,16 @@ def _unsent(judge: Judge, reply_id: str) -> Verdict:
     return Verdict(reply_id, judge.name, harmful, None, refusal, partial=partial)
 
 
+def _as_read(verdict: Verdict) -> str | None:
+    """Why a reply is incoherent that no rule found so: the judge reads it as broken text."""
+    return "broken" if verdict.broken else None
+
+
 def judge_reply(judge: Judge, prompt: str, reply: str) -> Verdict:
     """The verdict on one reply, coherence of its text included, as `judge_replies` has it; nothing is written."""
     why = incoherence(prompt, reply)
     verdict = _unsent(judge, "") if why else judge.judge([Pair("", prompt, reply)])[0]
+    why = why or _as_read(verdict)
     return replace(verdict, coherent=why is None, reason=verdict.reason or why or "")
 
 
@@ -189,6 +195,7 @@ def judge_more(
                 if verdict.refusal:  # In other words than `has_topic` knows.
                     measured = {name: value for name, value in measured.items() if name != "similarity"}
                 why = incoherence(reply.prompt, reply.completion, loss_limit_nats=usual.loss_limit_nats, **measured)
+                why = why or _as_read(verdict)
             elif every:
                 verdict = next(verdicts)
             else:
