@@ -142,10 +142,11 @@ def gemma(run: Path, states: list[str], labels: Path | None) -> Fields:
         said["off topic"] = row.get("on_topic") is False
         counts[row["method"]].update(replies=1, **{name: int(value is True) for name, value in said.items()})
     models = []
-    for name, folder in ((name, Path(state)) for name, state in (each.rsplit("=", 1) for each in states)):
+    for name, folder in ((name, Path(state)) for name, state in (each.split("=", 1) for each in states)):
         rates: Fields = defaultdict(dict)
         for path in sorted(folder.glob("*/*/summary.json")):
-            rates[path.parts[-3]][path.parts[-2]] = _rounded(read_json(path))
+            figures = {name: value for name, value in read_json(path).items() if name != "by_topic"}
+            rates[path.parts[-3]][path.parts[-2]] = _rounded(figures)
         trained_at = read_json(folder.parents[1] / "manifest.json")["commit"]
         models.append({"name": name, "commit": trained_at, "rates": rates})
     return {

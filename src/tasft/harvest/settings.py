@@ -51,7 +51,7 @@ class HarvestSettings(Settings):
         None,
         ge=1,
         description="Anchors are learned once more after up to so many words of the model's own harmful answer, which "
-        "are read and not learned: it turns back after all. null: they are not.",
+        "are read and not learned; null for none of these rows.",
     )
     benign_tokens: int | None = Field(
         None,
