@@ -29,9 +29,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
-
 from thresholds import of_harm
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from tasft.core.provenance import commit, file_hash
 from tasft.judges.base import Pair
