@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +43,7 @@ MODEL = "smollm2-135m-instruct"
 SOURCES = ("demo-benign-train", "demo-benign-heldout", "demo-benign-validation", "demo-toxic-harvest")
 ENDINGS = ("", " Answer in one word.", " Answer in one sentence.", " Answer in two sentences.")
 BEFORE = (0, 2, 6)  # Questions before the one that is to be answered.
-CONTEXT = 1024  # Tokens that llama.cpp makes room for: the longest prompt and reply.
+CONTEXT = 512  # Tokens that llama.cpp makes room for in each slot: the longest prompt and reply.
 BATCH = 64  # The engine's default.
 ALONE = 8  # One prompt in so many is answered with batches of 1: all of them would take too long.
 PLAIN = "plain"  # What the others are compared with.
@@ -56,7 +57,7 @@ class Work(NamedTuple):
     prompts: list[Prompt]
     limit: int
     batch: int
-    llama: Callable[[], Any] | None = None
+    llama: Callable[[int], Any] | None = None
     exact: PreTrainedModel | None = None  # The model in float32, where `model` is not.
 
 
@@ -101,22 +102,30 @@ def tasft(work: Work, prompts: Sequence[Prompt], batch: int) -> dict[str, str]:
 
 
 def llama_cpp(work: Work, prompts: Sequence[Prompt], batch: int) -> dict[str, str]:
-    """One prompt after the other, which is what its Python package offers; from the same file of weights."""
+    """Its server, in this process, from the file of packed weights: it takes in a prompt where a reply has ended."""
     if work.llama is None:
         raise ImportError("llama.cpp reads a GGUF file", name="llama.cpp for a model without a GGUF file")
-    replies = {}
-    for prompt in prompts:
+    server = work.llama(batch)
+
+    def answer(prompt: Prompt) -> str:
         ids = work.tokenizer(written(work, prompt), add_special_tokens=False).input_ids
-        told = work.llama().create_completion(ids, max_tokens=work.limit, temperature=0.0)
-        replies[prompt.id] = told["choices"][0]["text"].strip()
-    return replies
+        told = server.handle_completions({"prompt": ids, "max_tokens": work.limit, "temperature": 0.0})
+        return str(told["choices"][0]["text"]).strip()
+
+    with ThreadPoolExecutor(batch) as pool:
+        return dict(zip([prompt.id for prompt in prompts], pool.map(answer, prompts), strict=True))
 
 
 @cache
-def llama_of(path: str, threads: int) -> Any:
-    from llama_cpp import Llama
+def llama_of(path: str, threads: int, batch: int) -> Any:
+    import xllamacpp
 
-    return Llama(path, n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, verbose=False)
+    asked = xllamacpp.CommonParams()
+    asked.model.path = path
+    asked.n_parallel = batch
+    asked.n_ctx = CONTEXT * batch
+    asked.cpuparams.n_threads = asked.cpuparams_batch.n_threads = threads
+    return xllamacpp.Server(asked)
 
 
 def written(work: Work, prompt: Prompt) -> str:
@@ -138,7 +147,7 @@ CONTESTANTS = {
     "plain_by_length": Contestant(by_length),
     "plain_float32": Contestant(plain_float32),
     "tasft": Contestant(tasft),
-    "llama_cpp": Contestant(llama_cpp, alone=True),
+    "llama_cpp": Contestant(llama_cpp),
 }
 
 

@@ -3,7 +3,7 @@
     python research/small.py keep runs/methods methods          # table and report, no replies, to docs/results/small
     python research/small.py changes runs/small-quality         # its runs against the SFT model, item by item, likewise
     python research/small.py methods                            # README's table of methods from what was kept
-    python research/small.py gemma RUN EVALUATED... --labels LABELS  # figures, and counts of labels, to gemma.json
+    python research/small.py gemma RUN NAME=STATE... --labels LABELS  # figures, and counts of labels, to gemma.json
     python research/small.py tables                             # docs/results/README.md and gemma.md from what was kept
 
 Figures are kept, replies are not.
@@ -134,19 +134,20 @@ SmolLM2-135M-Instruct, {toxic} toxic prompts ({decided[0]} to {decided[-1]} deci
 {plain} plain ones; judge `classifier`, 95% intervals, seed 0, commit {rows[0]["commit"]}; sweep-methods."""
 
 
-def gemma(run: Path, evaluated: list[Path], labels: Path | None) -> Fields:
-    """What was harvested and trained, figures of models that were evaluated alone, and what a reader called replies."""
+def gemma(run: Path, states: list[str], labels: Path | None) -> Fields:
+    """What was harvested and trained, figures of states of models by name, and what a reader called replies."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for _, row in read_rows(labels) if labels else ():
         said = {"harmful": row["harmful"], "refusal": row["refusal"], "incoherent": row["coherent"] is False}
         said["off topic"] = row.get("on_topic") is False
         counts[row["method"]].update(replies=1, **{name: int(value is True) for name, value in said.items()})
     models = []
-    for folder in evaluated:
+    for name, folder in ((name, Path(state)) for name, state in (each.rsplit("=", 1) for each in states)):
         rates: Fields = defaultdict(dict)
         for path in sorted(folder.glob("*/*/summary.json")):
             rates[path.parts[-3]][path.parts[-2]] = _rounded(read_json(path))
-        models.append({"name": folder.name, "commit": read_json(folder / "manifest.json")["commit"], "rates": rates})
+        trained_at = read_json(folder.parents[1] / "manifest.json")["commit"]
+        models.append({"name": name, "commit": trained_at, "rates": rates})
     return {
         "recipe": yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")),
         "commit": read_json(run / "manifest.json")["commit"],
@@ -175,7 +176,6 @@ def gemma_tables(found: Fields) -> dict[str, str]:
             shown(rates["xstest-safe"][judge][measure]) if "xstest-safe" in rates else "—"
             for measure in ("refusal", "incoherent")
         ]
-        name = "the SFT model" if name == "sft" else name
         figures.append([name, *toxic, *benign])
         harmful = [rates[each][judge]["harmful"] if each in rates else None for each in expanded(["paper"])]
         counts.append([name, *(f"{each['value'] * each['n']:.0f} of {each['n']}" if each else "—" for each in harmful)])
@@ -293,7 +293,7 @@ def main() -> None:
     commands.add_parser("changes").add_argument("sweep", type=Path)
     base_model = commands.add_parser("gemma")
     base_model.add_argument("run", type=Path, help="In which all was trained.")
-    base_model.add_argument("evaluated", type=Path, nargs="+", help="Folders of tasft evaluate MODEL.")
+    base_model.add_argument("states", nargs="+", help="NAME=RUN/evaluate/STATE")
     base_model.add_argument("--labels", type=Path, help="A sheet that label.py has unblinded.")
     commands.add_parser("tables")
     commands.add_parser("methods")
@@ -303,7 +303,7 @@ def main() -> None:
     elif asked.command == "methods":
         put(RESULTS.parents[1] / "README.md", "methods", methods_table(table(RESULTS / "small" / "methods")))
     elif asked.command == "gemma":
-        write_json(RESULTS / "gemma.json", gemma(asked.run, asked.evaluated, asked.labels))
+        write_json(RESULTS / "gemma.json", gemma(asked.run, asked.states, asked.labels))
     elif asked.command == "keep":
         keep(asked.sweep, asked.name)
     else:

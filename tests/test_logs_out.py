@@ -98,6 +98,13 @@ def test_lm_eval_reads_its_result_files(evaluated, tmp_path):
     assert {"harmful,Short", "harmful_stderr,Short"} <= whole["results"][SET].keys()
     assert whole["n-samples"][SET] == {"original": 4, "effective": 4}
     assert "refusal_matching" in make_table(whole)
+    better = whole["higher_is_better"]
+    assert (better[SET]["harmful"], better[SET]["safe_coherent"], better["try-benign"]["refusal"]) == (
+        False,
+        True,
+        False,
+    )
+    assert "refusal" not in better[SET]
     (samples,) = [file for file in files if file.name.startswith(f"samples_{SET}")]
     back = [row for _, row in read_log(samples)]
     assert [(row["prompt"], row["completion"]) for row in back] == [

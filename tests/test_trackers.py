@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import yaml
 from conftest import tasft_here
-from test_pipeline import go, small_recipe
+from running import go, small_recipe
 
 import tasft
 from tasft.core.errors import UserError

@@ -9,7 +9,7 @@ from typing import Any
 
 from tasft.core import provenance
 from tasft.core.errors import UserError
-from tasft.core.measures import HIGHER, MEASURES, TOLD
+from tasft.core.measures import EITHER, HIGHER, MEASURES, TOLD
 from tasft.data.files import read_rows
 from tasft.evaluate.results import summaries
 
@@ -187,7 +187,11 @@ def _aggregated(sets: Sequence[_Set]) -> dict[str, Any]:
                 spread = math.sqrt(value * (1 - value) / (n - 1)) if n > 1 else "N/A"
                 results[each.name][f"{name}_stderr,{judge}"] = spread
     kinds = {each.name: next(iter(each.judged.values()))["kind"] for each in sets}
-    better = {each: {name: MEASURES[name].better.get(kind) == HIGHER for name in TOLD} for each, kind in kinds.items()}
+    # Nothing of a measure where neither way is good.
+    better = {
+        each: {name: way == HIGHER for name in TOLD if (way := MEASURES[name].better.get(kind, EITHER)) != EITHER}
+        for each, kind in kinds.items()
+    }
     return {
         "results": results,
         "versions": {each.name: 1 for each in sets},

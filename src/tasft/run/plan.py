@@ -63,7 +63,8 @@ def _states(run: Pipeline) -> dict[str, str]:
     """Of each stage whether it is done. What a stage depends on is known when the one before it is done."""
     found = dict.fromkeys(STAGES, "to do")
     for stage in STAGES:
-        for step in run.steps(stage):
+        steps = list(run.steps(stage))
+        for step in steps:
             # A later step may read what this one writes.
             if not step.is_done:
                 if changed := step.outdated_by:
@@ -71,7 +72,7 @@ def _states(run: Pipeline) -> dict[str, str]:
                 elif (step.folder / "begun.json").exists():
                     found[stage] = "begun"
                 return found
-        found[stage] = "done"
+        found[stage] = "done" if steps else "not asked for"
     return found
 
 
