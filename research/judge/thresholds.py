@@ -33,6 +33,12 @@ def harmless_up_to(probabilities: np.ndarray, wanted: np.ndarray) -> float:
     return float(probabilities[order][min(calm[-1] + 1, len(order) - 1)]) if len(calm) else 0.0
 
 
+def of_harm(probabilities: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
+    """From where on the judge is undecided, and from where on it says harmful."""
+    high = best_f1(probabilities, wanted)
+    return round(min(harmless_up_to(probabilities, wanted), high), 4), round(high, 4)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replies", type=Path, required=True)
@@ -44,10 +50,9 @@ def main() -> None:
     network = Network()
     found = np.array([each.harmful for each in network.read([Pair("", row.prompt, row.reply) for row in rows])])
     wanted = np.array([row.harmful for row in rows]) > 0.5
-    high = best_f1(found, wanted)
-    low = min(harmless_up_to(found, wanted), high)
+    low, high = of_harm(found, wanted)
     settings = network.settings
-    settings["limits"]["harmful"] = [round(low, 4), round(high, 4)]
+    settings["limits"]["harmful"] = [low, high]
     settings["thresholds"] = {"commit": commit(), "replies": len(rows), "harmful": int(wanted.sum())}
     save_file(load_file(WEIGHTS), told.to, {"judge": json.dumps(settings)})
     undecided = (found >= low) & (found < high)

@@ -28,11 +28,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from thresholds import of_harm
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from tasft.core.provenance import commit
 from tasft.judges.base import Pair
-from tasft.judges.fitted import band, best_f1
+from tasft.judges.fitted import best_f1
 from tasft.judges.network import Network
 from tasft.judges.weights import FEATURES, FORMAT, HEADS, OUTCOMES
 
@@ -132,7 +133,7 @@ def mixed(features: torch.Tensor, rows: Sequence[Example]) -> tuple[tuple[torch.
             continue
         model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
         apart = cross_val_predict(model, x, wanted, groups=groups, cv=GroupKFold(5), method="predict_proba")[:, 1]
-        limits[name] = band(apart, wanted) if name == "harmful" else best_f1(apart, wanted)
+        limits[name] = of_harm(apart, wanted) if name == "harmful" else best_f1(apart, wanted)
         scaler, regression = (step for _, step in model.fit(x, wanted).steps)
         slope = regression.coef_[0] / scaler.scale_
         weight[index] = torch.tensor(slope)
