@@ -223,8 +223,8 @@ def _written(
         )
     adapter = f"; the adapter moves them by up to {moved:.2g}" if moved is not None else ""
     notes.append(
-        f"Logits of these files differ from those of the model that was trained by at most {difference:.2g} on {len(_PAIRS)} "
-        f"prompts with replies, the largest being {largest:.2g}{adapter}."
+        f"Logits of these files differ from those of the model that was trained by at most {difference:.2g} on "
+        f"{len(_PAIRS)} prompts with replies, the largest being {largest:.2g}{adapter}."
     )
     card(draft / "README.md", [*_usage(name, spec), *(f"{note}\n" for note in notes)])
     files.add("README.md")
