@@ -32,6 +32,7 @@ def test_the_demo_runs_on_the_real_model_in_miniature(tmp_path):
         f"data.benign_prompts={few(tmp_path, 'demo-benign-train', 4)}",
         f"evaluate.sets.toxic.source={few(tmp_path, 'demo-toxic-heldout', 3)}",
         f"evaluate.sets.benign.source={few(tmp_path, 'demo-benign-heldout', 3)}",
+        f"evaluate.sets.plain.source={few(tmp_path, 'demo-plain-heldout', 3)}",
         "harvest.max_new_tokens=24",
         "evaluate.max_new_tokens=16",
         "train.max_steps=3",
