@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, needs_models
+from conftest import ROOT, needs_models, tasft_here
 from jsonschema import validate
 from pydantic import TypeAdapter
 
@@ -58,6 +58,14 @@ def test_the_demo_runs_on_the_real_model_in_miniature(tmp_path):
     assert page.count("<script") == 2  # the replies as data, and the one that shows them
     assert "Content-Security-Policy" in page
     follow_their_schemas(run)
+
+
+@needs_models
+def test_the_first_page_is_there_after_one_command(tmp_path):
+    done = tasft_here("run", "try", "--out", tmp_path / "try")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "try" / "report" / "index.html").exists()
+    assert json.loads((tmp_path / "try" / "harvest" / "summary.json").read_text())["kept"] >= 3
 
 
 def follow_their_schemas(run):
