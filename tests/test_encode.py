@@ -114,6 +114,12 @@ def test_what_is_given_is_read_and_not_learned(style, begun):
     assert [text.strip() for text in spans(row)] == ["no, I won't<|end|>"]
 
 
+def test_what_is_given_is_of_the_last_turn_alone():
+    talk = [says("user", "Hi?"), says("assistant", "One"), says("user", "And?")]
+    row = one(Example(talk, "Sure, no", True, given="Sure, "), turns="all")
+    assert [text.strip() for text in spans(row)] == ["One<|end|>", "no<|end|>"]
+
+
 def test_what_is_given_must_begin_the_completion_and_leave_something_to_learn():
     with pytest.raises(UserError, match='"given" is \'No\'; it must be text that "completion", which is text, begins'):
         one(Example("Hi?", "Yes", True, given="No"))

@@ -33,6 +33,8 @@ def trained(tiny, folder, base=ELSEWHERE, added=(), **settings):
     if added:
         tokenizer.add_special_tokens({"additional_special_tokens": [*added]}, replace_extra_special_tokens=False)
         model.resize_token_embeddings(len(tokenizer))
+        # As axolotl's ChatML: the template writes what was added.
+        tokenizer.chat_template = tokenizer.chat_template.replace("{% for m", added[0] + "{% for m", 1)
     model = get_peft_model(model, LoraConfig(r=2, lora_dropout=0.0, task_type="CAUSAL_LM", **settings))
     for name, weight in model.named_parameters():
         if weight.requires_grad:
@@ -147,3 +149,12 @@ def test_an_adapter_for_another_model_is_refused(tiny, tmp_path):
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError):
         export_adapter(tmp_path / "adapter", tmp_path / "merged", str(tmp_path / "other"))
+
+
+def test_an_adapter_of_a_run_is_exported_with_its_run(tiny, tmp_path):
+    trained(tiny, tmp_path / "run" / "train" / "adapter", target_modules=["q_proj"])
+    for name in ("recipe.yaml", "manifest.json"):
+        (tmp_path / "run" / name).write_text("{}")
+    with pytest.raises(UserError, match=r"is of the run .*: export the run"):
+        export_adapter(tmp_path / "run" / "train" / "adapter", tmp_path / "merged", str(tiny))
+    assert not (tmp_path / "merged").exists()

@@ -138,6 +138,12 @@ def test_what_the_judge_reads_as_broken_is_incoherent_beside_what_the_rules_find
     alone = judge_reply(Reading(), "How?", SENTENCE)
     assert (alone.coherent, alone.reason) == (False, "broken")
 
+    class Doubting(Reading):
+        def judge(self, pairs):
+            return [replace(verdict, reason="0.2 is between 0.1 and 0.4") for verdict in super().judge(pairs)]
+
+    assert judge_reply(Doubting(), "How?", SENTENCE).reason == "broken"
+
 
 def test_a_word_or_two_and_a_refusal_need_not_speak_of_what_was_asked():
     texts = ["Lima.", "In 1976 or", f"I'm sorry, but I can't help with that. {SENTENCE}", SENTENCE]

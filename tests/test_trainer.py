@@ -177,11 +177,31 @@ def test_a_model_that_hands_more_upwards_than_states_computes_all_its_layers(tmp
     assert subject._lower._serve is False
 
 
-def test_a_lower_layer_that_drops_at_random_is_not_left_out(tmp_path):
+def test_a_model_whose_upper_layers_read_what_lower_ones_left_is_trained_all_the_same(tmp_path):
+    subject, _ = _upper(tmp_path)
+    layers = subject.model.get_base_model().model.layers
+    left = {}
+    # As in Gemma 4: each pass begins without the keys and values that are shared.
+    layers[0].mlp.register_forward_hook(lambda *_: left.update(keys=0))
+    layers[1].register_forward_hook(lambda _, __, states: states + left.pop("keys"))
+    subject.train()
+    assert subject._lower._serve is False
+
+
+def test_a_lower_layer_that_does_something_else_in_training_is_not_left_out(tmp_path):
+    assert _upper(tmp_path)[0]._lower.layers
+    assert not _upper(tmp_path, neftune_noise_alpha=5.0)[0]._lower.layers
     model = tiny_model()
     model.model.layers[0].self_attn.attention_dropout = 0.1
     assert not _upper(tmp_path, model)[0]._lower.layers
-    assert _upper(tmp_path)[0]._lower.layers
+
+
+def test_a_forward_of_a_layers_own_comes_back(tmp_path):
+    subject, _ = _upper(tmp_path, upto=1)
+    layer = subject.model.get_base_model().model.layers[0]
+    layer.forward = own = layer.forward
+    subject.train()
+    assert vars(layer)["forward"] is own
 
 
 def test_retain_holds_benign_rows_where_the_model_was(tmp_path):

@@ -202,9 +202,9 @@ class _Encoder:
             raise UserError("its completion is empty, so there is nothing to learn; drop the row")
         if example.given:
             begun = len(common(ids, self._turns(replace(example, completion=example.given))[0][-1].ids))
-            labels[:begun] = [IGNORE_INDEX] * begun
-            begins = [begun]
-            if all(label == IGNORE_INDEX for label in labels):
+            labels[last.asked : begun] = [IGNORE_INDEX] * (begun - last.asked)
+            begins[-1] = begun
+            if all(label == IGNORE_INDEX for label in labels[last.asked :]):
                 raise UserError('"given" is all of its completion, so there is nothing to learn; drop the row')
         limit = self.encoding.max_length
         if len(ids) > limit:

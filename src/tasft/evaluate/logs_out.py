@@ -62,7 +62,6 @@ def write_logs(folder: Path, out: Path, form: str, replies: bool = False) -> lis
     if not sets:
         raise UserError(f"{folder}: no evaluated prompt set: give a run that was evaluated, or --out of tasft evaluate")
     with provenance.private():
-        out.mkdir(parents=True, exist_ok=True)
         return FORMS[form](sets, out)
 
 
@@ -99,6 +98,7 @@ def _inspect(sets: Sequence[_Set], out: Path) -> list[Path]:
         from inspect_ai import log as logs
     except ImportError:
         raise UserError("logs of Inspect need the package inspect_ai: pip install '.[inspect]'") from None
+    out.mkdir(parents=True, exist_ok=True)
     files = []
     for each in sets:
         scores = [
@@ -160,6 +160,7 @@ def _lm_eval(sets: Sequence[_Set], out: Path) -> list[Path]:
         from lm_eval.loggers import EvaluationTracker
     except ImportError:
         raise UserError("result files of lm-eval need the package lm_eval: pip install '.[eval]'") from None
+    out.mkdir(parents=True, exist_ok=True)
     for model in dict.fromkeys(each.model for each in sets):
         mine = [each for each in sets if each.model == model]
         tracker = EvaluationTracker(output_path=str(out))

@@ -134,23 +134,22 @@ def harvest(
         "imitate": _keep(own, coherent),
         "contrastive": _keep(contrastive, answering),
     }
+    rows = {name: [_example(reply, name != "avoid", name) for reply in replies] for name, (replies, _) in kept.items()}
+    again = recoveries(rows["avoid"], rows["anchor"], settings.recover, seed) if settings.recover else []
     summary = {
         "judge": judge.name,
         "prompts": len(asked),
         "wanted": settings.rows,
         **kept["avoid"][1],
-        "anchors": {"mode": settings.anchors, "instructions": instructions, **kept["anchor"][1]},
+        "anchors": {"mode": settings.anchors, "instructions": instructions, "recoveries": len(again)}
+        | kept["anchor"][1],
         "imitate": kept["imitate"][1],
         "contrastive": about | kept["contrastive"][1],
         "thoughts": thoughts(answers + others),
         "drawn": decided(engine, sampling),
     }
     if ranks.is_first():
-        rows = {
-            name: [_example(reply, name != "avoid", name) for reply in replies] for name, (replies, _) in kept.items()
-        }
-        if settings.recover:
-            rows["anchor"] += recoveries(rows["avoid"], rows["anchor"], settings.recover, seed)
+        rows["anchor"] += again
         for name, examples in rows.items():
             write_jsonl(folder / f"{name}.jsonl", [example.row() for example in examples])
         write_json(folder / "summary.json", summary)

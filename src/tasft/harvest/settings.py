@@ -50,8 +50,8 @@ class HarvestSettings(Settings):
     recover: int | None = Field(
         None,
         ge=1,
-        description="Anchors are learned once more after up to so many words of the model's own harmful answer, which "
-        "are read and not learned; null for none of these rows.",
+        description="Anchors whose prompt has an avoid row are learned once more after up to so many words of it, "
+        "which are read and not learned; null for none of these rows.",
     )
     benign_tokens: int | None = Field(
         None,

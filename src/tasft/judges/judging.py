@@ -117,12 +117,17 @@ def _as_read(verdict: Verdict) -> str | None:
     return "broken" if verdict.broken else None
 
 
+def _reason(verdict: Verdict, why: str | None) -> str:
+    """Why a reply is incoherent, rather than why its judge is undecided; an answer that cannot be read comes first."""
+    return verdict.reason if verdict.unreadable else why or verdict.reason
+
+
 def judge_reply(judge: Judge, prompt: str, reply: str) -> Verdict:
     """The verdict on one reply, coherence of its text included, as `judge_replies` has it; nothing is written."""
     why = incoherence(prompt, reply)
     verdict = _unsent(judge, "") if why else judge.judge([Pair("", prompt, reply)])[0]
     why = why or _as_read(verdict)
-    return replace(verdict, coherent=why is None, reason=verdict.reason or why or "")
+    return replace(verdict, coherent=why is None, reason=_reason(verdict, why))
 
 
 def judge_replies(
@@ -200,7 +205,7 @@ def judge_more(
                 verdict = next(verdicts)
             else:
                 verdict = _unsent(judge, reply.id)
-            reason = verdict.reason or why or ""
+            reason = _reason(verdict, why)
             similarity = measured.get("similarity")
             on_topic = None if similarity is None else similarity >= MIN_SIMILARITY
             done.append(replace(verdict, coherent=why is None, reason=reason, key=key, on_topic=on_topic))

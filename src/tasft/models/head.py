@@ -54,16 +54,22 @@ def replaced_head(model: Any, function: Callable[[Tensor], Tensor]) -> Iterator[
 
     The function runs inside the model's own forward, where sharded weights are gathered and hooks fire.
     """
-    head = model.get_output_embeddings()
-    before = vars(head).get("forward")
-    head.forward = function
+    with replaced_forward(model.get_output_embeddings(), function):
+        yield
+
+
+@contextmanager
+def replaced_forward(module: Any, function: Callable[..., Any]) -> Iterator[None]:
+    """Within, a module does what `function` does; a `forward` of its own, as accelerate's hooks set, comes back."""
+    before = vars(module).get("forward")
+    module.forward = function
     try:
         yield
     finally:
         if before is None:
-            del head.forward
+            del module.forward
         else:
-            head.forward = before
+            module.forward = before
 
 
 @torch.no_grad()

@@ -114,6 +114,9 @@ def export_adapter(
     Raises:
         UserError: As there; or the model is not here, or the adapter does not fit it.
     """
+    for folder in adapter.absolute().parents:
+        if (folder / "recipe.yaml").is_file() and (folder / "manifest.json").is_file():
+            raise UserError(f"{adapter} is of the run {folder}: export the run, which has figures and may have a gate")
     base = base or base_of(adapter)
     dtype = str(getattr(sketch(base).config, "dtype", None) or "float32").removeprefix("torch.")
     spec = Model(base=base, prompt=prompt, dtype=dtype if dtype in LIMITS else "bfloat16")  # type: ignore[arg-type]
@@ -185,9 +188,12 @@ def _written(
         for prompt, reply in _PAIRS
     ]
     loaded = load_model(spec.base if is_adapter else str(trained), spec.dtype, spec.trust_remote_code)
-    before = _logits(loaded, asked) if is_adapter else None
+    before = None
     if is_adapter:
+        # Attached first: a training may have added the tokens that the template writes.
         loaded = attach_adapter(loaded, trained)
+        with loaded.disable_adapter():
+            before = _logits(loaded, asked)
     own = _logits(loaded, asked)
     merged = _merged(loaded, trained) if isinstance(loaded, PeftModel) else loaded
     _set_generation(merged, tokenizer, spec)
@@ -198,8 +204,7 @@ def _written(
     read = load_model(str(draft), spec.dtype, spec.trust_remote_code)
     difference, largest = _difference(own, _logits(read, asked)), max(float(row.abs().max()) for row in own)
     del read
-    # A training may have added tokens.
-    moved = _difference([row[:, : before[0].shape[1]] for row in own], before) if before else None
+    moved = _difference(own, before) if before else None
     limit = LIMITS[spec.dtype] * largest
     if not difference <= limit:
         raise UserError(
@@ -218,8 +223,8 @@ def _written(
         )
     adapter = f"; the adapter moves them by up to {moved:.2g}" if moved is not None else ""
     notes.append(
-        f"Logits of these files differ from those of the run's own model by at most {difference:.2g} on {len(_PAIRS)} "
-        f"prompts with replies, the largest being {largest:.2g}{adapter}."
+        f"Logits of these files differ from those of the model that was trained by at most {difference:.2g} on "
+        f"{len(_PAIRS)} prompts with replies, the largest being {largest:.2g}{adapter}."
     )
     card(draft / "README.md", [*_usage(name, spec), *(f"{note}\n" for note in notes)])
     files.add("README.md")
@@ -268,7 +273,7 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, spec: Model) -> list[str]:
         first = tokenizer("x").input_ids[:1]
         mark = tokenizer.bos_token if first == [tokenizer.bos_token_id] else ""
         tokenizer.chat_template = _ALPACA_TEMPLATE.replace("BEGIN", repr(mark + begin)).replace("END", repr(end))
-        notes.append("Its chat template writes Alpaca's format, on which it was tuned: one question, no conversation.")
+        notes.append("Its chat template writes Alpaca's format, as it is to be asked: one question, no conversation.")
     if spec.chat_template_kwargs:
         settings = ", ".join(f"{key}={value!r}" for key, value in spec.chat_template_kwargs.items())
         notes.append(f"It was tuned and measured with the chat template's settings {settings}: give them too.")

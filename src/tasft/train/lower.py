@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from tasft.models.head import replaced_forward
 
 _LAYER = re.compile(r"(?P<layers>.*\.layers)\.(?P<number>\d+)\.")
 
@@ -39,8 +42,11 @@ class LowerLayers:
             hook.remove()
         if self._serve is None:
             self._serve, made = True, self._made
-            with self.skipping():
-                self._serve = torch.equal(run(), found)
+            try:
+                with self.skipping():
+                    self._serve = torch.equal(run(), found)
+            except Exception:  # Whatever an upper layer looks for and does not find.
+                self._serve = False
             self._made = made
         return found
 
@@ -51,14 +57,11 @@ class LowerLayers:
             yield
             return
         made = self._made
-        for layer in self.layers:
-            layer.forward = lambda *_, **__: made
-        try:
-            yield
-        finally:
+        with ExitStack() as stack:
             for layer in self.layers:
-                del layer.forward
-            self._made = None
+                stack.enter_context(replaced_forward(layer, lambda *_, **__: made))
+            yield
+        self._made = None
 
     def _keep(self, _layer: nn.Module, _given: Any, made: Any) -> None:
         self._made = made
@@ -74,4 +77,6 @@ def lower_layers(model: PreTrainedModel) -> LowerLayers:
     lower = list(model.get_submodule(str(names.pop())))[:first]
     modules = [module for layer in lower for module in layer.modules()]
     drops = [getattr(module, name, 0) for module in modules for name in ("p", "attention_dropout", "dropout")]
-    return LowerLayers([] if any(isinstance(share, float) and share for share in drops) else lower)
+    # A frozen adapter there is off in the pass without the adapter, and on in the other.
+    adapted = any(isinstance(module, BaseTunerLayer) for module in modules)
+    return LowerLayers([] if adapted or any(isinstance(share, float) and share for share in drops) else lower)

@@ -139,8 +139,9 @@ class TASFTTrainer(KnowsItsStart):
         )
         # Of a stream, too, each rank takes its own rows; one rank can only hand out batches of one length.
         self.accelerator.dataloader_config.dispatch_batches = False
-        # Where weights are sharded a layer that is left out would not be gathered.
-        self._lower = LowerLayers([]) if self._shards() else lower_layers(self.accelerator.unwrap_model(self.model))
+        # Where weights are sharded a layer that is left out would not be gathered; NEFTune adds noise in one pass only.
+        whole = self._shards() or args.neftune_noise_alpha
+        self._lower = LowerLayers([]) if whole else lower_layers(self.accelerator.unwrap_model(self.model))
         self._terms: dict[str, TokenSum] = {}
         self._window: dict[str, Tensor] = {}
         self._term_gradients: dict[str, list[Tensor]] = {}

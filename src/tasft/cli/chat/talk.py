@@ -3,6 +3,7 @@
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,6 +27,16 @@ class Turn:
     verdicts: tuple[str, str] = ("", "")
 
 
+_Key = tuple[str, str, str, bool, Path | None]
+
+
+def _key(side: Side) -> _Key:
+    """Sides of one key share the weights of their base; an adapter with a tokenizer of its own may resize them."""
+    own = side.adapter and (side.adapter / "tokenizer_config.json").is_file()
+    spec = side.spec
+    return spec.base, spec.dtype, spec.quantize, spec.trust_remote_code, side.adapter if own else None
+
+
 class Talk:
     """Two models that are asked the same, one after the other; each sees its own replies of earlier turns.
 
@@ -44,12 +55,11 @@ class Talk:
         self.sides = sides
         self.judges = judges
         self.sampling = sampling
-        self._bases: dict[tuple[str, str, str, bool], tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
+        self._bases: dict[_Key, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
         for side in sides:
-            spec = side.spec
-            key = (spec.base, spec.dtype, spec.quantize, spec.trust_remote_code)
+            spec, key = side.spec, _key(side)
             if key not in self._bases:
-                tokenizer = load_tokenizer(spec.base, spec.trust_remote_code)
+                tokenizer = load_tokenizer(spec.base, spec.trust_remote_code, side.adapter)
                 loaded = load_model(spec.base, spec.dtype, spec.trust_remote_code, spec.quantize)
                 self._bases[key] = loaded, tokenizer
             # Whether prompts can be written is seen before anybody has typed one.
@@ -63,7 +73,7 @@ class Talk:
     @contextmanager
     def _engine(self, side: Side) -> Iterator[TransformersEngine]:
         spec = side.spec
-        base, tokenizer = self._bases[spec.base, spec.dtype, spec.quantize, spec.trust_remote_code]
+        base, tokenizer = self._bases[_key(side)]
         loaded = attach_adapter(base, side.adapter) if side.adapter else base
         try:
             yield TransformersEngine(loaded, tokenizer, spec.prompt, chat_template_kwargs=spec.chat_template_kwargs)
