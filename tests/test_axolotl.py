@@ -5,8 +5,10 @@ The stand-ins follow axolotl 0.19.0: `integrations/base.py`, `prompt_strategies/
 """
 
 import importlib
+import re
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -21,14 +23,8 @@ pytest.importorskip("datasets")
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
-CONFIG = """
-plugins: [tasft.integrations.axolotl.Plugin]
-tasft: {penalty: emd_hinge, penalty_weight: 2}
-datasets:
-  - {path: imitate.jsonl, type: chat_template}
-  - {path: avoid.jsonl, type: tasft.integrations.axolotl}
-sample_packing: true
-"""
+GUIDE = Path(__file__).parents[1] / "docs" / "guides" / "axolotl-llama-factory.md"
+(CONFIG,) = re.findall(r"```yaml title=axolotl.yaml\n(.*?)```", GUIDE.read_text(), re.DOTALL)
 
 
 class ChatTemplateStrategy:
@@ -77,8 +73,8 @@ def plugin(monkeypatch):
                 if whole not in sys.modules:
                     monkeypatch.setitem(sys.modules, whole, ModuleType(whole))
             vars(sys.modules[name]).update(values)
-        monkeypatch.delitem(sys.modules, "tasft.integrations.axolotl", raising=False)
-    return importlib.import_module("tasft.integrations.axolotl")
+    yield importlib.import_module("tasft.integrations.axolotl")
+    del sys.modules["tasft.integrations.axolotl"]
 
 
 class Config(SimpleNamespace):
