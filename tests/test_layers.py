@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "cli": {"run", "evaluate", "judges", "models", "data", "report", "core"},
     "run": {"harvest", "train", "evaluate", "judges", "models", "data", "report", "core"},
     "harvest": {"judges", "models", "data", "core"},
+    "integrations": {"train", "loss", "core"},
     "train": {"judges", "models", "data", "loss", "core"},
     "evaluate": {"judges", "models", "data", "loss", "core"},
     "judges": {"models", "data", "core"},

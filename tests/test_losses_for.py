@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 import tasft
 from tasft.core.errors import UserError
-from tasft.loss import IGNORE_INDEX
+from tasft.loss import IGNORE_INDEX, unmark
 from tasft.train.config import TASFTConfig
 from tasft.train.trainer import TASFTTrainer
 
@@ -26,23 +26,13 @@ ROWS = [
 STEPS = 3
 
 
-class Avoiding:
-    """What a subclass of a trainer of TRL has to say."""
-
-    loss_is_scaled_for_ga = True
-
+class Avoiding(tasft.Avoiding):
     def __init__(self, *args, settings, **kwargs):
         super().__init__(*args, **kwargs)
         self.losses = tasft.losses_for(self.model, **settings)
 
     def _prepare_dataset(self, dataset, *_, **__):
         return dataset  # Tokens of ours, to be compared.
-
-    def _get_num_items_in_batch(self, batches, device):
-        return self.losses.counts(batches).to(device)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return self.losses(model, inputs, num_items_in_batch)
 
 
 class AvoidingSFT(Avoiding, SFTTrainer):
@@ -172,6 +162,68 @@ def test_terms_of_hidden_states_are_those_of_the_loss():
     assert losses.counts([batch(), batch()]).tolist() == [6, 6]
 
 
+def padded(rows):
+    fill = {"input_ids": 0, "attention_mask": 0, "position_ids": 0, "labels": IGNORE_INDEX}
+    longest = max(len(row["input_ids"]) for row in rows)
+    return {
+        name: torch.tensor([row[name] + [fill[name]] * (longest - len(row[name])) for row in rows]) for name in rows[0]
+    }
+
+
+def packed(rows, size=2):
+    """Rows laid end to end, as collators of others do that know nothing of marks."""
+    pairs = [rows[at : at + size] for at in range(0, len(rows), size)]
+    names = ("input_ids", "position_ids", "labels")
+    return padded([{name: [each for row in pair for each in row[name]] for name in names} for pair in pairs])
+
+
+def marked_rows():
+    chance = torch.Generator().manual_seed(3)
+    for length, begin, avoid in ((9, 3, True), (5, 2, True), (7, 4, False), (8, 1, True), (6, 2, False), (9, 8, True)):
+        ids = torch.randint(4, 200, (length,), generator=chance).tolist()
+        labels = [IGNORE_INDEX] * begin + ids[begin:]
+        row = {"input_ids": ids, "attention_mask": [1] * length, "position_ids": list(range(length))}
+        yield row | {"labels": labels}, row | {"labels": tasft.mark(labels) if avoid else labels}, avoid
+
+
+@pytest.mark.parametrize("penalty", sorted(tasft.PENALTIES))
+def test_marked_labels_padded_or_packed_are_rows_to_avoid(penalty):
+    rows, marked, avoid = zip(*marked_rows(), strict=True)
+    model = model_of("adapter")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3, generator=torch.Generator().manual_seed(4))
+    plain, reads = (tasft.losses_for(model, penalty, penalty_weight=0.7, marked=marks) for marks in (False, True))
+    said = padded(rows) | {"avoid": torch.tensor(avoid)}
+    loss = plain(model, said)
+    assert plain.parts["penalty"] != 0
+    for batch_ in (padded(marked), packed(marked)):
+        assert reads.counts([batch_]).tolist() == plain.counts([said]).tolist()
+        assert float(reads(model, batch_)) == pytest.approx(float(loss), abs=2e-5)
+        assert reads.parts == pytest.approx(plain.parts, abs=2e-5)
+
+
+def test_marks_are_read_as_they_were_written():
+    labels = [IGNORE_INDEX, 0, 5, IGNORE_INDEX, 151_935]
+    marked = tasft.mark(labels)
+    assert max(marked[1], marked[2], marked[4]) < IGNORE_INDEX
+    assert tasft.mark(marked) == marked
+    read, avoided = unmark(torch.tensor([labels, marked]))
+    assert read.tolist() == [labels, labels]
+    assert avoided.tolist() == [[False] * 5, [label >= 0 for label in labels]]
+
+
+def test_a_trainer_evaluates_by_the_same_loss(tmp_path):
+    settings = {"penalty": "unlikelihood"}
+    _, rows = ours(tmp_path / "a", "adapter", settings)
+    trainer = theirs(tmp_path / "b", "adapter", settings, rows)
+    trainer.model.eval()
+    some = [{name: row[name] for name in ("input_ids", "labels")} | {"label": not row["avoid"]} for row in rows]
+    found = trainer.evaluate(Dataset.from_list(some[:6]))["eval_loss"]
+    assert found == pytest.approx(float(trainer.losses(trainer.model, trainer.data_collator(some[:6]))), abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
@@ -184,6 +236,7 @@ def test_terms_of_hidden_states_are_those_of_the_loss():
             lambda model: tasft.losses_for(model)(model, {k: v for k, v in batch().items() if k != "avoid"}),
             "let the collator add avoid",
         ),
+        (lambda model: tasft.losses_for(model)(model, batch(avoid=torch.tensor([True]))), "say marked=True"),
     ],
 )
 def test_what_cannot_be_had_is_refused_with_a_sentence(call, sentence):

@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from tasft.core.errors import UserError
     from tasft.data.rows import Example
     from tasft.judges import JUDGES
-    from tasft.loss import PENALTIES
+    from tasft.loss import PENALTIES, mark
     from tasft.report.results import results
     from tasft.run.doors import evaluate, harvest, judge, run
     from tasft.train.config import TASFTConfig
-    from tasft.train.losses import losses_for
+    from tasft.train.losses import Avoiding, losses_for
     from tasft.train.monitor import CollapseMonitor
     from tasft.train.settings import MonitorSettings
     from tasft.train.trainer import TASFTTrainer
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "JUDGES",
     "PENALTIES",
+    "Avoiding",
     "CollapseMonitor",
     "Example",
     "MonitorSettings",
@@ -31,6 +32,7 @@ __all__ = [
     "harvest",
     "judge",
     "losses_for",
+    "mark",
     "results",
     "run",
 ]
@@ -38,6 +40,7 @@ __all__ = [
 _HOMES = {
     "JUDGES": "judges",
     "PENALTIES": "loss",
+    "Avoiding": "train.losses",
     "CollapseMonitor": "train.monitor",
     "Example": "data.rows",
     "MonitorSettings": "train.settings",
@@ -48,6 +51,7 @@ _HOMES = {
     "harvest": "run.doors",
     "judge": "run.doors",
     "losses_for": "train.losses",
+    "mark": "loss",
     "results": "report.results",
     "run": "run.doors",
 }

@@ -20,7 +20,7 @@ from tasft.loss.likelihood import (
 )
 from tasft.loss.retain import divergence
 from tasft.loss.space import CostSpace
-from tasft.loss.tokens import IGNORE_INDEX, Head, TokenSum, shift
+from tasft.loss.tokens import IGNORE_INDEX, Head, TokenSum, mark, shift, unmark
 from tasft.loss.transport import emd, emd_exact, emd_hinge, margins
 from tasft.loss.watch import AvoidStatistics, avoid_statistics
 
@@ -70,6 +70,7 @@ __all__ = [
     "emd_hinge",
     "log_probability",
     "margins",
+    "mark",
     "nlcl",
     "nll",
     "npo",
@@ -77,4 +78,5 @@ __all__ = [
     "shift",
     "simnpo",
     "unlikelihood",
+    "unmark",
 ]

@@ -1,15 +1,34 @@
 """What every penalty shares: which positions count, and what the head says of them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Real
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
 IGNORE_INDEX = -100
 """Label of a position that does not count (torch's own convention)."""
+
+_FIRST_MARK = -1001
+
+
+def mark(labels: Iterable[int]) -> list[int]:
+    """Labels of a row that say themselves that they are to be avoided.
+
+        marked = -1001 - label, where label is a token; `IGNORE_INDEX` stays
+
+    Whatever pads, cuts or packs labels keeps the marks. `unmark` reads them.
+    """
+    return [label if label < 0 else _FIRST_MARK - label for label in labels]
+
+
+def unmark(labels: Int[Tensor, "*N"]) -> tuple[Int[Tensor, "*N"], Bool[Tensor, "*N"]]:
+    """Labels without the marks of `mark`, and where these were."""
+    avoided = labels <= _FIRST_MARK
+    return labels.where(~avoided, _FIRST_MARK - labels), avoided
 
 
 class TokenSum(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tasft.core.errors import UserError
-from tasft.loss import IGNORE_INDEX, CostSpace, Penalty, TokenSum, log_probability, margins, nll, shift
+from tasft.loss import IGNORE_INDEX, CostSpace, Penalty, TokenSum, log_probability, margins, nll, shift, unmark
 from tasft.models.head import Tail, learn_tail
 from tasft.train.penalties import penalty_of
 from tasft.train.start import REFERENCE, head_calls, model_inputs, refuse_adapted_head
@@ -29,6 +29,7 @@ def losses_for(
     beta: float | None = None,
     cost_space: str = "output",
     center: bool = False,
+    marked: bool = False,
     reference: PreTrainedModel | PeftModel | None = None,
 ) -> "Losses":
     """The loss of TA-SFT on batches of a trainer that is not ours.
@@ -45,6 +46,7 @@ def losses_for(
         beta: As there, and the next two.
         cost_space: `output` or `input`.
         center: Whether the mean embedding is subtracted.
+        marked: Whether labels say themselves which are to be avoided, by `tasft.mark`: so rows may be packed.
         reference: A frozen copy of the model, for penalties that compare with step 0 (`emd_hinge`, `npo`, `npo_mean`).
             None takes the model with its adapter off, at one more forward pass for each batch: give a copy where the
             adapter is not a fresh one.
@@ -67,7 +69,7 @@ def losses_for(
     tail = learn_tail(model, range(min(_PROBE, model.get_input_embeddings().weight.shape[0])))
     matrix = (model.get_output_embeddings() if cost_space == "output" else model.get_input_embeddings()).weight
     space = CostSpace.of(matrix.detach().clone() if matrix.requires_grad else matrix, center=center)
-    return Losses(model, reference, found, penalty_weight, beta or found.beta, tail, matrix, space)
+    return Losses(model, reference, found, penalty_weight, beta or found.beta, marked, tail, matrix, space)
 
 
 @dataclass
@@ -75,7 +77,8 @@ class Losses:
     """What `losses_for` makes.
 
     A batch has `input_ids` (B, T), `attention_mask`, and `labels` (B, T; not shifted, `IGNORE_INDEX` does not count)
-    with `avoid` (B); or as TRL's `KTOTrainer` has it `completion_mask` (B, T) with `label` (B), true to imitate.
+    with `avoid` (B); or as TRL's `KTOTrainer` has it `completion_mask` (B, T) with `label` (B), true to imitate. Where
+    labels are `marked` they alone decide, and marks without another label between them are one response.
 
     Attributes:
         parts: Of the last batch both terms as the loss has them, for logs; no gradient.
@@ -86,6 +89,7 @@ class Losses:
     _penalty: Penalty
     _weight: float
     _beta: float | None
+    _marked: bool
     _tail: Tail
     _matrix: Tensor
     _space: CostSpace
@@ -126,16 +130,15 @@ class Losses:
             batch: See the class.
             start: What the penalty compares with; None takes it from the model.
         """
-        labels, avoid = _labelled(batch)
+        labels, avoid, segments = self._labelled(batch)
         if hidden.shape[:2] != labels.shape:
             raise ValueError(f"hidden states of {tuple(hidden.shape)} for labels of {tuple(labels.shape)}")
         # A matrix that is not trained is read where it is now: devices move it.
         space = self._space if self._matrix.requires_grad else replace(self._space, matrix=self._matrix.detach())
         flat, head = hidden.flatten(0, 1), self._tail.head(self._model)
-        segments = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels).flatten()
-        offered = {"space": space, "beta": self._beta, "segments": segments, **(start or self._start(batch))}
+        offered = {"space": space, "beta": self._beta, "segments": segments.flatten(), **(start or self._start(batch))}
         needed = {name: offered[name] for name in self._penalty.needs}
-        imitated, avoided = (labels.masked_fill(rows[:, None], IGNORE_INDEX).flatten() for rows in (avoid, ~avoid))
+        imitated, avoided = (labels.masked_fill(kind, IGNORE_INDEX).flatten() for kind in (avoid, ~avoid))
         return {"imitate_nll": nll(flat, head, imitated), "penalty": self._penalty.fn(flat, head, avoided, **needed)}
 
     def counts(self, batches: Iterable[Mapping[str, Tensor]]) -> Float[Tensor, "2"]:
@@ -146,12 +149,11 @@ class Losses:
         """
         found = torch.zeros(2)
         for batch in batches:
-            labels, avoid = _labelled(batch)
-            there = (labels != IGNORE_INDEX).cpu()
-            avoided = there[avoid.cpu()]
-            found += torch.stack(
-                [there.sum() - avoided.sum(), (avoided.any(1) if self._penalty.per == "response" else avoided).sum()]
-            )
+            labels, avoid, segments = self._labelled(batch)
+            there = labels != IGNORE_INDEX
+            avoided = there & avoid
+            units = len(set(segments[avoided].tolist())) if self._penalty.per == "response" else avoided.sum().item()
+            found += torch.tensor([(there & ~avoid).sum().item(), units])
         return found
 
     @torch.no_grad()
@@ -167,27 +169,66 @@ class Losses:
         with model.disable_adapter() if self._reference is None else nullcontext(), head_calls(model, kept.append):
             model(**model_inputs(dict(batch)))
         model.train(training)
-        labels, avoid = _labelled(batch)
-        labels = labels.masked_fill(~avoid[:, None], IGNORE_INDEX).flatten()
+        labels, avoid, _ = self._labelled(batch)
+        labels = labels.masked_fill(~avoid, IGNORE_INDEX).flatten()
         of = (kept[0].flatten(0, 1), self._tail.head(model), labels)
         return {name: margins(*of, space=self._space) if name == "margins" else log_probability(*of) for name in needed}
 
+    def _labelled(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Labels, each where it is predicted, whether it is to be avoided, and its response's number; all (B, T)."""
+        if self._marked:
+            labels, avoid = unmark(shift(batch["labels"]))
+            begins = avoid & ~torch.nn.functional.pad(avoid[:, :-1], (1, 0))
+            return labels, avoid, begins.flatten().cumsum(0).view_as(labels)
+        if "completion_mask" in batch:
+            labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)
+        else:
+            labels = batch["labels"]
+        rows = _avoided_rows(batch, len(labels))[:, None].expand_as(labels)
+        return shift(labels), rows, torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
 
-def _labelled(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Labels (B, T), each where it is predicted, and whether each row is to be avoided (B)."""
-    if "completion_mask" in batch:
-        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)
-    else:
-        labels = batch["labels"]
+
+class Avoiding:
+    """What a subclass of a trainer must say so that its loss is `losses`: `class Mine(tasft.Avoiding, SFTTrainer)`.
+
+    In several processes each divides by what all of them have.
+
+    Attributes:
+        losses: From `losses_for`, once the trainer is there.
+    """
+
+    losses: Losses
+    accelerator: Any
+    # It is divided by what the whole optimizer step has.
+    loss_is_scaled_for_ga = True
+
+    def _get_num_items_in_batch(self, batch_samples: Iterable[Mapping[str, Tensor]], device: Any) -> Tensor:
+        counts = self.losses.counts(batch_samples).to(device)
+        return self.accelerator.gather(counts).view(-1, 2).sum(0)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
+    ) -> Any:
+        """The loss; of outputs there are none."""
+        loss = self.losses(model, inputs, num_items_in_batch)
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        return (loss, {}) if return_outputs else loss
+
+
+def _avoided_rows(batch: Mapping[str, Tensor], n: int) -> Tensor:
+    """Whether each of n rows is to be avoided (B)."""
     if "avoid" not in batch and "label" not in batch:
         raise UserError(
             "the batch does not say which rows are to be avoided: let the collator add avoid, a boolean for each row, "
-            "and keep the column that it is made of (remove_unused_columns=False)"
+            "and keep the column that it is made of (remove_unused_columns=False); or mark the labels, by tasft.mark, "
+            "and say marked=True"
         )
     avoid = batch["avoid"].bool() if "avoid" in batch else ~batch["label"].bool()
-    if avoid.shape != labels.shape[:1]:
+    if avoid.shape != (n,):
         raise UserError(
-            f"{len(avoid)} rows are marked and the batch has {len(labels)}: rows that are packed or laid end to end "
-            "cannot be told apart; set packing and padding_free to False"
+            f"{len(avoid)} rows are said to be avoided or not, and the batch has {n}: rows that are packed or laid end "
+            "to end cannot be told apart; set packing and padding_free to False, or mark the labels, by tasft.mark, "
+            "and say marked=True"
         )
-    return shift(labels), avoid
+    return avoid

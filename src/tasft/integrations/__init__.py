@@ -1,0 +1,1 @@
+"""Plug-ins for other trainers, each of which needs the package that it is for."""
