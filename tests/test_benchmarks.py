@@ -90,6 +90,7 @@ def test_how_soon_a_page_opens_is_measured(chromium, tmp_path):
     assert 0 < found["open_s_median"] <= found["open_s_worst"]
 
 
+@pytest.mark.slow
 def test_a_quick_look_at_speed_has_every_part(tmp_path):
     command = [sys.executable, "benchmarks/speed.py", "--quick", "--out", str(tmp_path / "speed")]
     subprocess.run(command, cwd=ROOT, check=True)

@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, needs_models
+from conftest import ROOT, needs_models, tasft_here
 from jsonschema import validate
 from pydantic import TypeAdapter
 
@@ -32,6 +32,7 @@ def test_the_demo_runs_on_the_real_model_in_miniature(tmp_path):
         f"data.benign_prompts={few(tmp_path, 'demo-benign-train', 4)}",
         f"evaluate.sets.toxic.source={few(tmp_path, 'demo-toxic-heldout', 3)}",
         f"evaluate.sets.benign.source={few(tmp_path, 'demo-benign-heldout', 3)}",
+        f"evaluate.sets.plain.source={few(tmp_path, 'demo-plain-heldout', 3)}",
         "harvest.max_new_tokens=24",
         "evaluate.max_new_tokens=16",
         "train.max_steps=3",
@@ -57,6 +58,14 @@ def test_the_demo_runs_on_the_real_model_in_miniature(tmp_path):
     assert page.count("<script") == 2  # the replies as data, and the one that shows them
     assert "Content-Security-Policy" in page
     follow_their_schemas(run)
+
+
+@needs_models
+def test_the_first_page_is_there_after_one_command(tmp_path):
+    done = tasft_here("run", "try", "--out", tmp_path / "try")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "try" / "report" / "index.html").exists()
+    assert json.loads((tmp_path / "try" / "harvest" / "summary.json").read_text())["kept"] >= 3
 
 
 def follow_their_schemas(run):

@@ -2,11 +2,10 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import yaml
+from conftest import tasft_here
 from running import judged_by_two, small_recipe
 from test_report import build_run, document, jsonl
 
@@ -181,8 +180,7 @@ def test_a_run_whose_gate_is_not_met_ends_with_exit_code_3_and_the_reason(tmp_pa
     path.write_text(yaml.safe_dump(judged_by_two(values)))
 
     def tasft(*arguments):
-        command = [sys.executable, "-c", "from tasft.cli.main import main; main()", *arguments, "--out", str(folder)]
-        return subprocess.run(command, capture_output=True, text=True)
+        return tasft_here(*arguments, "--out", folder)
 
     done = tasft("run", str(path))
     assert done.returncode == 3, done.stderr

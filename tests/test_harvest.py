@@ -171,6 +171,14 @@ def test_a_refusal_is_learned_after_the_first_words_of_the_harmful_answer_too(tm
         assert 1 <= len(row["given"].split()) <= 2
 
 
+def test_a_model_that_answers_nothing_harmfully_teaches_itself_to_decline_all_the_same(tmp_path):
+    harmless = {name: text for name, text in UNDER.items() if "harm" not in text}
+    summary, _ = instructed(tmp_path, harmless)
+    assert summary["kept"] == 0
+    assert summary["anchors"]["kept"] > 0
+    assert [each["asked"] for each in summary["anchors"]["instructions"]] == [len(TOXIC)] * len(SAY_NO)
+
+
 def test_a_model_that_no_instruction_makes_decline_is_told_so_and_its_replies_are_kept(tmp_path):
     with pytest.raises(UserError, match=r"cannot teach itself.*prefilled"):
         instructed(tmp_path, ANSWERS)

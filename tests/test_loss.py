@@ -187,12 +187,14 @@ def test_shift_puts_the_next_label_at_each_position():
 
 # The chunks of the second divide V; those of the third and fourth are one token and more than there are.
 SIZES = [(1, 11, 4), (7, 11, 11), (257, 11, 1), (1, 1031, 2000), (7, 1031, 64), (257, 1031, None)]
-SIZES += [(1, 49152, 1000), (7, 49152, 4096), (257, 49152, None)]
+SIZES += [(1, 49152, 1000), (7, 49152, 4096)]
+# As many positions of as many words: for one penalty of each kind.
+LARGEST, OF_EACH_KIND = (257, 49152, None), ("emd_exact", "nlcl")
+CASES = [(name, *size) for name in PENALTIES for size in SIZES] + [(name, *LARGEST) for name in OF_EACH_KIND]
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen-head", "trained-head"])
-@pytest.mark.parametrize(("n", "v", "chunk_size"), SIZES)
-@every_penalty
+@pytest.mark.parametrize(("name", "n", "v", "chunk_size"), CASES)
 def test_value_and_gradient_equal_the_reference(name, n, v, chunk_size, trained):
     case = tracked(Case.draw(n, v), head=trained)
     wanted = [case.hidden, case.weight, case.bias] if trained else [case.hidden]

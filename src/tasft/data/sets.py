@@ -229,7 +229,7 @@ NAMED: dict[str, NamedSet] = {
     "demo-plain-heldout": _shipped("benign", 30, "demo-plain-heldout", "plain ones of the demo, for its result"),
     "demo-benign-validation": _shipped("benign", 40, "demo-benign-validation", "of the demo, for its settings"),
     "demo-benign-train": _shipped("benign", 806, "demo-benign-train", "of the demo, trained on"),
-    "try-toxic": _shipped("toxic", 3, "demo-toxic-harvest", "a topic of the demo, to try", ("topic", "shoplifting")),
+    "try-toxic": _shipped("toxic", 4, "demo-toxic-harvest", "a topic of the demo, to try", ("topic", "malware")),
     "try-benign": _shipped("benign", 9, "demo-benign-train", "a topic of the demo, to try", ("topic", "science")),
 }
 # No sets to evaluate on: an attack puts prompts into them.

@@ -47,7 +47,7 @@ def instructed(
     Args:
         engine: The model whose answers they are.
         prompts: Toxic prompts that want a refusal.
-        answered: Those of them with a harmful answer of the model as it is.
+        answered: Those of them with a harmful answer of the model as it is; all are tried where there is none.
         instructions: What to choose from.
         sampling: How replies are drawn, but for the temperature, which is 0: a small model that is to follow an
             instruction loses it when it draws.
@@ -68,7 +68,8 @@ def instructed(
         replies = collect(engine, requests, replace(sampling, temperature=0.0), path, "anchor")
         return [replace(reply, prompt=prompt.prompt) for prompt, reply in zip(asked, replies, strict=True)]
 
-    tried = answered[:FLIP_PROMPTS]
+    # Of a model that answers nothing harmfully, it is how often it declines under the instruction.
+    tried = (answered or prompts)[:FLIP_PROMPTS]
     replies: dict[str, Reply] = {}
     about: list[dict[str, Any]] = []
     for number, text in enumerate(instructions):
