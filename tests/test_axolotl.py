@@ -58,6 +58,7 @@ STAND_INS = {
         "ChatTemplateStrategy": ChatTemplateStrategy,
         "StrategyLoader": StrategyLoader,
     },
+    "axolotl.core.training_args": {"AxolotlTrainingArguments": TrainingArguments},
     "axolotl.core.trainers.base": {"AxolotlTrainer": type("AxolotlTrainer", (Trainer,), {})},
 }
 
@@ -97,9 +98,10 @@ def configured(plugin, text=CONFIG):
 
 def trainer_of(plugin, folder, data, config, collator=None):
     made = plugin.Plugin()
+    arguments = importlib.import_module("axolotl.core.training_args").AxolotlTrainingArguments
     trainer = made.get_trainer_cls(config)(
         model=model_of("adapter"),
-        args=TrainingArguments(**shared(folder, 6), remove_unused_columns=False),
+        args=arguments(**shared(folder, 6), remove_unused_columns=False),
         train_dataset=Dataset.from_list(data),
         data_collator=collator,
     )
@@ -147,4 +149,4 @@ def test_what_cannot_work_is_said_before_the_first_step(plugin, tmp_path):
     with pytest.raises(ValueError, match="penalti"):
         configured(plugin, "tasft: {penalti: emd}")
     with pytest.raises(UserError, match="tokenizer_use_mistral_common"):
-        plugin.load(tiny_tokenizer(), Config(tokenizer_use_mistral_common=True), {})
+        plugin.load(tiny_tokenizer(), Config(tokenizer_use_mistral_common=True, sequence_len=64), {})
