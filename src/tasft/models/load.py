@@ -256,14 +256,18 @@ def fingerprint(base: str) -> list[tuple[str, str]] | str | None:
     return [(str(file.relative_to(path)), known_hash(file)) for file in _files_read(path)] or None
 
 
+def has_tokenizer(adapter: Path | None) -> bool:
+    """Whether a tokenizer was saved with an adapter."""
+    return adapter is not None and (adapter / "tokenizer_config.json").is_file()
+
+
 def load_tokenizer(base: str, trust_remote_code: bool = False, adapter: Path | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a base model, or the one that was saved with an adapter for it; with a padding token.
 
     Raises:
         UserError: It is not there, or comes with code that is not trusted.
     """
-    with_adapter = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-    place = Place(str(adapter)) if with_adapter else locate(base, trust_remote_code)
+    place = Place(str(adapter)) if has_tokenizer(adapter) else locate(base, trust_remote_code)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             place.name, trust_remote_code=trust_remote_code, **place.arguments()

@@ -71,10 +71,12 @@ def _refuse(faults: Iterable[str]) -> None:
 def _model(inputs: Inputs) -> None:
     from tasft.models.generation import check_readable
     from tasft.models.load import check_targets
-    from tasft.run import trackers
 
     spec = inputs.spec
-    trackers.check(dict.fromkeys([*spec.train.report_to, *(spec.sft.report_to if spec.sft else ())]))
+    if told := dict.fromkeys([*spec.train.report_to, *(spec.sft.report_to if spec.sft else ())]):
+        from tasft.run import trackers  # Imports what reports are drawn with.
+
+        trackers.check(told)
     tokenizer, lora = inputs.tokenizer, inputs.spec.model.lora
     if lora:
         check_targets(inputs.sketch, lora.target_modules)

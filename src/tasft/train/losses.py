@@ -15,7 +15,7 @@ from tasft.core.errors import UserError
 from tasft.loss import IGNORE_INDEX, CostSpace, Penalty, TokenSum, log_probability, margins, nll, shift, unmark
 from tasft.models.head import Tail, learn_tail
 from tasft.train.penalties import penalty_of
-from tasft.train.start import REFERENCE, head_calls, model_inputs, refuse_adapted_head
+from tasft.train.start import REFERENCE, final_states, head_calls, model_inputs, refuse_adapted_head
 
 _PROBE = 16
 """Tokens by which it is looked how the model makes its logits."""
@@ -163,15 +163,11 @@ class Losses:
         if not needed:
             return {}
         model = self._model if self._reference is None else self._reference
-        kept: list[Tensor] = []
-        training = model.training
-        model.eval()
-        with model.disable_adapter() if self._reference is None else nullcontext(), head_calls(model, kept.append):
-            model(**model_inputs(dict(batch)))
-        model.train(training)
+        with model.disable_adapter() if self._reference is None else nullcontext():
+            hidden = final_states(model, model, dict(batch))
         labels, avoid, _ = self._labelled(batch)
         labels = labels.masked_fill(~avoid, IGNORE_INDEX).flatten()
-        of = (kept[0].flatten(0, 1), self._tail.head(model), labels)
+        of = (hidden, self._tail.head(model), labels)
         return {name: margins(*of, space=self._space) if name == "margins" else log_probability(*of) for name in needed}
 
     def _labelled(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -47,6 +47,24 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
     return {name: batch[name] for name in names if name in batch} | {"use_cache": False}
 
 
+@torch.no_grad()
+def final_states(model: Any, whole: Any, batch: Batch) -> Tensor:
+    """Final hidden states (N, D) of all positions of a batch, the model being in evaluation mode.
+
+    Args:
+        model: As the trainer calls it, perhaps wrapped.
+        whole: The same, not wrapped.
+        batch: What it is called with, among others.
+    """
+    kept: list[Tensor] = []
+    training = model.training
+    model.eval()
+    with head_calls(whole, kept.append):
+        model(**model_inputs(batch))
+    model.train(training)
+    return kept[0].flatten(0, 1)
+
+
 def refuse_adapted_head(model: Any) -> None:
     """See that the head is one weight, all of it trained or none.
 

@@ -39,7 +39,15 @@ from tasft.train.lower import LowerLayers, lower_layers
 from tasft.train.metrics import MetricsFile, peak_mib
 from tasft.train.penalties import penalty_of
 from tasft.train.sampler import FilledSampler, StratifiedSampler, UniformSampler
-from tasft.train.start import REFERENCE, KnowsItsStart, Rows, head_calls, model_inputs, refuse_adapted_head
+from tasft.train.start import (
+    REFERENCE,
+    KnowsItsStart,
+    Rows,
+    final_states,
+    head_calls,
+    model_inputs,
+    refuse_adapted_head,
+)
 from tasft.train.stream import RowStream
 
 # Older ones divide the loss by the micro-batches although `loss_is_scaled_for_ga` tells them not to.
@@ -140,8 +148,8 @@ class TASFTTrainer(KnowsItsStart):
         # Of a stream, too, each rank takes its own rows; one rank can only hand out batches of one length.
         self.accelerator.dataloader_config.dispatch_batches = False
         # Where weights are sharded a layer that is left out would not be gathered; NEFTune adds noise in one pass only.
-        whole = self._shards() or args.neftune_noise_alpha
-        self._lower = LowerLayers([]) if whole else lower_layers(self.accelerator.unwrap_model(self.model))
+        alike = args.retain and not self._shards() and not args.neftune_noise_alpha
+        self._lower = lower_layers(self.accelerator.unwrap_model(self.model)) if alike else LowerLayers([])
         self._terms: dict[str, TokenSum] = {}
         self._window: dict[str, Tensor] = {}
         self._term_gradients: dict[str, list[Tensor]] = {}
@@ -280,23 +288,11 @@ class TASFTTrainer(KnowsItsStart):
             return self.args.logging_strategy == IntervalStrategy.EPOCH
         return step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
 
-    @torch.no_grad()
     def _before(self, model: nn.Module, batch: Batch) -> Float[Tensor, "N D"]:
         """Final hidden states of the model at step 0: this one without its adapter."""
         whole = self.accelerator.unwrap_model(model)
-
-        def states() -> Tensor:
-            kept: list[Tensor] = []
-            with head_calls(whole, kept.append):
-                model(**model_inputs(batch))
-            return kept[0].flatten(0, 1)
-
-        training = model.training
-        model.eval()
         with whole.disable_adapter():
-            found = self._lower.before(states)
-        model.train(training)
-        return found
+            return self._lower.before(lambda: final_states(model, whole, batch))
 
     def _kinds(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Of each position whether it belongs to a row to imitate, to avoid, to retain."""

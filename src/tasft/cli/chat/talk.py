@@ -14,7 +14,7 @@ from tasft.data.template import encode_prompt
 from tasft.judges import Judge, Verdict
 from tasft.judges.judging import judge_reply
 from tasft.models.engine import Sampling
-from tasft.models.load import attach_adapter, detach, load_model, load_tokenizer
+from tasft.models.load import attach_adapter, detach, has_tokenizer, load_model, load_tokenizer
 from tasft.models.local import TransformersEngine
 
 
@@ -32,9 +32,8 @@ _Key = tuple[str, str, str, bool, Path | None]
 
 def _key(side: Side) -> _Key:
     """Sides of one key share the weights of their base; an adapter with a tokenizer of its own may resize them."""
-    own = side.adapter and (side.adapter / "tokenizer_config.json").is_file()
-    spec = side.spec
-    return spec.base, spec.dtype, spec.quantize, spec.trust_remote_code, side.adapter if own else None
+    spec, own = side.spec, side.adapter if has_tokenizer(side.adapter) else None
+    return spec.base, spec.dtype, spec.quantize, spec.trust_remote_code, own
 
 
 class Talk:
