@@ -36,9 +36,18 @@ def test_the_trial_multiplies_both(monkeypatch):
     seen = []
     clock = iter(range(1000))
     monkeypatch.setattr(precision, "linear", lambda rows, weights: seen.append(rows.dtype))
-    monkeypatch.setattr(precision.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(precision.time, "thread_time", lambda: next(clock))
     assert precision.faster_by() == 1.0
-    assert seen == [torch.float32, torch.bfloat16] * 3
+    assert seen == [torch.float32, torch.bfloat16] * 4
+
+
+def test_the_trial_waits_for_no_other_thread_and_leaves_threads_as_they_were(monkeypatch):
+    before, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(precision, "linear", lambda rows, weights: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr(precision.time, "thread_time", iter(range(1000)).__next__)
+    precision.faster_by()
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize(

@@ -305,7 +305,7 @@ def public(data: Path, without: Sequence[str], chance: random.Random, most: int 
             for row in rows:
                 if not row.reply.strip():
                     continue
-                if name != "moderation":
+                if name not in ("moderation", "jailbreakbench"):
                     row.broken = row.rambling = 0.0
                 found.append(replace(row, reply=cut(row.reply, chance)) if chance.random() < 0.85 else row)
     return found

@@ -121,6 +121,25 @@ def _moderation(data: Path) -> Iterator[Example]:
         yield Example("moderation", "", row["prompt"], harmful=float(any(labels)), group=str(number))
 
 
+def _jailbreakbench(data: Path) -> Iterator[Example]:
+    """The goal stands for the prompt: prompts are attacks. The labels are those of the benchmark's judge, a model.
+
+    The file is the `jailbreaks` of every attack's files but test-artifact, in the order of their paths, one a line:
+    goal, response and jailbroken of those that have a response.
+    """
+    for row in lines(data / "judge/jailbreakbench.jsonl"):
+        label = float(row["jailbroken"])
+        yield Example(
+            "jailbreakbench",
+            row["goal"],
+            row["response"],
+            harmful=label,
+            complies=label,
+            asks=1.0,
+            group=row["goal"],
+        )
+
+
 def _safe_rlhf(data: Path) -> Iterator[Example]:
     for row in table(data / "judge/safe_rlhf_mini.csv"):
         yield Example("safe-rlhf", row["question"], row["answer"], harmful=float(row["label"]), group=row["question"])
@@ -186,6 +205,15 @@ SOURCES = {
             {"judge/openai_moderation_samples-1680.jsonl.gz": "ef3f7de86ee394fe"},
             True,
             _moderation,
+        ),
+        Source(
+            "jailbreakbench",
+            "Replies of four models to attacks of five kinds, labelled by Llama 3 70B",
+            "MIT",
+            "JailbreakBench/artifacts",
+            {"judge/jailbreakbench.jsonl": "9b242270c1452a02"},
+            True,
+            _jailbreakbench,
         ),
         Source(
             "safe-rlhf",
