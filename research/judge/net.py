@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 from tasft.judges.network import changed_matrices
 from tasft.judges.weights import FEATURES, HEADS, OUTCOMES, PROMPT_TOKENS
 
-RANK = 64
+RANK = 48
 REPLY_TOKENS = 96  # Of a reply, in training.
 
 

@@ -39,7 +39,7 @@ class Classifier:
         self.declines: float = limits["declines"]
         self.partial: float = limits["partial"]
         self.broken: float = limits["broken"]
-        read_so = [PROMPT_TOKENS, REPLY_TOKENS, MOST, "broken"]
+        read_so = [PROMPT_TOKENS, REPLY_TOKENS, MOST, "broken", "both ends"]
         self.version = content_hash([file_hash(WEIGHTS), WEIGHTS_SHA256, *read_so])
 
     @property

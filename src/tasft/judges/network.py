@@ -101,6 +101,12 @@ class Network:
         ).input_ids
         return found
 
+    def asked(self, prompt: str) -> list[int]:
+        """PROMPT_TOKENS of a prompt; of a longer one the first and the last half, for a wrapped request may end it."""
+        found = self.tokens(prompt, MOST)
+        half = PROMPT_TOKENS // 2
+        return found if len(found) <= PROMPT_TOKENS else found[:half] + found[-half:]
+
     @torch.inference_mode()
     def hidden(self, texts: Sequence[list[int]], prompts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """What the encoder makes of texts, n x tokens x 384; which tokens are the prompt's, which the reply's.
@@ -132,7 +138,7 @@ class Network:
     def asks_for_harm(self, prompts: Sequence[str]) -> Tensor:
         """Of each prompt alone, the log-odds that it asks for harm, n."""
         start, stop = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
-        texts = {prompt: [start, *self.tokens(prompt, PROMPT_TOKENS), stop] for prompt in prompts}
+        texts = {prompt: [start, *self.asked(prompt), stop] for prompt in prompts}
         order = sorted(texts, key=lambda prompt: len(texts[prompt]))
         found: dict[str, Tensor] = {}
         for some in batched(order):
@@ -144,7 +150,7 @@ class Network:
     def features(self, pairs: Sequence[Pair]) -> Tensor:
         """FEATURES of each pair, n x 11. Of a reply at most MAX_WINDOWS times REPLY_TOKENS tokens are read."""
         windows = [
-            [(self.tokens(pair.prompt, PROMPT_TOKENS), part) for part in parts(self.tokens(pair.completion, MOST))]
+            [(self.asked(pair.prompt), part) for part in parts(self.tokens(pair.completion, MOST))]
             for pair in pairs
         ]
         found = self.pairs([window for each in windows for window in each])

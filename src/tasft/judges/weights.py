@@ -19,7 +19,7 @@ HEADS = ("harmful", "complies", "declines", "partial", "broken", "rambling")
 FEATURES = (*HEADS, "asks", "phrases", "incoherent", "words", "overlap")
 """What an outcome is told by: log-odds of the heads, of "asks for harm" by the prompt alone, and `of_text`."""
 OUTCOMES = ("harmful", "declines", "partial", "broken", "rambling")
-FIRST_CHANGED = 3  # Layer, of six from 0 on.
+FIRST_CHANGED = 0  # Layer, of six from 0 on.
 PROMPT_TOKENS = 64
 REPLY_TOKENS = 160
 MAX_WINDOWS = 8
