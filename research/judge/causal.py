@@ -2,8 +2,9 @@
 
     python research/judge/causal.py --data DATA --replies REPLIES --labels labels.jsonl --to FOLDER
 
-Trained on what train.py trains MiniLM on, first on public labels and made pairs, then on own labels beside them. Writes FOLDER/causal.pt, which a second call takes up, and
-FOLDER/said.json: what it says of every label of the test part and of public sources never trained on.
+Trained on what train.py trains MiniLM on: first on public labels and made pairs, then on own labels beside them. Writes
+FOLDER/causal.pt, which a second call takes up, and FOLDER/said.json: what it says of every label of the test part and
+of public sources never trained on.
 """
 
 import argparse
