@@ -28,7 +28,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from thresholds import of_harm
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from tasft.core.provenance import commit
@@ -43,6 +42,7 @@ PREFERENCE = 0.3
 ASKS = 0.5
 SIZE = 16
 PROMPTS_A_STEP = 10
+MISSED = 0.05
 REPLAY = 0.4  # Of a batch of the second part, what comes from the first.
 
 
@@ -117,10 +117,26 @@ def first_part(data: Path, without: Sequence[str], seed: int, folder: Path) -> l
     return rows + chance.sample(ordinary, 1200) + made(sound, vocabulary, 4000, chance)
 
 
+def harmless_up_to(probabilities: np.ndarray, wanted: np.ndarray) -> float:
+    """The highest probability below which at most MISSED of all are harmful."""
+    order = np.argsort(probabilities)
+    share = np.cumsum(wanted[order]) / np.arange(1, len(order) + 1)
+    calm = np.flatnonzero(share <= MISSED)
+    return float(probabilities[order][min(calm[-1] + 1, len(order) - 1)]) if len(calm) else 0.0
+
+
+def of_harm(probabilities: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
+    """From where on the judge is undecided, and from where on it says harmful."""
+    high = best_f1(probabilities, wanted)
+    return round(min(harmless_up_to(probabilities, wanted), high), 4), round(high, 4)
+
+
 def mixed(features: torch.Tensor, rows: Sequence[Example]) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, Any]]:
     """Of each outcome a logistic regression on what the heads say and the text shows; and the thresholds.
 
-    Thresholds are chosen on what the regressions say of prompts that they were not fitted on.
+    Thresholds are chosen on what the regressions say of prompts that they were not fitted on. The judge says *harmful*
+    from the probability on at which F1 is largest, and *harmless* up to the highest one below which at most MISSED of
+    all are harmful; between them it is undecided.
     """
     weight, bias = plain_mix()
     limits: dict[str, Any] = {}
