@@ -19,11 +19,18 @@ from types import SimpleNamespace
 from unittest import mock
 
 TASFT = [sys.executable, "-c", "from tasft.cli.main import main; main()"]
-_context = multiprocessing.get_context("forkserver")
 # The first of them has the shapes of the losses checked, so it comes before what imports these.
-_context.set_forkserver_preload(
-    ["conftest", "running", "tasft.cli.runs", "tasft.train.trainer", "transformers.models.llama.modeling_llama"]
-)
+IMPORTED = ["conftest", "running", "tasft.cli.runs", "tasft.train.trainer", "transformers.models.llama.modeling_llama"]
+_context = multiprocessing.get_context("forkserver")
+
+
+def ready():
+    """Let the process be there from which others are forked."""
+    places = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    _context.set_forkserver_preload(IMPORTED)
+    # One thread, since what is forked has none of the threads of its parent.
+    with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}):
+        forkserver.ensure_running()
 
 
 def _run(words, environment, folder, streams):
@@ -33,6 +40,7 @@ def _run(words, environment, folder, streams):
     os.chdir(folder)
     for number, stream in zip((1, 2), streams, strict=True):
         os.dup2(stream.fileno(), number)
+    sys.path.insert(0, "" if words[0] == "-c" else os.path.dirname(words[0]))
     if words[0] == "-c":
         sys.argv = ["-c", *words[2:]]
         exec(words[1], {"__name__": "__main__"})
@@ -45,10 +53,7 @@ class Popen:
     """As `subprocess.Popen`, of this Python with `-c` or a script."""
 
     def __init__(self, command, env=None, stdout=None, stderr=None):
-        places = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-        # One thread, since what is forked has none of the threads of its parent.
-        with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}):
-            forkserver.ensure_running()
+        ready()
         numbers = (1 if stdout is None else stdout.fileno(), 2 if stderr is None else stderr.fileno())
         streams = [Connection(os.dup(number), readable=False) for number in numbers]
         words = [str(word) for word in command[1:]]
