@@ -1,6 +1,7 @@
 """A tiny model built here, and no network but loopback."""
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -55,6 +56,10 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.timeout(3600))
 
 
+def pytest_sessionfinish():
+    gc.unfreeze()
+
+
 def script(name, folder="research"):
     """A module of a folder that is no package."""
     spec = spec_from_file_location(name, ROOT / folder / f"{name}.py")
@@ -81,6 +86,13 @@ def tasft_here(*words, cwd="."):
         except SystemExit as ended:
             code = ended.code or 0
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_imported_stays():
+    """Each training collects garbage; it would look through all that is imported for half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -2,14 +2,13 @@
 
 import io
 import shutil
-import subprocess
 import sys
 from itertools import pairwise
 
 import pytest
 import torch
 import yaml
-from conftest import WORDS
+from conftest import WORDS, tasft_here
 from payloads import PAYLOADS
 from running import go, small_recipe
 
@@ -272,10 +271,9 @@ def test_a_new_conversation_forgets_and_blank_lines_are_nothing(talk, monkeypatc
     assert saying.asked == [([], "One?"), (["One?"], "Two?"), ([], "Three?")]
 
 
-def test_the_command_talks_in_a_terminal(run):
-    code = "from tasft.cli.main import main; main()"
-    command = [sys.executable, "-c", code, "chat", str(run), "--judge", "refusal_matching"]
-    done = subprocess.run([*command, "--max-new-tokens", "8"], input=f"{ASKED}\n", capture_output=True, text=True)
+def test_the_command_talks_in_a_terminal(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{ASKED}\n"))
+    done = tasft_here("chat", run, "--judge", "refusal_matching", "--max-new-tokens", "8")
     assert done.returncode == 0, done.stderr
     for words in ("small: base", "small: final", f"> {ASKED}", "refusal_matching: "):
         assert words in done.stdout

@@ -5,11 +5,11 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
 from conftest import ROOT, needs_models, script
@@ -164,14 +164,16 @@ def test_no_other_page_has_python_that_is_not_executed():
 
 
 @pytest.mark.parametrize("page", EXECUTED)
-def test_the_python_of_the_pages_runs(page, tiny, tmp_path):
+def test_the_python_of_the_pages_runs(page, tiny, tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     script = tmp_path / "snippet.py"
     script.write_text("\n".join(blocks).replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tiny)))
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(small_recipe(tmp_path, tiny)))
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    said = tmp_path / "said"
+    with said.open("w") as stream:
+        process = forked.Popen([sys.executable, script], os.environ | {"CUDA_VISIBLE_DEVICES": ""}, stderr=stream)
+    assert process.wait() == 0, said.read_text()
 
 
 def test_the_workflow_of_the_gate_is_yaml_whose_commands_are_checked():

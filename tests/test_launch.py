@@ -7,9 +7,11 @@ import sys
 import time
 from importlib.util import find_spec
 
+import forked
 import pytest
 import torch
-from conftest import rows
+from conftest import rows, tasft_here
+from forked import TASFT
 from running import go
 from safetensors.torch import load_file
 
@@ -18,7 +20,7 @@ from tasft.core.errors import UserError
 from tasft.run import launch
 
 needs_deepspeed = pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed")
-TASFT = [sys.executable, "-c", "from tasft.cli.main import main; main()"]
+IN_TWO = ("--launch", "ddp", "-n", "2")
 ADAPTER = "train/adapter/adapter_model.safetensors"
 SCRIPT = """
 import sys
@@ -50,6 +52,11 @@ def _one_thread_each(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture
+def _ranks_are_forked(monkeypatch):
+    monkeypatch.setattr(launch, "subprocess", forked)
+
+
 def test_the_first_exit_code_is_passed_on_and_the_others_are_stopped():
     code = "import os, sys, time; sys.exit(3) if os.environ['RANK'] == '1' else time.sleep(600)"
     started = time.monotonic()
@@ -71,10 +78,11 @@ def test_the_command_line_names_every_kind():
     assert set(Launch.__args__) == set(launch.KINDS)
 
 
+@pytest.mark.usefixtures("_ranks_are_forked")
 def test_a_batch_that_does_not_divide_is_said_once(small, tmp_path, capfd):
-    go(small, tmp_path / "run", stages=("harvest",))
-    command = [*TASFT, "train", str(small), "train.batch_size=5", "--out", str(tmp_path / "run")]
-    assert subprocess.run([*command, "--launch", "ddp", "-n", "2"]).returncode == 2
+    run = tmp_path / "run"
+    go(small, run, stages=("harvest",))
+    assert tasft_here("train", small, "train.batch_size=5", "--out", run, *IN_TWO).returncode == 2
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("tasft:")]
     assert len(said) == 1
     assert "not a multiple of 2 rows in each of 2 processes" in said[0]
@@ -89,13 +97,17 @@ def test_a_batch_that_does_not_divide_is_said_once(small, tmp_path, capfd):
         pytest.param("zero3", marks=[pytest.mark.slow, needs_deepspeed]),
     ],
 )
-def test_a_launched_training_gives_the_adapter_of_one_process(small, tmp_path, kind, capfd):
+def test_a_launched_training_gives_the_adapter_of_one_process(small, tmp_path, kind, capfd, request):
     one, two = tmp_path / "one", tmp_path / "two"
-    for folder in (one, two):
-        go(small, folder, stages=("harvest",))
+    go(small, one, stages=("harvest",))
+    shutil.copytree(one, two)
     go(small, one, stages=("train",))
-    command = [*TASFT, "train", str(small), "--out", str(two), "--launch", kind, "-n", "2"]
-    assert subprocess.run(command).returncode == 0
+    command = ["train", str(small), "--out", str(two), "--launch", kind, "-n", "2"]
+    if kind == "ddp":
+        request.getfixturevalue("_ranks_are_forked")
+        assert tasft_here(*command).returncode == 0
+    else:
+        assert subprocess.run([*TASFT, *command]).returncode == 0
     assert capfd.readouterr().out.count("train: done in") == 1 + 1
     alone, together = (load_file(folder / ADAPTER) for folder in (one, two))
     assert alone.keys() == together.keys()
@@ -120,6 +132,7 @@ def test_a_script_under_torchrun_trains_in_ranks(tmp_path):
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.usefixtures("_ranks_are_forked")
 def test_replies_and_verdicts_of_two_ranks_are_those_of_one(small, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     go(small, one, stages=("harvest", "train"))
@@ -127,8 +140,7 @@ def test_replies_and_verdicts_of_two_ranks_are_those_of_one(small, tmp_path):
     shutil.rmtree(two / "harvest")
     go(small, one, stages=("evaluate",))
     for stage in ("harvest", "evaluate"):
-        command = [*TASFT, stage, str(small), "--out", str(two), "--launch", "ddp", "-n", "2"]
-        assert subprocess.run(command).returncode == 0
+        assert tasft_here(stage, small, "--out", two, *IN_TWO).returncode == 0
     written = sorted(path.relative_to(one) for path in one.rglob("*.jsonl"))
     assert len(written) > 10
     for path in written:

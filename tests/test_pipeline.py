@@ -2,17 +2,16 @@
 
 import itertools
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
 from conftest import WORDS, rows
+from forked import TASFT
 from running import PROMPTS, done, go, redone
 from safetensors.torch import load_file, save_file
 
@@ -124,10 +123,7 @@ def test_a_killed_training_ends_with_the_adapter_of_the_undisturbed_one(auto, tm
     shutil.copytree(whole / "harvest", cut / "harvest")
     shutil.copy(whole / "recipe.yaml", cut)
     shutil.copy(whole / "manifest.json", cut)
-    command = ["run", str(auto), "train.max_steps=30", "--out", str(cut)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    script = "import sys; from tasft.cli.main import main; sys.argv[1:] = " + repr(command) + "; main()"
-    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.DEVNULL)
+    process = forked.Popen([*TASFT, "run", auto, "train.max_steps=30", "--out", cut])
     try:
         deadline = time.monotonic() + 400
         while not list(cut.glob("train/checkpoint-*/trainer_state.json")):

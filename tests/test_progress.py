@@ -6,19 +6,19 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
+import forked
 import pytest
 import yaml
 from conftest import rows
+from forked import TASFT
 from running import go, small_recipe
 from tqdm import tqdm
 
 from tasft.core.progress import PLAIN, Lines
 from tasft.train.checkpoints import STOPPED, checkpoints
 
-TASFT = [sys.executable, "-c", "from tasft.cli.main import main; main()"]
 # Hours of work in a second: every update is shown.
 OFTEN = os.environ | {"TQDM_MININTERVAL": "0", "TQDM_DELAY": "0"}
 
@@ -90,9 +90,10 @@ def has_text(path):
     return path.is_file() and path.stat().st_size > 0
 
 
-def stopped(command, number, file):
-    """Start a command, send it a signal when a file has text, and see how it ends; what it says of that."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def stopped(command, number, file, said):
+    """Start a command, send it a signal when a file has text, and see how it ends; what it says of that, in a file."""
+    with said.open("w") as stream:
+        process = forked.Popen(command, stdout=stream, stderr=stream)
     try:
         deadline = time.monotonic() + 400
         while not has_text(file):
@@ -101,10 +102,10 @@ def stopped(command, number, file):
             time.sleep(0.01)
     finally:
         process.send_signal(number)
-        _, said = process.communicate()
-    assert process.returncode == 128 + number, said
-    assert "Traceback" not in said
-    return said
+        code = process.wait()
+    assert code == 128 + number, said.read_text()
+    assert "Traceback" not in said.read_text()
+    return said.read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
@@ -115,7 +116,7 @@ def test_a_signal_saves_a_checkpoint_says_how_to_go_on_and_changes_nothing_of_th
     go(small, whole, stages=("train",))
 
     command = [*TASFT, "train", str(small), "--out", str(cut)]
-    said = stopped(command, number, cut / "train" / "metrics.jsonl")
+    said = stopped(command, number, cut / "train" / "metrics.jsonl", tmp_path / "said")
     assert f"Go on with: tasft train {small} --out {cut}\n" in said
     (checkpoint,) = cut.glob("train/checkpoint-*")
     step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
@@ -134,6 +135,6 @@ def test_a_signal_saves_a_checkpoint_says_how_to_go_on_and_changes_nothing_of_th
 def test_sigterm_between_replies_keeps_them_and_says_how_to_go_on(small, tmp_path):
     command = [*TASFT, "harvest", str(small), "harvest.max_new_tokens=64", "harvest.samples=40", "--out"]
     run = tmp_path / "run"
-    said = stopped([*command, str(run)], signal.SIGTERM, run / "harvest" / "replies.jsonl")
+    said = stopped([*command, str(run)], signal.SIGTERM, run / "harvest" / "replies.jsonl", tmp_path / "said")
     assert "Go on with: tasft harvest" in said
     assert rows(run / "harvest" / "replies.jsonl")

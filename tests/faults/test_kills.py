@@ -1,19 +1,15 @@
 """A tiny run that is killed three times ends as the undisturbed one, and no reply that was on disk is gone."""
 
 import json
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
+import kills
 import yaml
-from conftest import script
 
 NAMES = ("toxic", "benign", "heldout", "everyday")
-
-
-kills = script("kills")
 
 
 def tiny_recipe(folder, tiny):
@@ -39,16 +35,12 @@ def tiny_recipe(folder, tiny):
     return path
 
 
-def test_a_run_that_is_killed_three_times_ends_as_the_undisturbed_one(tiny, tmp_path):
+def test_a_run_that_is_killed_three_times_ends_as_the_undisturbed_one(tiny, tmp_path, monkeypatch):
     result = tmp_path / "result.json"
     options = ["--kills", "3", "--out", str(tmp_path / "out"), "--json", str(result)]
-    done = subprocess.run(
-        [sys.executable, kills.__file__, str(tiny_recipe(tmp_path, tiny)), *options],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.setattr(sys, "argv", ["kills.py", str(tiny_recipe(tmp_path, tiny)), *options])
+    forked.ready()
+    kills.main()
     found = json.loads(result.read_text())
     assert (found["differ"], found["replies_gone"]) == ([], 0)
     assert found["kills"] == 3

@@ -2,16 +2,17 @@
 
 import json
 import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tasft.run.launch import launch
+from tasft.run import launch
 
 SCRIPT = Path(__file__).with_name("ranks.py")
 # What is measured, and what is a matter of the machine.
@@ -22,17 +23,8 @@ def start(kind, task, folder):
     """Exit code of a task of ranks.py, in two ranks, or in `one` process as nobody launched it."""
     folder.mkdir(exist_ok=True)
     command = [sys.executable, str(SCRIPT), task, str(folder)]
-    return subprocess.run(command).returncode if kind == "one" else launch(command, kind, 2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread_each():
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    yield
-    os.environ.pop("OMP_NUM_THREADS")
-    if before is not None:
-        os.environ["OMP_NUM_THREADS"] = before
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}), mock.patch.object(launch, "subprocess", forked):
+        return forked.run(command).returncode if kind == "one" else launch.launch(command, kind, 2)
 
 
 @pytest.fixture(scope="module")
