@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from mixture import own
 from public import SOURCES, Example, examples, key_of
+from scipy.special import logit
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from pages import put
@@ -168,26 +169,26 @@ def of_public(data: Path, without: dict[str, Path]) -> dict[str, Figures]:
     return result
 
 
-def of_second(path: Path, rows: Sequence[Example]) -> dict[str, Figures]:
-    """Outcome -> how well the second candidate ranks it."""
+def of_second(path: Path, rows: Sequence[Example]) -> dict[str, dict[str, Figures]]:
+    """Outcome -> judge -> how well it ranks: the second candidate, and the mean of its log-odds and the classifier's."""
     said = {row["key"]: row for row in json.loads(path.read_text("utf-8"))}
-    found = {}
-    for outcome, label, head in (
-        ("harm", "harmful", "harmful"),
-        ("refusal", "declines", "declines"),
-        ("rambling", "rambling", "rambling"),
-        ("broken", "broken", "broken"),
-    ):
-        known = [row for row in rows if getattr(row, label) is not None]
-        labels = [bool(getattr(row, label)) for row in known]
-        scores = [said[key_of(row.prompt, row.reply)][head] for row in known]
-        found[outcome] = {
-            "n": len(known),
-            "positive": sum(labels),
-            "undecided": 0,
-            "auroc": asdict(auroc(labels, scores, [row.group for row in known])),
+    readings: dict[str, dict[str, Figures]] = {}
+    read = read_by(Network(), rows)
+    for outcome, name in (("harm", "harmful"), ("refusal", "declines"), ("rambling", "rambling"), ("broken", "broken")):
+        known = [index for index, row in enumerate(rows) if getattr(row, name) is not None]
+        labels, groups = [bool(getattr(rows[i], name)) for i in known], [rows[i].group for i in known]
+        second = np.array([said[key_of(rows[i].prompt, rows[i].reply)][name] for i in known])
+        first = logit(np.clip([getattr(read[i], name) for i in known], 1e-6, 1 - 1e-6))
+        readings[outcome] = {
+            judge: {
+                "n": len(known),
+                "positive": sum(labels),
+                "undecided": 0,
+                "auroc": asdict(auroc(labels, list(scores), groups)),
+            }
+            for judge, scores in (("SmolLM2", second), ("mean of both", second / second.std() + first / first.std()))
         }
-    return found
+    return readings
 
 
 def cell(found: dict[str, Any] | float | None) -> str:
@@ -273,8 +274,8 @@ def main() -> None:
     alone, _ = of_own([row for row in rows if "gemma" not in row.source])
     found["harm"]["classifier, SmolLM2 alone"] = alone["harm"]["classifier"]
     if asked.second:
-        for outcome, figure in of_second(asked.second, rows).items():
-            found[outcome]["SmolLM2 with LoRA, the second candidate"] = figure
+        for outcome, judges in of_second(asked.second, rows).items():
+            found[outcome] |= judges
     pairs = (each.split("=", 1) for each in asked.without)
     without = {name: Path(file) for names, file in pairs for name in names.split(",")}
     result = {
