@@ -170,7 +170,7 @@ def of_public(data: Path, without: dict[str, Path]) -> dict[str, Figures]:
 
 
 def of_second(path: Path, rows: Sequence[Example]) -> dict[str, dict[str, Figures]]:
-    """Outcome -> judge -> how well it ranks: the second candidate, and the mean of its log-odds and the classifier's."""
+    """Outcome -> judge -> how well it ranks: SmolLM2, and the mean of its log-odds and the classifier's."""
     said = {row["key"]: row for row in json.loads(path.read_text("utf-8"))}
     readings: dict[str, dict[str, Figures]] = {}
     read = read_by(Network(), rows)
