@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import WORDS, rows
 from forked import TASFT
-from running import PROMPTS, done, go, redone
+from running import PROMPTS, done, go, redone, small_recipe
 from safetensors.torch import load_file, save_file
 
 from tasft.core.errors import UserError
@@ -48,9 +48,24 @@ ALL = {
 FINAL = {step for step in ALL if "final" in step} | {"train", "report"}
 
 
-def test_the_whole_path_leaves_every_file_and_does_nothing_twice(small, tmp_path):
-    run = tmp_path / "run"
-    go(small, run)
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """A folder with the small recipe and its finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(small_recipe(folder, tiny)))
+    go(folder / "recipe.yaml", folder / "run")
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The small recipe and a copy of its finished run."""
+    shutil.copytree(finished / "run", tmp_path / "run", ignore=shutil.ignore_patterns(".lock*"))
+    return finished / "recipe.yaml", tmp_path / "run"
+
+
+def test_the_whole_path_leaves_every_file_and_does_nothing_twice(copied):
+    small, run = copied
     first = done(run)
     assert set(first) == ALL
     for name in ("recipe.yaml", "manifest.json", "harvest/avoid.jsonl", "train/data.jsonl", "train/metrics.jsonl"):
@@ -81,9 +96,8 @@ def test_the_whole_path_leaves_every_file_and_does_nothing_twice(small, tmp_path
     assert redone(third, done(run)) == set()
 
 
-def test_what_is_saved_is_not_part_of_the_key(small, tmp_path):
-    run = tmp_path / "run"
-    go(small, run, stages=("harvest", "train"))
+def test_what_is_saved_is_not_part_of_the_key(copied):
+    small, run = copied
     before = done(run)
     go(small, run, "train.save_steps=3", stages=("harvest", "train"))
     assert done(run) == before
@@ -119,11 +133,11 @@ def test_a_killed_training_ends_with_the_adapter_of_the_undisturbed_one(auto, tm
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     # The process that is killed, and this one afterwards, know it from the manifest.
     monkeypatch.setattr(precision, "fastest", lambda: Choice(dtype, "for the test"))
-    go(auto, whole, "train.max_steps=30", stages=("harvest", "train"))
+    go(auto, whole, "train.max_steps=16", stages=("harvest", "train"))
     shutil.copytree(whole / "harvest", cut / "harvest")
     shutil.copy(whole / "recipe.yaml", cut)
     shutil.copy(whole / "manifest.json", cut)
-    process = forked.Popen([*TASFT, "run", auto, "train.max_steps=30", "--out", cut])
+    process = forked.Popen([*TASFT, "run", auto, "train.max_steps=16", "--out", cut])
     try:
         deadline = time.monotonic() + 400
         while not list(cut.glob("train/checkpoint-*/trainer_state.json")):
@@ -135,7 +149,7 @@ def test_a_killed_training_ends_with_the_adapter_of_the_undisturbed_one(auto, tm
         process.wait()
     assert not (cut / "train" / "done.json").exists()
     monkeypatch.setattr(precision, "fastest", pytest.fail)
-    go(auto, cut, "train.max_steps=30", stages=("harvest", "train"))
+    go(auto, cut, "train.max_steps=16", stages=("harvest", "train"))
     assert yaml.safe_load((cut / "recipe.yaml").read_text())["model"]["dtype"] == dtype
     saved = "train/adapter/adapter_model.safetensors"
     assert (cut / saved).read_bytes() == (whole / saved).read_bytes()
@@ -238,9 +252,8 @@ def test_a_harvest_without_a_harmful_answer_says_so(small, tmp_path):
         go(small, tmp_path / "run", "harvest.max_new_tokens=1")
 
 
-def test_a_folder_of_another_run_is_refused_and_left_alone(small, tmp_path):
-    run = tmp_path / "run"
-    go(small, run, stages=("harvest",))
+def test_a_folder_of_another_run_is_refused_and_left_alone(copied, tmp_path):
+    small, run = copied
     before = done(run)
     with pytest.raises(UserError, match="holds the run 'small', not 'other'"):
         go(small, run, "name=other")
@@ -280,9 +293,8 @@ def test_a_stage_that_lacks_what_it_reads_names_the_command(small, tmp_path):
     assert not run.exists()
 
 
-def test_a_stage_is_not_built_on_work_that_was_done_with_other_settings(small, tmp_path):
-    run = tmp_path / "run"
-    go(small, run)
+def test_a_stage_is_not_built_on_work_that_was_done_with_other_settings(copied):
+    small, run = copied
     before = (run / "recipe.yaml").read_text(), done(run)
     for stage in ("evaluate", "report"):
         with pytest.raises(UserError, match="run tasft train with this recipe first"):
@@ -290,9 +302,8 @@ def test_a_stage_is_not_built_on_work_that_was_done_with_other_settings(small, t
     assert before == ((run / "recipe.yaml").read_text(), done(run))
 
 
-def test_another_adapter_concerns_neither_harvest_nor_the_base_model(small, tmp_path):
-    run = tmp_path / "run"
-    go(small, run)
+def test_another_adapter_concerns_neither_harvest_nor_the_base_model(copied):
+    small, run = copied
     before = done(run)
     go(small, run, "model.lora.r=3")
     assert redone(before, done(run)) == FINAL
@@ -333,9 +344,8 @@ def test_replies_are_for_the_owner_alone(small, tmp_path):
     assert (tmp_path / "run").stat().st_mode & 0o077 == 0
 
 
-def test_a_damaged_reply_file_is_named_with_its_line(small, tmp_path):
-    run = tmp_path / "run"
-    go(small, run, stages=("harvest",))
+def test_a_damaged_reply_file_is_named_with_its_line(copied):
+    small, run = copied
     path = run / "harvest" / "replies.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:3], "{half\n", *lines[3:]]))
@@ -389,9 +399,8 @@ def test_a_collapse_before_the_first_checkpoint_is_an_error_that_says_what_to_do
     assert not (tmp_path / "run" / "train" / "done.json").exists()
 
 
-def test_another_selection_draws_no_reply_anew(small, tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    go(small, run, stages=("harvest",))
+def test_another_selection_draws_no_reply_anew(copied, monkeypatch):
+    small, run = copied
     replies = (run / "harvest" / "replies.jsonl").read_bytes()
 
     def never(*_):
@@ -464,8 +473,8 @@ def test_a_judge_that_cannot_filter_is_refused(small, tmp_path):
         go(small, tmp_path / "b", *second, "judges.second.rubric=pair", "harvest.judge=second")
 
 
-def test_every_checkpoint_but_the_last_is_evaluated_where_the_recipe_asks_for_it(small, tmp_path):
-    run = tmp_path / "run"
+def test_every_checkpoint_but_the_last_is_evaluated_where_the_recipe_asks_for_it(small, copied, tmp_path):
+    run = tmp_path / "checkpoints"
     go(small, run, "evaluate.checkpoints=true")
     states = ["base", "checkpoint-1", "checkpoint-2", "checkpoint-3", "final"]
     assert sorted(path.name for path in (run / "evaluate").iterdir()) == states
@@ -483,9 +492,8 @@ def test_every_checkpoint_but_the_last_is_evaluated_where_the_recipe_asks_for_it
     assert "checkpoint-1,benign,benign,refusal_matching,refusal," in table
     assert "checkpoint-3" not in table
 
-    go(small, tmp_path / "one", stages=("harvest", "train"))
     with pytest.raises(UserError, match="kept its last checkpoint alone"):
-        go(small, tmp_path / "one", "evaluate.checkpoints=true", stages=("evaluate",))
+        go(*copied, "evaluate.checkpoints=true", stages=("evaluate",))
 
 
 def test_another_limit_draws_only_what_is_missing_and_the_summary_is_of_the_chosen(small, tmp_path, monkeypatch):
