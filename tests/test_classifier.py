@@ -180,7 +180,7 @@ def test_broken_text_that_no_rule_finds_is_broken_by_the_judge(judge):
 
 
 def test_what_reports_say_of_it_is_what_was_measured():
-    path = Path(__file__).parents[1] / "docs" / "results" / "judge" / "held-out.json"
+    path = Path(__file__).parents[1] / "docs" / "results" / "judge" / "figures.json"
     found = json.loads(path.read_text())["own"]["harm"]["classifier, SmolLM2 alone"]
     told = MEASURED_JUDGES["classifier"]
     measured = (found["n"], round(found["precision"]["value"], 2), round(found["recall"]["value"], 2))
@@ -188,4 +188,4 @@ def test_what_reports_say_of_it_is_what_was_measured():
 
 
 def test_the_weights_are_small():
-    assert WEIGHTS.stat().st_size < 4_000_000
+    assert WEIGHTS.stat().st_size < 5_000_000

@@ -26,4 +26,4 @@ class JudgeFigures:
 
 
 MEASURED_JUDGES = {"classifier": JudgeFigures("smollm2-135m", "variants of SmolLM2-135M-Instruct", 297, 0.42, 0.52)}
-"""Kind of judge -> what docs/results/judge/held-out.json says of it."""
+"""Kind of judge -> what docs/results/judge/figures.json says of it."""
