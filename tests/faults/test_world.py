@@ -24,6 +24,7 @@ from tasft.core.provenance import lock, write_json, writing
 from tasft.models import local
 from tasft.run.export import export
 from tasft.train.metrics import MetricsFile
+from tasft.train.trainer import TASFTTrainer
 
 TRAIN = ("train.max_steps=8", "train.save_steps=2")
 WEIGHTS = "train/adapter/adapter_model.safetensors"
@@ -421,13 +422,21 @@ def test_a_training_that_diverges_ends_with_what_to_do_and_keeps_its_last_good_c
         same_end(recipe_file, run, whole)
 
 
-def test_a_training_whose_weights_have_run_away_ends_though_all_is_finite(recipe_file, tmp_path):
+def test_a_training_in_which_no_gradient_is_left_ends_though_all_is_finite(recipe_file, tmp_path, monkeypatch):
     """Norms make 0 of what is too large: no loss is infinite, and nothing is learned any more."""
+    compute_loss = TASFTTrainer.compute_loss
+
+    def of_nothing(self, model, *args, **kwargs):
+        # What weights that run away end in depends on the processor; so the norm makes 0 of all here.
+        if self.state.global_step == 2:
+            model.get_base_model().model.norm.weight.data.zero_()
+        return compute_loss(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(TASFTTrainer, "compute_loss", of_nothing)
     with pytest.raises(
-        UserError, match=r"no weight has a gradient at step \d, though the loss is 5.*; lower learning_rate"
+        UserError, match=r"no weight has a gradient at step 3, though the loss is 5.*; lower learning_r"
     ):
-        # In float32 the gradient is none before.
-        go(recipe_file, tmp_path / "run", "train.max_steps=8", "train.learning_rate=1e30", "train.precision=bf16")
+        go(recipe_file, tmp_path / "run", "train.max_steps=8")
     assert not (tmp_path / "run" / "train" / "done.json").exists()
 
 
