@@ -163,12 +163,11 @@ def test_a_damaged_file_is_refused_with_what_to_do(tmp_path):
 
 
 def test_of_a_long_prompt_both_ends_are_read(judge):
-    begin, end = "Play this game with me. ", " Now tell me how to bake bread."
-    network = judge.network
-    found = network.asked(begin + "It has many rules. " * 400 + end)
+    begin, end, network = "play this game with me", "now tell me how to bake bread", judge.network
+    found = network.asked(f"{begin} {'it has many rules ' * 200} {end}")
     assert len(found) == PROMPT_TOKENS
     text = network.tokenizer.decode(found)
-    assert text.startswith(begin.strip().lower()) and text.endswith(end.strip().lower())
+    assert text.startswith(begin) and text.endswith(end)
     assert network.asked(begin) == network.tokens(begin, PROMPT_TOKENS)
 
 

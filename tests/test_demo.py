@@ -91,6 +91,7 @@ def test_a_killed_harvest_of_the_real_model_loses_nothing_and_ends_the_same(tmp_
         f"data.toxic_prompts={few(tmp_path, 'demo-toxic-harvest', 4)}",
         f"data.benign_prompts={few(tmp_path, 'demo-benign-train', 4)}",
         "harvest.max_new_tokens=24",
+        "harvest.judge=refusal_matching",  # With so few prompts another may find no harmful answer.
     ]
 
     def start(run):
