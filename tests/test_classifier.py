@@ -167,7 +167,8 @@ def test_of_a_long_prompt_both_ends_are_read(judge):
     found = network.asked(f"{begin} {'it has many rules ' * 200} {end}")
     assert len(found) == PROMPT_TOKENS
     text = network.tokenizer.decode(found)
-    assert text.startswith(begin) and text.endswith(end)
+    assert text.startswith(begin)
+    assert text.endswith(end)
     assert network.asked(begin) == network.tokens(begin, PROMPT_TOKENS)
 
 
