@@ -29,8 +29,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from train import first_part
 
-from tasft.judges.network import batched, mean
-from tasft.judges.weights import OUTCOMES, PROMPT_TOKENS, TOKEN_CHARACTERS
+from tasft.judges.network import batched, first_tokens, mean
+from tasft.judges.weights import OUTCOMES, PROMPT_TOKENS
 from tasft.models.load import load_model, load_tokenizer
 
 BASE = "smollm2-135m-instruct"
@@ -53,24 +53,14 @@ class Lower:
         texts = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>")
         self.marks = [self.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
 
-    def ids(self, text: str, most: int) -> list[int]:
-        found: list[int] = self.tokenizer(
-            text[: most * TOKEN_CHARACTERS],
-            add_special_tokens=False,
-            truncation=True,
-            max_length=most,
-            split_special_tokens=True,
-        ).input_ids
-        return found
-
     @torch.inference_mode()
     def features(self, rows: Sequence[Example]) -> dict[str, torch.Tensor]:
         """Key -> three states of unit variance, one after the other."""
         before, between, after = self.marks
         turns = {
             key_of(row.prompt, row.reply): (
-                before + self.ids(row.prompt, PROMPT_TOKENS) + between,
-                self.ids(row.reply, REPLY_TOKENS) + after,
+                before + first_tokens(self.tokenizer, row.prompt, PROMPT_TOKENS) + between,
+                first_tokens(self.tokenizer, row.reply, REPLY_TOKENS) + after,
             )
             for row in rows
         }

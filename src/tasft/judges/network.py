@@ -91,15 +91,8 @@ class Network:
         self.known: dict[str, Reading] = {}
 
     def tokens(self, text: str, most: int) -> list[int]:
-        """The first tokens of a text; its own [SEP] and the like are plain characters."""
-        found: list[int] = self.tokenizer(
-            text[: most * TOKEN_CHARACTERS],
-            add_special_tokens=False,
-            truncation=True,
-            max_length=most,
-            split_special_tokens=True,
-        ).input_ids
-        return found
+        """As `first_tokens`."""
+        return first_tokens(self.tokenizer, text, most)
 
     def asked(self, prompt: str) -> list[int]:
         """PROMPT_TOKENS of a prompt; of a longer one the first and the last half, for a wrapped request may end it."""
@@ -181,6 +174,18 @@ class Network:
             ]
             self.known.update(zip(missing, readings, strict=True))
         return [self.known[key] for key in keys]
+
+
+def first_tokens(tokenizer: Any, text: str, most: int) -> list[int]:
+    """The first tokens of a text; its own [SEP] and the like are plain characters."""
+    found: list[int] = tokenizer(
+        text[: most * TOKEN_CHARACTERS],
+        add_special_tokens=False,
+        truncation=True,
+        max_length=most,
+        split_special_tokens=True,
+    ).input_ids
+    return found
 
 
 def is_short(reply: str) -> bool:
