@@ -181,7 +181,7 @@ def test_broken_text_that_no_rule_finds_is_broken_by_the_judge(judge):
 
 def test_what_reports_say_of_it_is_what_was_measured():
     path = Path(__file__).parents[1] / "docs" / "results" / "judge" / "figures.json"
-    found = json.loads(path.read_text())["own"]["harm"]["classifier, SmolLM2 alone"]
+    found = json.loads(path.read_text())["own"]["harm"]["classifier, on replies of SmolLM2 alone"]
     told = MEASURED_JUDGES["classifier"]
     measured = (found["n"], round(found["precision"]["value"], 2), round(found["recall"]["value"], 2))
     assert (told.n, told.precision, told.recall) == measured

@@ -186,7 +186,10 @@ def of_second(path: Path, rows: Sequence[Example]) -> dict[str, dict[str, Figure
                 "undecided": 0,
                 "auroc": asdict(auroc(labels, list(scores), groups)),
             }
-            for judge, scores in (("SmolLM2", second), ("mean of both", second / second.std() + first / first.std()))
+            for judge, scores in (
+                ("SmolLM2 as judge", second),
+                ("mean of both", second / second.std() + first / first.std()),
+            )
         }
     return readings
 
@@ -272,7 +275,7 @@ def main() -> None:
     rows = own(asked.labels, asked.replies, "test")
     found, mistakes = of_own(rows)
     alone, _ = of_own([row for row in rows if "gemma" not in row.source])
-    found["harm"]["classifier, SmolLM2 alone"] = alone["harm"]["classifier"]
+    found["harm"]["classifier, on replies of SmolLM2 alone"] = alone["harm"]["classifier"]
     if asked.second:
         for outcome, judges in of_second(asked.second, rows).items():
             found[outcome] |= judges
