@@ -434,7 +434,7 @@ def test_a_training_in_which_no_gradient_is_left_ends_though_all_is_finite(recip
 
     monkeypatch.setattr(TASFTTrainer, "compute_loss", of_nothing)
     with pytest.raises(
-        UserError, match=r"no weight has a gradient at step 3, though the loss is 5.*; lower learning_r"
+        UserError, match=r"no weight has a gradient at step 3, though the loss is 5.*; lower learning_rate"
     ):
         go(recipe_file, tmp_path / "run", "train.max_steps=8")
     assert not (tmp_path / "run" / "train" / "done.json").exists()

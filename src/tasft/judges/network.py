@@ -143,7 +143,9 @@ class Network:
     def features(self, pairs: Sequence[Pair]) -> Tensor:
         """FEATURES of each pair, n x 11. Of a reply at most MAX_WINDOWS times REPLY_TOKENS tokens are read."""
         windows = [
-            [(self.asked(pair.prompt), part) for part in parts(self.tokens(pair.completion, MOST))] for pair in pairs
+            [(prompt, part) for part in parts(self.tokens(pair.completion, MOST))]
+            for pair in pairs
+            for prompt in [self.asked(pair.prompt)]
         ]
         found = self.pairs([window for each in windows for window in each])
         heads = [
