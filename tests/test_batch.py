@@ -35,3 +35,25 @@ def test_what_rows_lack_the_batch_lacks():
     batch = collate(rows, pad_token_id=9)
     assert batch.keys() == {"input_ids", "labels", "avoid", "segments", "attention_mask"}
     assert batch["avoid"].dtype == torch.bool
+
+
+def test_what_all_rows_begin_with_stands_once():
+    begin = list(range(10, 80))
+    rows = [
+        {"input_ids": begin + row["input_ids"], "labels": [IGNORE_INDEX] * 70 + row["labels"], "avoid": False}
+        for row in ROWS
+    ]
+    batch = collate(rows, pad_token_id=9, padding_free=True, share=True)
+    assert batch["input_ids"].tolist() == [[*begin, 1, 2, 3, 4, 5]]
+    assert batch["position_ids"][0, 70:].tolist() == [70, 71, 72, 70, 71]
+    assert batch["segments"][0, 69:].tolist() == [0, 0, 0, 0, 1, 1]
+    looks = batch["attention_mask"][0, 0]
+    assert looks[:73, :73].equal(torch.ones(73, 73, dtype=torch.bool).tril())
+    assert looks[73:].long().tolist() == [[1] * 70 + [0, 0, 0, 1, 0], [1] * 70 + [0, 0, 0, 1, 1]]
+
+
+def test_a_beginning_that_is_learned_or_short_is_not_shared():
+    begin = list(range(10, 80))
+    rows = [{"input_ids": begin + row["input_ids"], "labels": begin + row["labels"], "avoid": False} for row in ROWS]
+    assert "attention_mask" not in collate(rows, pad_token_id=9, padding_free=True, share=True)
+    assert "attention_mask" not in collate(ROWS, pad_token_id=9, padding_free=True, share=True)

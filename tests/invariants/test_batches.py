@@ -5,7 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import CHAT, tiny_tokenizer
-from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    Qwen3Config,
+)
 
 from tasft import TASFTConfig, TASFTTrainer
 from tasft.data.rows import Example
@@ -43,9 +51,13 @@ def build(name):
     return AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
 
 
-def trainer(folder, model="llama-tied", rows=ROWS, **settings):
-    settings = {"report_to": "none", "use_cpu": True, "kl_rows": 0, "disable_tqdm": True} | settings
-    return TASFTTrainer(build(model), TASFTConfig(output_dir=str(folder), **settings), rows, processing_class=TOKENIZER)
+def settings(folder, **others):
+    usual = {"report_to": "none", "use_cpu": True, "kl_rows": 0, "disable_tqdm": True}
+    return TASFTConfig(output_dir=str(folder), **usual, **others)
+
+
+def trainer(folder, model="llama-tied", rows=ROWS, **others):
+    return TASFTTrainer(build(model), settings(folder, **others), rows, processing_class=TOKENIZER)
 
 
 def gradient(subject, batches):
@@ -66,15 +78,15 @@ def same(one, other, atol=1e-10):
 @pytest.mark.parametrize("normalization", ["per_group", "shared"])
 @pytest.mark.parametrize("penalty", [*PENALTIES])
 def test_cutting_padding_and_order_change_nothing(tmp_path, penalty, normalization):
-    settings = {"penalty": penalty, "normalization": normalization}
-    subject = trainer(tmp_path, **settings)
+    asked = {"penalty": penalty, "normalization": normalization}
+    subject = trainer(tmp_path, **asked)
     rows = subject.train_dataset
     whole = gradient(subject, [rows])
     same(whole, gradient(subject, [[row] for row in rows]))
     # Imitate and avoid rows apart, so that some micro-batches lack one kind.
     same(whole, gradient(subject, [rows[:4], rows[4:9], rows[9:]]))
     same(whole, gradient(subject, [rows[start::4][::-1] for start in range(4)]))
-    packed = trainer(tmp_path, padding_free=True, **settings)
+    packed = trainer(tmp_path, padding_free=True, **asked)
     rows = packed.train_dataset
     assert packed.data_collator(rows)["input_ids"].shape == (1, sum(len(row["input_ids"]) for row in rows))
     same(whole, gradient(packed, [rows]))
@@ -89,6 +101,39 @@ def test_it_holds_for_models_of_other_shapes(tmp_path, model, padding_free):
     rows = subject.train_dataset
     # The norms of Gemma add up the gradient of their weights in float32; 6e-9 was seen.
     same(whole, gradient(subject, [rows[:3], rows[3:7], rows[7:]]), atol=1e-7 if model == "gemma" else 1e-10)
+
+
+BEGINNING = "In a few words, and as one who knows: "
+
+
+@pytest.mark.parametrize("penalty", [*PENALTIES])
+@pytest.mark.parametrize("model", ["llama-tied", "qwen"])
+def test_a_beginning_that_stands_once_changes_nothing(tmp_path, model, penalty):
+    rows = [replace(row, prompt=BEGINNING + row.prompt) for row in ROWS]
+    padded = trainer(tmp_path, model, rows, penalty=penalty)
+    subject = trainer(tmp_path, model, rows, penalty=penalty, padding_free=True)
+    rows = subject.train_dataset
+    batch = subject.data_collator(rows)
+    assert batch["input_ids"].shape[1] < sum(len(row["input_ids"]) for row in rows) - len(BEGINNING) * (len(rows) - 1)
+    whole = gradient(padded, [padded.train_dataset])
+    # The gradients of all rows come together before they go through norms in float32; 7e-8 was seen.
+    same(whole, gradient(subject, [rows]), atol=3e-7)
+    same(whole, gradient(subject, [rows[:4], rows[4:][::-1]]), atol=3e-7)
+
+
+@pytest.mark.parametrize("why", ["window", "eager", "state"])
+def test_a_beginning_stands_in_each_row_where_the_model_cannot_share_it(tmp_path, why):
+    rows = [replace(row, prompt=BEGINNING + row.prompt) for row in ROWS]
+    model = build("mistral")
+    if why == "window":
+        model.config.sliding_window = 256  # Below max_length.
+    elif why == "eager":  # It adds masks, so true and false are as good as none.
+        model.set_attn_implementation("eager")
+    else:
+        model = MambaForCausalLM(MambaConfig(vocab_size=len(TOKENIZER), hidden_size=32, num_hidden_layers=1)).double()
+    subject = TASFTTrainer(model, settings(tmp_path, padding_free=True), rows, processing_class=TOKENIZER)
+    rows = subject.train_dataset
+    assert subject.data_collator(rows)["input_ids"].shape[1] == sum(len(row["input_ids"]) for row in rows)
 
 
 @pytest.mark.parametrize("penalty", [*PENALTIES])

@@ -1,5 +1,6 @@
 """What decides how replies are drawn: `Sampling`, and nothing that a model's files say of it."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -50,6 +51,12 @@ def context_of(model: PreTrainedModel) -> int | None:
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
     )
     return int(reads) - max(skipped, default=0)
+
+
+def looks_back(model: PreTrainedModel) -> float:
+    """How many tokens the layer that sees least looks back over; infinity where all see everything."""
+    text = model.config.get_text_config()
+    return min(getattr(text, name, None) or math.inf for name in ("sliding_window", "attention_chunk_size"))
 
 
 def fit_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -38,6 +38,7 @@ from tasft.models.generation import (
     from_nucleus,
     in_one_piece,
     laid_out,
+    looks_back,
     overruled,
     sampling_alone,
     select,
@@ -254,9 +255,8 @@ class TransformersEngine:
         """How many tokens at their beginning the prompts of a batch share and are to be read once; 0 for none."""
         shared = common_beginning(prompts)
         # Where a layer looks back so far only, the padding would push the beginning out of sight.
-        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
         longest = max(map(len, prompts)) + sampling.max_new_tokens
-        if shared * (len(prompts) - 1) < _WORTH or ranks.sharding() or (window is not None and longest > window):
+        if shared * (len(prompts) - 1) < _WORTH or ranks.sharding() or longest > looks_back(self.model):
             return 0
         if self._shares is None:
             some = max(prompts, key=len)[:_TRIED]

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tasft.loss.tokens import IGNORE_INDEX
+from tasft.models.generation import common_beginning
 
 Batch = dict[str, Tensor]
 
@@ -16,8 +17,12 @@ _FILLERS = {"labels": IGNORE_INDEX, "avoid": False, "retain": False, "segments":
     ("margins", "reference"), 0.0
 )
 
+_WORTH = 64  # Tokens that are saved where a beginning stands once, for which a mask of all by all is made.
 
-def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, padding_free: bool = False) -> Batch:
+
+def collate(
+    rows: Sequence[dict[str, Any]], pad_token_id: int, padding_free: bool = False, share: bool = False
+) -> Batch:
     """Lay rows side by side, padded on the right, or end to end.
 
     Args:
@@ -25,11 +30,14 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, padding_free: boo
             `reference` (a number for each token).
         pad_token_id: Fills `input_ids`; it is masked, so any id will do.
         padding_free: Lay them end to end. `position_ids`, which begin anew with each row, keep them apart.
+        share: Of rows laid end to end, leave what all begin with to the first alone, where that saves enough. A mask
+            lets the others look back to it.
 
     Returns:
         Tensors of B rows and T positions, or of one row and a position for each token: `input_ids`, `labels`,
         `avoid` (whether the row is to be avoided), `segments` (number of the row, -1 for padding), if given `retain`,
-        `weight`, `margins` and `reference`; and `attention_mask` or `position_ids`.
+        `weight`, `margins` and `reference`; and `attention_mask` (B, T), or `position_ids` with, where a beginning is
+        shared, `attention_mask` (1, 1, T, T; true where the first position looks at the second).
     """
     names = ["input_ids", "labels", "avoid", "segments", "position_ids"]
     names += [name for name in ("retain", "weight", "margins", "reference") if name in rows[0]]
@@ -43,10 +51,30 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, padding_free: boo
             else:
                 parts.append(torch.full((length,), spread[name]) if name in spread else torch.tensor(row[name]))
     if padding_free:
-        return {name: torch.cat(parts).unsqueeze(0) for name, parts in columns.items()}
+        shared = _shared(rows) if share else 0
+        batch = {
+            name: torch.cat([part[shared if number else 0 :] for number, part in enumerate(parts)]).unsqueeze(0)
+            for name, parts in columns.items()
+        }
+        return batch | ({"attention_mask": _mask(batch["segments"][0], shared)} if shared else {})
     fillers = _FILLERS | {"input_ids": pad_token_id, "position_ids": 0}
     batch = {
         name: pad_sequence(parts, batch_first=True, padding_value=fillers[name]) for name, parts in columns.items()
     }
     del batch["position_ids"]
     return batch | {"attention_mask": (batch["segments"] >= 0).long()}
+
+
+def _shared(rows: Sequence[dict[str, Any]]) -> int:
+    """How many tokens at their beginning rows have in common and no label is learned at or right after; 0 if few."""
+    labels = [[label != IGNORE_INDEX for label in row["labels"]] for row in rows]
+    asked = min(counts.index(True) if any(counts) else len(counts) for counts in labels)
+    shared = max(0, min(common_beginning([list(row["input_ids"]) for row in rows]), asked - 1))
+    return shared if shared * (len(rows) - 1) >= _WORTH else 0
+
+
+def _mask(segments: Tensor, shared: int) -> Tensor:
+    """Which position looks at which: at earlier ones of its row, and at the beginning of the first row."""
+    place = torch.arange(len(segments))
+    own = segments[:, None] == segments
+    return ((own | (place < shared)) & (place <= place[:, None]))[None, None]

@@ -21,7 +21,9 @@ class Training(RowSettings):
     micro_batch_size: int | None = Field(None, ge=1, description="Rows in a forward pass; null takes batch_size.")
     learning_rate: Number = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up; linear decay follows.")
-    padding_free: bool = Field(False, description="Lay rows end to end instead of padding them.")
+    padding_free: bool = Field(
+        False, description="Lay rows end to end instead of padding them, what all begin with once."
+    )
     precision: Literal["fp32", "bf16", "fp16", "auto"] = Field(
         "auto", description="Of products, whatever the weights are in; auto is bf16 where it is faster, else fp32."
     )

@@ -1,6 +1,6 @@
 """What a model in training is made of, and what it was at step 0, which penalties and the divergence look back to."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ from tasft.core.errors import UserError
 from tasft.data.encode import Row
 from tasft.loss import IGNORE_INDEX, CostSpace, Head, Penalty, TokenSum, divergence, log_probability, margins, shift
 from tasft.models.head import Tail, replaced_head
-from tasft.train.collate import Batch
+from tasft.train.collate import Batch, collate
 from tasft.train.config import TASFTConfig
 from tasft.train.finite import FiniteSteps
 
@@ -63,6 +63,33 @@ def final_states(model: Any, whole: Any, batch: Batch) -> Tensor:
         model(**model_inputs(batch))
     model.train(training)
     return kept[0].flatten(0, 1)
+
+
+def reads_beginnings_once(model: Any, ids: Sequence[int]) -> bool:
+    """Whether rows have the same final states where their common beginning stands once as where each has its own.
+
+    Models with states instead of attention do not, nor does attention that takes no mask. It is tried on two rows.
+
+    Args:
+        model: Not wrapped.
+        ids: Tokens to try it with.
+    """
+    # Often enough that the beginning is worth sharing.
+    begin = [*ids] * (64 // len(ids) + 1)
+    rows = [
+        {"input_ids": row, "labels": [IGNORE_INDEX] * (len(row) - 1) + row[-1:], "avoid": False}
+        for row in ([*begin, *ids], [*begin, *reversed(ids)])
+    ]
+    try:
+        alone, once = (
+            final_states(model, model, {name: part.to(model.device) for name, part in batch.items()})
+            for batch in (collate(rows, 0), collate(rows, 0, padding_free=True, share=True))
+        )
+    except Exception:  # Those of every architecture.
+        return False
+    wanted = alone[-len(ids) :].float()
+    tolerance = max(1e-3, 8 * torch.finfo(alone.dtype).eps)
+    return bool((once[-len(ids) :] - wanted).abs().max() <= tolerance * wanted.abs().max())
 
 
 def refuse_adapted_head(model: Any) -> None:
@@ -179,7 +206,10 @@ class KnowsItsStart(FiniteSteps):
             found = {name: measures[name](hidden.flatten(0, 1), self._head(), labels) for name in needed}
             for index in range(int(segments.max()) + 1):
                 row = next(upcoming)
-                row.update({name: values[segments == index].float().tolist() for name, values in found.items()})
+                for name, values in found.items():
+                    there = values[segments == index].float().tolist()
+                    # A beginning that stood once, in the first row, has no label.
+                    row[name] = [0.0] * (len(row["input_ids"]) - len(there)) + there
 
         self._look(self._batches(avoid), keep)
 

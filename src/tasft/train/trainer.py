@@ -29,7 +29,7 @@ from tasft.loss import (
     nll,
     shift,
 )
-from tasft.models.generation import check_rows, fit_padding
+from tasft.models.generation import check_rows, fit_padding, looks_back
 from tasft.models.head import learn_tail
 from tasft.models.load import load_model, load_tokenizer
 from tasft.train.arguments import refuse_unheeded
@@ -46,6 +46,7 @@ from tasft.train.start import (
     final_states,
     head_calls,
     model_inputs,
+    reads_beginnings_once,
     refuse_adapted_head,
 )
 from tasft.train.stream import RowStream
@@ -156,7 +157,10 @@ class TASFTTrainer(KnowsItsStart):
         self._since = time.monotonic()
         self._evaluated: str | None = None
         with self._whole_model(), self.model.disable_adapter() if args.untouched else nullcontext():
-            self._tail = learn_tail(self.accelerator.unwrap_model(self.model), tokenizer(_QUESTION).input_ids)
+            whole, question = self.accelerator.unwrap_model(self.model), tokenizer(_QUESTION).input_ids
+            self._tail = learn_tail(whole, question)
+            if args.padding_free and isinstance(rows, list) and args.max_length <= looks_back(whole):
+                self.data_collator.keywords["share"] = reads_beginnings_once(whole, question)
             if self.penalty is not None:
                 self._space()  # now: a head that is trained will be another once a checkpoint is loaded
             for each in (rows, *sets.values()):
