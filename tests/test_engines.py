@@ -100,7 +100,9 @@ def test_the_global_random_state_is_left_alone(engine):
     assert torch.rand(1) == expected
 
 
-def test_mean_losses_are_those_of_one_row_at_a_time(engine):
+@pytest.mark.parametrize("worth", [0, 10**6])
+def test_mean_losses_are_those_of_one_row_at_a_time(monkeypatch, worth, engine):
+    monkeypatch.setattr(local, "_WORTH", worth)
     texts = ["a", "river of letters", "", "no"]
     rows = [Reply(str(i), "s", "Why?" * (i + 1), text, "stop", 0, 0) for i, text in enumerate(texts)]
     losses = engine.mean_losses(rows)
@@ -240,7 +242,7 @@ def test_many_samples_of_one_prompt_read_it_once(monkeypatch):
     monkeypatch.setattr(local, "_WORTH", 10**6)
     plain = engine._generate(prompts, drawn, 3)
     monkeypatch.setattr(local, "_WORTH", 0)
-    assert engine._shared(prompts, drawn) == len(BEGINNING) - 1
+    assert engine._shared(prompts, drawn.max_new_tokens) == len(BEGINNING) - 1
     assert engine._generate(prompts, drawn, 3) == plain
     assert len({tuple(tokens) for tokens, _ in plain}) > 1
 

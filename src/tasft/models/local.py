@@ -232,7 +232,7 @@ class TransformersEngine:
         """For each prompt the tokens of its reply, without the one that ends it, and how it finished."""
         config = self._configured(sampling)
         ends = set(config.eos_token_id)
-        shared = self._shared(prompts, sampling)
+        shared = self._shared(prompts, sampling.max_new_tokens)
         # Padding before what differs: the model goes on from the last position.
         ids, mask = laid_out(prompts, shared, config.pad_token_id, self.model.device)
         with torch.random.fork_rng(), sampling_alone(self.model):
@@ -251,11 +251,11 @@ class TransformersEngine:
             replies.append((row[:cut], "length" if cut is None else "stop"))
         return replies
 
-    def _shared(self, prompts: list[list[int]], sampling: Sampling) -> int:
+    def _shared(self, prompts: list[list[int]], max_new_tokens: int) -> int:
         """How many tokens at their beginning the prompts of a batch share and are to be read once; 0 for none."""
         shared = common_beginning(prompts)
         # Where a layer looks back so far only, the padding would push the beginning out of sight.
-        longest = max(map(len, prompts)) + sampling.max_new_tokens
+        longest = max(map(len, prompts)) + max_new_tokens
         if shared * (len(prompts) - 1) < _WORTH or ranks.sharding() or longest > looks_back(self.model):
             return 0
         if self._shares is None:
@@ -351,7 +351,13 @@ class TransformersEngine:
         device = self.model.device
         first = min(len(p) for _, p, _ in batch)
         keep = ids.shape[1] - first + 1
-        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device), logits_to_keep=keep).logits
+        ids, mask, cache = ids.to(device), mask.to(device), None
+        if shared := self._shared([p for _, p, _ in batch], max(len(c) for _, _, c in batch)):
+            cache = self.model(input_ids=ids[:1, :shared], use_cache=True).past_key_values
+            cache.batch_repeat_interleave(len(ids))
+        logits = self.model(
+            input_ids=ids[:, shared:], attention_mask=mask, past_key_values=cache, logits_to_keep=keep
+        ).logits
         losses = []
         # Some make logits of all positions all the same.
         for scores, (_, prompt, completion) in zip(finite(logits[:, -keep:]), batch, strict=True):
