@@ -135,6 +135,11 @@ class TASFTTrainer(KnowsItsStart):
         for each in (rows, *sets.values()):
             if isinstance(each, list):
                 check_rows(model, tokenizer, [row["input_ids"] for row in each], "max_length")
+        question = tokenizer(_QUESTION).input_ids
+        # Rows of a stream are looked at in batches, where they must be whole.
+        listed = args.padding_free and isinstance(rows, list)
+        share = listed and args.max_length <= looks_back(model) and reads_beginnings_once(model, question)
+        collator = partial(collate, pad_token_id=tokenizer.pad_token_id, padding_free=args.padding_free, share=share)
         if args.n_gpu > 1:
             args._n_gpu = 1  # transformers would copy the model to all of them, and the copies share what is counted.
         super().__init__(
@@ -143,7 +148,7 @@ class TASFTTrainer(KnowsItsStart):
             train_dataset=rows,
             eval_dataset=evaluated,
             processing_class=tokenizer,
-            data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, padding_free=args.padding_free),
+            data_collator=collator,
             **kwargs,
         )
         # Of a stream, too, each rank takes its own rows; one rank can only hand out batches of one length.
@@ -157,10 +162,7 @@ class TASFTTrainer(KnowsItsStart):
         self._since = time.monotonic()
         self._evaluated: str | None = None
         with self._whole_model(), self.model.disable_adapter() if args.untouched else nullcontext():
-            whole, question = self.accelerator.unwrap_model(self.model), tokenizer(_QUESTION).input_ids
-            self._tail = learn_tail(whole, question)
-            if args.padding_free and isinstance(rows, list) and args.max_length <= looks_back(whole):
-                self.data_collator.keywords["share"] = reads_beginnings_once(whole, question)
+            self._tail = learn_tail(self.accelerator.unwrap_model(self.model), question)
             if self.penalty is not None:
                 self._space()  # now: a head that is trained will be another once a checkpoint is loaded
             for each in (rows, *sets.values()):
