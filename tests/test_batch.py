@@ -22,7 +22,7 @@ def test_padded_rows_stand_side_by_side():
 
 
 def test_rows_without_padding_stand_end_to_end():
-    batch = collate(ROWS, pad_token_id=9, padding_free=True)
+    batch = collate(ROWS, pad_token_id=9, layout="end_to_end")
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
     assert batch["avoid"].tolist() == [[False] * 3 + [True] * 2]
@@ -43,7 +43,7 @@ def test_what_all_rows_begin_with_stands_once():
         {"input_ids": begin + row["input_ids"], "labels": [IGNORE_INDEX] * 70 + row["labels"], "avoid": False}
         for row in ROWS
     ]
-    batch = collate(rows, pad_token_id=9, padding_free=True, share=True)
+    batch = collate(rows, pad_token_id=9, layout="shared")
     assert batch["input_ids"].tolist() == [[*begin, 1, 2, 3, 4, 5]]
     assert batch["position_ids"][0, 70:].tolist() == [70, 71, 72, 70, 71]
     assert batch["segments"][0, 69:].tolist() == [0, 0, 0, 0, 1, 1]
@@ -55,5 +55,5 @@ def test_what_all_rows_begin_with_stands_once():
 def test_a_beginning_that_is_learned_or_short_is_not_shared():
     begin = list(range(10, 80))
     rows = [{"input_ids": begin + row["input_ids"], "labels": begin + row["labels"], "avoid": False} for row in ROWS]
-    assert "attention_mask" not in collate(rows, pad_token_id=9, padding_free=True, share=True)
-    assert "attention_mask" not in collate(ROWS, pad_token_id=9, padding_free=True, share=True)
+    assert "attention_mask" not in collate(rows, pad_token_id=9, layout="shared")
+    assert "attention_mask" not in collate(ROWS, pad_token_id=9, layout="shared")

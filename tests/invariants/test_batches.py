@@ -122,7 +122,7 @@ def test_a_beginning_that_stands_once_changes_nothing(tmp_path, model, penalty):
 
 
 @pytest.mark.parametrize("why", ["window", "eager", "state"])
-def test_a_beginning_stands_in_each_row_where_the_model_cannot_share_it(tmp_path, why):
+def test_rows_are_laid_out_as_the_model_keeps_them_apart(tmp_path, capsys, why):
     rows = [replace(row, prompt=BEGINNING + row.prompt) for row in ROWS]
     model = build("mistral")
     if why == "window":
@@ -132,8 +132,10 @@ def test_a_beginning_stands_in_each_row_where_the_model_cannot_share_it(tmp_path
     else:
         model = MambaForCausalLM(MambaConfig(vocab_size=len(TOKENIZER), hidden_size=32, num_hidden_layers=1)).double()
     subject = TASFTTrainer(model, settings(tmp_path, padding_free=True), rows, processing_class=TOKENIZER)
-    rows = subject.train_dataset
-    assert subject.data_collator(rows)["input_ids"].shape[1] == sum(len(row["input_ids"]) for row in rows)
+    lengths = [len(row["input_ids"]) for row in subject.train_dataset]
+    shape = (len(rows), max(lengths)) if why == "state" else (1, sum(lengths))
+    assert subject.data_collator(subject.train_dataset)["input_ids"].shape == shape
+    assert ("they are padded" in capsys.readouterr().err) == (why == "state")
 
 
 @pytest.mark.parametrize("penalty", [*PENALTIES])

@@ -1,7 +1,7 @@
 """From encoded rows to what one forward pass takes."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from tasft.models.generation import common_beginning
 
 Batch = dict[str, Tensor]
 
+Layout = Literal["padded", "end_to_end", "shared"]
+"""How the rows of a batch lie: side by side; end to end; so that what all begin with is there once."""
+
 # What fills the place of tokens that are not there.
 _FILLERS = {"labels": IGNORE_INDEX, "avoid": False, "retain": False, "segments": -1, "weight": 0.0} | dict.fromkeys(
     ("margins", "reference"), 0.0
@@ -20,18 +23,15 @@ _FILLERS = {"labels": IGNORE_INDEX, "avoid": False, "retain": False, "segments":
 _WORTH = 64  # Tokens that are saved where a beginning stands once, for which a mask of all by all is made.
 
 
-def collate(
-    rows: Sequence[dict[str, Any]], pad_token_id: int, padding_free: bool = False, share: bool = False
-) -> Batch:
+def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, layout: Layout = "padded") -> Batch:
     """Lay rows side by side, padded on the right, or end to end.
 
     Args:
         rows: As `encode_rows` gives them, perhaps with what a penalty needs of the reference model, `margins` or
             `reference` (a number for each token).
         pad_token_id: Fills `input_ids`; it is masked, so any id will do.
-        padding_free: Lay them end to end. `position_ids`, which begin anew with each row, keep them apart.
-        share: Of rows laid end to end, leave what all begin with to the first alone, where that saves enough. A mask
-            lets the others look back to it.
+        layout: `end_to_end` keeps rows apart by `position_ids`, which begin anew with each. `shared` leaves what all
+            begin with to the first alone, where that saves enough, and lets the others look back to it by a mask.
 
     Returns:
         Tensors of B rows and T positions, or of one row and a position for each token: `input_ids`, `labels`,
@@ -50,8 +50,8 @@ def collate(
                 parts.append(torch.arange(length))
             else:
                 parts.append(torch.full((length,), spread[name]) if name in spread else torch.tensor(row[name]))
-    if padding_free:
-        shared = _shared(rows) if share else 0
+    if layout != "padded":
+        shared = _shared(rows) if layout == "shared" else 0
         batch = {
             name: torch.cat([part[shared if number else 0 :] for number, part in enumerate(parts)]).unsqueeze(0)
             for name, parts in columns.items()

@@ -1,7 +1,7 @@
 """What a model in training is made of, and what it was at step 0, which penalties and the divergence look back to."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from tasft.core.errors import UserError
 from tasft.data.encode import Row
 from tasft.loss import IGNORE_INDEX, CostSpace, Head, Penalty, TokenSum, divergence, log_probability, margins, shift
 from tasft.models.head import Tail, replaced_head
-from tasft.train.collate import Batch, collate
+from tasft.train.collate import Batch, Layout, collate
 from tasft.train.config import TASFTConfig
 from tasft.train.finite import FiniteSteps
 
@@ -65,31 +65,36 @@ def final_states(model: Any, whole: Any, batch: Batch) -> Tensor:
     return kept[0].flatten(0, 1)
 
 
-def reads_beginnings_once(model: Any, ids: Sequence[int]) -> bool:
-    """Whether rows have the same final states where their common beginning stands once as where each has its own.
+def readable(model: Any, ids: Sequence[int], layouts: Iterable[Layout]) -> Layout:
+    """The first of some layouts in which rows have the final states that they have one by one; else `padded`.
 
-    Models with states instead of attention do not, nor does attention that takes no mask. It is tried on two rows.
+    Models with states instead of attention read across rows, and some attention takes no mask. It is tried on two rows.
 
     Args:
         model: Not wrapped.
         ids: Tokens to try it with.
+        layouts: In order of preference.
     """
-    # Often enough that the beginning is worth sharing.
-    begin = [*ids] * (64 // len(ids) + 1)
-    rows = [
-        {"input_ids": row, "labels": [IGNORE_INDEX] * (len(row) - 1) + row[-1:], "avoid": False}
-        for row in ([*begin, *ids], [*begin, *reversed(ids)])
-    ]
-    try:
-        alone, once = (
-            final_states(model, model, {name: part.to(model.device) for name, part in batch.items()})
-            for batch in (collate(rows, 0), collate(rows, 0, padding_free=True, share=True))
-        )
-    except Exception:  # Those of every architecture.
-        return False
-    wanted = alone[-len(ids) :].float()
-    tolerance = max(1e-3, 8 * torch.finfo(alone.dtype).eps)
-    return bool((once[-len(ids) :] - wanted).abs().max() <= tolerance * wanted.abs().max())
+    begin = [*ids] * (64 // len(ids) + 1)  # Long enough to be worth sharing.
+
+    def rows(before: list[int]) -> Rows:
+        both = [[*before, *ids], [*before, *reversed(ids)]]
+        return [
+            {"input_ids": row, "labels": [IGNORE_INDEX] * (len(row) - 1) + row[-1:], "avoid": False} for row in both
+        ]
+
+    def last(layout: Layout, before: list[int]) -> Tensor:
+        batch = {name: part.to(model.device) for name, part in collate(rows(before), 0, layout).items()}
+        return final_states(model, model, batch)[-len(ids) :].float()
+
+    for layout in layouts:
+        before = begin if layout == "shared" else []
+        wanted = last("padded", before)
+        tolerance = max(1e-3, 8 * torch.finfo(model.dtype).eps)
+        with suppress(Exception):  # Those of every architecture.
+            if (last(layout, before) - wanted).abs().max() <= tolerance * wanted.abs().max():
+                return layout
+    return "padded"
 
 
 def refuse_adapted_head(model: Any) -> None:

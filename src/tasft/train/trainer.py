@@ -1,5 +1,6 @@
 """The trainer: a transformers Trainer with two kinds of rows, each divided by its own count."""
 
+import sys
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -46,7 +47,7 @@ from tasft.train.start import (
     final_states,
     head_calls,
     model_inputs,
-    reads_beginnings_once,
+    readable,
     refuse_adapted_head,
 )
 from tasft.train.stream import RowStream
@@ -135,11 +136,6 @@ class TASFTTrainer(KnowsItsStart):
         for each in (rows, *sets.values()):
             if isinstance(each, list):
                 check_rows(model, tokenizer, [row["input_ids"] for row in each], "max_length")
-        question = tokenizer(_QUESTION).input_ids
-        # Rows of a stream are looked at in batches, where they must be whole.
-        listed = args.padding_free and isinstance(rows, list)
-        share = listed and args.max_length <= looks_back(model) and reads_beginnings_once(model, question)
-        collator = partial(collate, pad_token_id=tokenizer.pad_token_id, padding_free=args.padding_free, share=share)
         if args.n_gpu > 1:
             args._n_gpu = 1  # transformers would copy the model to all of them, and the copies share what is counted.
         super().__init__(
@@ -148,7 +144,7 @@ class TASFTTrainer(KnowsItsStart):
             train_dataset=rows,
             eval_dataset=evaluated,
             processing_class=tokenizer,
-            data_collator=collator,
+            data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),
             **kwargs,
         )
         # Of a stream, too, each rank takes its own rows; one rank can only hand out batches of one length.
@@ -162,7 +158,17 @@ class TASFTTrainer(KnowsItsStart):
         self._since = time.monotonic()
         self._evaluated: str | None = None
         with self._whole_model(), self.model.disable_adapter() if args.untouched else nullcontext():
-            self._tail = learn_tail(self.accelerator.unwrap_model(self.model), question)
+            whole, question = self.accelerator.unwrap_model(self.model), tokenizer(_QUESTION).input_ids
+            self._tail = learn_tail(whole, question)
+            if args.padding_free:
+                # Rows of a stream are looked at in batches, where they must be whole.
+                once = isinstance(rows, list) and args.max_length <= looks_back(whole)
+                layout = readable(whole, question, ("shared", "end_to_end") if once else ("end_to_end",))
+                if layout == "padded" and args.process_index == 0:
+                    print(
+                        "the model does not keep rows apart that are laid end to end: they are padded", file=sys.stderr
+                    )
+                self.data_collator = partial(collate, pad_token_id=tokenizer.pad_token_id, layout=layout)
             if self.penalty is not None:
                 self._space()  # now: a head that is trained will be another once a checkpoint is loaded
             for each in (rows, *sets.values()):
