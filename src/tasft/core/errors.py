@@ -19,14 +19,14 @@ def grouped(faults: Sequence[str]) -> list[str]:
     for fault in faults:
         placed = _PLACED.fullmatch(fault)
         alike.setdefault(_VALUES.sub("'", placed["sentence"]) if placed else fault, []).append(fault)
-    found = []
+    lines = []
     for same in alike.values():
         placed = _PLACED.fullmatch(same[0])
         if placed is None or len(same) <= _SAID_EACH:
-            found += same
+            lines += same
         else:
-            found.append(f"{len(same):,} rows, first {placed['place']}: {placed['sentence']}")
-    return found
+            lines.append(f"{len(same):,} rows, first {placed['place']}: {placed['sentence']}")
+    return lines
 
 
 class UserError(Exception):

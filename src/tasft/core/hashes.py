@@ -31,11 +31,11 @@ def known_hash(path: Path) -> str:
     status = os.stat(name)
     state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     match _read().get(name):
-        case [*before, str(found)] if before == state:
-            return found
-    found = file_hash(path)
+        case [*before, str(digest)] if before == state:
+            return digest
+    digest = file_hash(path)
     # What another process has written meanwhile stays; what is gone from the disk need not be remembered.
     others = {other: what for other, what in _read().items() if os.path.isfile(other)}
     with suppress(OSError):  # Of a place that cannot be written: the file is read again next time.
-        atomic_write_text(_memory(), json.dumps(others | {name: [*state, found]}) + "\n")
-    return found
+        atomic_write_text(_memory(), json.dumps(others | {name: [*state, digest]}) + "\n")
+    return digest

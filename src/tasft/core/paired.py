@@ -54,8 +54,8 @@ def is_asked(evaluate: Row, kind: str, name: str) -> bool:
 
 def is_share(metric: str, *states: Iterable[Row]) -> bool:
     """Whether a metric is in [0, 1], to be shown in percent: all its items are 0 or 1, or it is a win rate."""
-    found = [_outcomes(rows, metric) for rows in states]
-    return metric in PREFERENCES or _are_outcomes(*found)
+    outcomes = [_outcomes(rows, metric) for rows in states]
+    return metric in PREFERENCES or _are_outcomes(*outcomes)
 
 
 def paired(metric: str, first: Iterable[Row], second: Iterable[Row], values: tuple[float, float]) -> Paired | None:
@@ -71,7 +71,7 @@ def paired(metric: str, first: Iterable[Row], second: Iterable[Row], values: tup
         None when there is nothing to pair.
     """
     was, now = _outcomes(first, metric), _outcomes(second, metric)
-    if not all(_is_mean(*each) for each in zip((was, now), values, strict=True)):
+    if not all(_is_mean(*state) for state in zip((was, now), values, strict=True)):
         return None
     pairs = [(was[key][0], now[key][0]) for key in was if key in now and was[key][1] == now[key][1]]
     if not pairs:
@@ -79,7 +79,7 @@ def paired(metric: str, first: Iterable[Row], second: Iterable[Row], values: tup
     unpaired = len(was) + len(now) - 2 * len(pairs)
     if metric in PREFERENCES or not _are_outcomes(was, now):
         return Paired(mean([after - before for before, after in pairs]), None, unpaired)
-    before, after = [each == 1 for each, _ in pairs], [each == 1 for _, each in pairs]
+    before, after = [value == 1 for value, _ in pairs], [value == 1 for _, value in pairs]
     return Paired(paired_difference(before, after), mcnemar(before, after), unpaired)
 
 
@@ -98,4 +98,4 @@ def _are_outcomes(*states: _Outcomes) -> bool:
 
 
 def _is_mean(items: _Outcomes, value: float) -> bool:
-    return bool(items) and math.isclose(fmean(each for each, _ in items.values()), value, rel_tol=1e-6, abs_tol=1e-9)
+    return bool(items) and math.isclose(fmean(item for item, _ in items.values()), value, rel_tol=1e-6, abs_tol=1e-9)

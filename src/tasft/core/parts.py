@@ -37,7 +37,7 @@ class Part(Settings):
 @cache
 def registered(kind: str) -> dict[str, str]:
     """Targets that installed packages registered, by their names; `kind` is judges, penalties and so on."""
-    return {each.name: each.value for each in entry_points(group=f"tasft.{kind}")}
+    return {entry.name: entry.value for entry in entry_points(group=f"tasft.{kind}")}
 
 
 class Own:
@@ -64,13 +64,13 @@ class Own:
                 f"{part.target!r:.80} is no part: write it as mypkg.parts:Name, or as a name that a package registered "
                 f"under tasft.{kind} ({', '.join(known) or 'none has'}){did_you_mean(part.target, known)}"
             )
-        found, file = _imported(target, trusted=target != part.target)
+        imported, file = _imported(target, trusted=target != part.target)
         with self.at_work("was made"):
-            self.made: Any = found(**part.options) if isinstance(found, type) else found
+            self.made: Any = imported(**part.options) if isinstance(imported, type) else imported
         if not callable(self.made):
             raise UserError(f"{self.where} is a {type(self.made).__name__}, and cannot be called")
         self._call: Callable[..., Any] = (
-            self.made if isinstance(found, type) or not part.options else partial(self.made, **part.options)
+            self.made if isinstance(imported, type) or not part.options else partial(self.made, **part.options)
         )
         self._check(takes(self.made))
         self.version = content_hash([target, part.options, file and file_hash(file)])
@@ -96,9 +96,9 @@ class Own:
             raise
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
-            why = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+            reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
             raise UserError(
-                f"{self.where} raised an error when it {when}: {why} ({last.filename}:{last.lineno})"
+                f"{self.where} raised an error when it {when}: {reason} ({last.filename}:{last.lineno})"
             ) from error
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -138,23 +138,23 @@ def _imported(target: str, trusted: bool) -> tuple[Any, Path | None]:
             "registered (entry points of tasft.judges and so on)"
         )
     try:
-        found: Any = import_module(module)
+        imported: Any = import_module(module)
     except Exception as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
         raise UserError(
-            f"{target}: {module} cannot be imported ({why}); is it installed, or in this folder?"
+            f"{target}: {module} cannot be imported ({reason}); is it installed, or in this folder?"
         ) from error
-    home = found
+    home = imported
     for part in name.split("."):
-        if not hasattr(found, part):
-            known = [each for each in vars(home) if not each.startswith("_")]
+        if not hasattr(imported, part):
+            known = [attribute for attribute in vars(home) if not attribute.startswith("_")]
             raise UserError(f"{target}: {module} has no {name}{did_you_mean(name, known)}")
-        found = getattr(found, part)
+        imported = getattr(imported, part)
     # What the module itself imported from elsewhere is not it.
-    if not trusted and getattr(found, "__module__", root).partition(".")[0] != root:
-        raise UserError(f"{target}: {name} is of {found.__module__}, and not defined in {root}: define it there")
+    if not trusted and getattr(imported, "__module__", root).partition(".")[0] != root:
+        raise UserError(f"{target}: {name} is of {imported.__module__}, and not defined in {root}: define it there")
     file = getattr(home, "__file__", None)
-    return found, Path(file) if file else None
+    return imported, Path(file) if file else None
 
 
 def _is_here(root: str) -> bool:
@@ -166,11 +166,11 @@ def _is_here(root: str) -> bool:
     if spec is None:
         return True
     places = [spec.origin, *(spec.submodule_search_locations or ())]
-    found = next((Path(place).resolve() for place in places if place and os.path.exists(place)), None)
+    location = next((Path(path).resolve() for path in places if path and os.path.exists(path)), None)
     return (
-        found is not None
-        and found.is_relative_to(Path.cwd().resolve())
-        and {"site-packages", "dist-packages"}.isdisjoint(found.parts)
+        location is not None
+        and location.is_relative_to(Path.cwd().resolve())
+        and {"site-packages", "dist-packages"}.isdisjoint(location.parts)
     )
 
 

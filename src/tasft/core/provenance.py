@@ -34,9 +34,9 @@ def require(package: str) -> None:
     """
     for line in metadata.requires("tasft") or []:
         requirement = Requirement(line)
-        found = metadata.version(package)
-        if requirement.name == package and not requirement.specifier.contains(found, prereleases=True):
-            raise UserError(f"{package} {found} is too old for tasft: pip install '{package}{requirement.specifier}'")
+        version = metadata.version(package)
+        if requirement.name == package and not requirement.specifier.contains(version, prereleases=True):
+            raise UserError(f"{package} {version} is too old for tasft: pip install '{package}{requirement.specifier}'")
 
 
 def content_hash(value: object) -> str:
@@ -78,12 +78,12 @@ def read_json(path: Path) -> Any:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise UserError(f"{path}: not JSON any more; remove it to have that step done again") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object any more; remove it to have that step done again")
-    return found
+    return content
 
 
 def write_json(path: Path, value: object) -> None:
@@ -140,18 +140,18 @@ def resume_jsonl(path: Path, kind: type | None = None) -> list[dict[str, Any]]:
     rows = []
     # Not splitlines(): replies may hold U+2028 and friends, which JSON leaves unescaped.
     for number, line in enumerate(whole.split(b"\n")[:-1], 1):
-        why = None
+        reason = None
         try:
             row = json.loads(line.decode("utf-8"))
         except json.JSONDecodeError as error:
-            why = f"not JSON ({error.msg})"
+            reason = f"not JSON ({error.msg})"
         except (UnicodeDecodeError, RecursionError, ValueError):
-            why = "not JSON"
+            reason = "not JSON"
         else:
             if not isinstance(row, dict) or (kind and not wanted <= row.keys() <= known):
-                why = f"no {kind.__name__.lower()}" if kind else "no JSON object"
-        if why:
-            raise UserError(f"{path}:{number}: {why}; remove that line to have it done again")
+                reason = f"no {kind.__name__.lower()}" if kind else "no JSON object"
+        if reason:
+            raise UserError(f"{path}:{number}: {reason}; remove that line to have it done again")
         rows.append(row)
     return rows
 
@@ -186,13 +186,13 @@ def refused(error: BaseException, place: Path | None = None) -> UserError | None
         error: What was raised.
         place: Where it was to be written, if the error does not say it; None where it may have been read, too.
     """
-    why = _refusal(error)
-    if why is None:
+    reason = _refusal(error)
+    if reason is None:
         return None
     named = getattr(error, "filename", None) or place or "a file"
     return UserError(
-        f"{named}: cannot be {'written' if place else 'read or written'} ({why}): make room, see to its permissions or "
-        "choose another place, and run the same command again; what was written before is kept"
+        f"{named}: cannot be {'written' if place else 'read or written'} ({reason}): make room, see to its permissions "
+        "or choose another place, and run the same command again; what was written before is kept"
     )
 
 
@@ -201,8 +201,8 @@ def _refusal(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         return error.strerror if error.errno in _REFUSALS else None
     # safetensors gives the system's number in its text, torch only the fact.
-    if found := re.search(r"\(os error (\d+)\)", str(error)):
-        return os.strerror(int(found[1])) if int(found[1]) in _REFUSALS else None
+    if match := re.search(r"\(os error (\d+)\)", str(error)):
+        return os.strerror(int(match[1])) if int(match[1]) in _REFUSALS else None
     return "file write failed" if re.search("inline_container|iostream error", str(error)) else None
 
 
@@ -226,10 +226,10 @@ def refuse_links(folder: Path) -> None:
         UserError: Names each.
     """
     home = folder.resolve()
-    found = (Path(where) / name for where, *names in os.walk(folder) for name in (*names[0], *names[1]))
+    paths = (Path(where) / name for where, *names in os.walk(folder) for name in (*names[0], *names[1]))
     faults = [
         f"{path} is a link that leads out of {folder}: whoever made it chose where tasft would write; remove it"
-        for path in found
+        for path in paths
         if path.is_symlink() and not path.resolve().is_relative_to(home)
     ]
     if faults:

@@ -44,5 +44,5 @@ def secrets_in(value: Any, where: str = "") -> Iterator[str]:
             yield where
         return
     inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-    for name, each in inner:
-        yield from secrets_in(each, f"{where}.{name}" if where else str(name))
+    for name, item in inner:
+        yield from secrets_in(item, f"{where}.{name}" if where else str(name))

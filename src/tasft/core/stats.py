@@ -74,14 +74,14 @@ def mean_of_independent(estimates: Sequence[Estimate]) -> Estimate:
 
     Source: Zou, Donner 2008 (method of variance estimates recovery).
     """
-    values = [each.value for each in estimates if each.value is not None]
+    values = [estimate.value for estimate in estimates if estimate.value is not None]
     if not values:
         return Estimate(None, None, None, 0)
-    value, n = sum(values) / len(values), sum(each.n for each in estimates)
+    value, n = sum(values) / len(values), sum(estimate.n for estimate in estimates)
     halves = [
-        (each.value - each.low, each.high - each.value)
-        for each in estimates
-        if each.value is not None and each.low is not None and each.high is not None
+        (estimate.value - estimate.low, estimate.high - estimate.value)
+        for estimate in estimates
+        if estimate.value is not None and estimate.low is not None and estimate.high is not None
     ]
     if len(halves) < len(values):
         return Estimate(value, None, None, n)
@@ -268,8 +268,8 @@ def agreement(
     """
     if not len(labels) == len(decisions) == len(groups):
         raise ValueError(f"{len(labels)} labels, {len(decisions)} decisions, {len(groups)} groups")
-    said, true = np.array(decisions, dtype=bool), np.array(labels, dtype=bool)
-    cells = np.stack([true & said, ~true & said, true & ~said, ~true & ~said], axis=1).astype(float)
+    decided, true = np.array(decisions, dtype=bool), np.array(labels, dtype=bool)
+    cells = np.stack([true & decided, ~true & decided, true & ~decided, ~true & ~decided], axis=1).astype(float)
 
     def measured(measure: Callable[[float, float, float, float], float]) -> Estimate:
         return clustered(lambda weights: measure(*(weights @ cells).tolist()), groups, resamples)

@@ -121,9 +121,9 @@ EARLIER = "earlier"
 
 def _earlier(folder: Path) -> Path:
     """Where a step's folder is set aside: a free name in `earlier` of its run, which is the folder that is locked."""
-    run = next((each for each in folder.parents if (each / ".lock.json").exists()), folder.parent)
+    run = next((parent for parent in folder.parents if (parent / ".lock.json").exists()), folder.parent)
     beside = run / EARLIER / folder.relative_to(run)
-    return next(place for number in count(1) if not (place := beside.with_name(f"{beside.name}.{number}")).exists())
+    return next(path for number in count(1) if not (path := beside.with_name(f"{beside.name}.{number}")).exists())
 
 
 def _changed(was: Any, now: Any, name: str = "") -> Iterator[str]:
@@ -131,10 +131,10 @@ def _changed(was: Any, now: Any, name: str = "") -> Iterator[str]:
     if was == now:
         return
     if isinstance(was, dict) and isinstance(now, dict):
-        names = [*now, *(each for each in was if each not in now)]
-        parts = ((each, f"{name}.{each}" if name else each) for each in names)
+        names = [*now, *(key for key in was if key not in now)]
+        parts = ((key, f"{name}.{key}" if name else key) for key in names)
         yield from islice(
-            (found for each, whole in parts for found in _changed(was.get(each), now.get(each), whole)), 4
+            (changed for key, whole in parts for changed in _changed(was.get(key), now.get(key), whole)), 4
         )
     elif name:
         yield name

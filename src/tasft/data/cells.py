@@ -19,24 +19,24 @@ def plain(value: Any) -> Any:
 
 def text_of(value: Any) -> str:
     """The text of an optional field: empty where there is none."""
-    found = plain(value)
-    return "" if found is None else str(found)
+    cell = plain(value)
+    return "" if cell is None else str(cell)
 
 
 def truth(value: Any) -> Any:
     """True or false where a table says so in words, `true`, `False`; anything else as it is."""
-    found = plain(value)
+    cell = plain(value)
     words = {"true": True, "false": False}
-    return words.get(found.strip().lower(), found) if isinstance(found, str) else found
+    return words.get(cell.strip().lower(), cell) if isinstance(cell, str) else cell
 
 
 def measure(value: Any) -> Any:
     """The number that a table writes as text; anything else as it is, `nan` too, for that may be a wrong result."""
-    found = value.tolist() if hasattr(value, "tolist") else value
+    cell = value.tolist() if hasattr(value, "tolist") else value
     try:
-        return float(found) if isinstance(found, str) else found
+        return float(cell) if isinstance(cell, str) else cell
     except ValueError:
-        return found
+        return cell
 
 
 def joined(value: Any) -> Any:

@@ -45,7 +45,7 @@ def held_out(prompts: Sequence[str], share: float, seed: int) -> list[bool]:
         lead = min((leads[at] for at in near), default=number)
         # What is near to two groups joins them.
         joined = {leads[at] for at in near} - {lead}
-        leads = [lead if each in joined else each for each in leads] if joined else leads
+        leads = [lead if old in joined else old for old in leads] if joined else leads
         leads.append(lead)
         index.insert(number, hashed)
     groups: dict[int, list[int]] = {}
@@ -64,7 +64,7 @@ def _pieces(text: str) -> set[str]:
 
 
 def _hashed(pieces: Sequence[set[str]]) -> list[MinHash]:
-    encoded = ([piece.encode() for piece in each] for each in pieces)
+    encoded = ([piece.encode() for piece in text_pieces] for text_pieces in pieces)
     return MinHash.bulk(encoded, num_perm=_PERMUTATIONS) if pieces else []
 
 

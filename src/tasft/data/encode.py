@@ -195,8 +195,8 @@ class _Encoder:
                 # What the template writes by itself is not the reply's fault, nor a second end token.
                 closing = range(turn.stop, stop)
                 penalised = turn.stop + turn.last.index(turn.end)
-                for place in closing:
-                    labels[place] = ids[place] if place == penalised else IGNORE_INDEX
+                for position in closing:
+                    labels[position] = ids[position] if position == penalised else IGNORE_INDEX
         begins = [turn.begin for turn in turns if turn.begin < turn.stop]
         if not begins:
             raise UserError("its completion is empty, so there is nothing to learn; drop the row")
@@ -265,8 +265,8 @@ class _Encoder:
 def _messages(example: Example) -> Messages:
     """The whole conversation of a row."""
     reply = example.completion
-    said = [{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply
-    return [*asked(example.prompt, example.input), *said]
+    answer = [{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply
+    return [*asked(example.prompt, example.input), *answer]
 
 
 def prove(tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> None:

@@ -120,11 +120,11 @@ class _Twice(Exception):
 
 
 def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         name = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise _Twice(f"two fields are called {name!r:.40}")
-    return found
+    return fields
 
 
 def _parsed(text: str) -> tuple[Any, str | None]:
@@ -147,9 +147,9 @@ def _jsonl_rows(path: Path, file: File, faults: list[str]) -> Rows:
     for number, line in enumerate(_lines(path, file), 1):
         if not line.strip():
             continue
-        value, why = _parsed(line)
-        if why:
-            faults.append(f"{path}:{number}: not JSON ({why})")
+        value, reason = _parsed(line)
+        if reason:
+            faults.append(f"{path}:{number}: not JSON ({reason})")
         elif isinstance(value, dict):
             rows.append((number, value))
         else:
@@ -175,9 +175,9 @@ def _json_rows(path: Path, file: File, faults: list[str]) -> Rows:
     content = file.read(MAX_LIST + 1)
     if len(content) > MAX_LIST:
         raise UserError(f"{path}: a JSON list of more than {MAX_LIST >> 20} MB; write it as JSONL, a row on each line")
-    values, why = _parsed(_decoded(path, content))
-    if why:
-        raise UserError(f"{path}: not JSON ({why})")
+    values, reason = _parsed(_decoded(path, content))
+    if reason:
+        raise UserError(f"{path}: not JSON ({reason})")
     texts = all(isinstance(value, str) for value in values)
     rows: Rows = []
     for number, value in enumerate(values, 1):
@@ -225,8 +225,8 @@ def _csv_rows(path: Path, file: File, faults: list[str], delimiter: str = ",") -
             elif cells:
                 rows.append((number, dict(zip(header, cells, strict=True))))
     except csv.Error as error:
-        why = "a carriage return alone ends a line: save it with line feeds" if "new-line" in str(error) else error
-        faults.append(f"{path}:{begin}: not CSV ({why})")
+        reason = "a carriage return alone ends a line: save it with line feeds" if "new-line" in str(error) else error
+        faults.append(f"{path}:{begin}: not CSV ({reason})")
     return rows
 
 

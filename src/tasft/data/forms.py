@@ -95,11 +95,11 @@ def turns_before(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     if not isinstance(system, str) or not isinstance(history, list):
         return None
     turns: list[dict[str, Any]] = [{"role": "system", "content": system}] if system.strip() else []
-    for each in history:
-        if isinstance(each, list | tuple) and len(each) == 2 and all(isinstance(text, str) for text in each):
-            turns += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), each, strict=True)]
-        elif isinstance(each, Mapping):
-            turns.append(dict(each))
+    for turn in history:
+        if isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn):
+            turns += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turn, strict=True)]
+        elif isinstance(turn, Mapping):
+            turns.append(dict(turn))
         else:
             return None
     return turns

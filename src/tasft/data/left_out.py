@@ -34,10 +34,10 @@ def left_out(writer: Writer, messages: Messages, tools: Tools | None) -> list[tu
         except UserError:
             return False
 
-    said = [(number, what, part.strip()) for number, each in enumerate(messages) for what, part in _parts(each)]
+    parts = [(number, what, part.strip()) for number, message in enumerate(messages) for what, part in _parts(message)]
     written: list[str] = []
     # The longest first: a short reply may stand in the question too, and the same may be said twice and written once.
-    for number, what, part in sorted(said, key=lambda each: -len(each[2])):
+    for number, what, part in sorted(parts, key=lambda entry: -len(entry[2])):
         if _holds(text, part, 1 + sum(other.count(part) for other in written)):
             written.append(part)
         else:
@@ -88,8 +88,8 @@ def _of_tool(tool: Mapping[str, Any]) -> Iterator[str]:
     function = _inside(tool, "function") or tool
     properties = _inside(_inside(function, "parameters"), "properties")
     yield from properties
-    for each in (function, *properties.values()):
-        yield from _texts(each, ("name", "description"))
+    for schema in (function, *properties.values()):
+        yield from _texts(schema, ("name", "description"))
 
 
 def _of_call(call: Mapping[str, Any]) -> Iterator[str]:

@@ -54,25 +54,25 @@ def read_log(path: Path) -> Rows | None:
 
 def _whole(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else None
+        log = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else None
     except (ValueError, OSError):  # A list or lines, whose reader says what is wrong with them.
         return None
-    return found if isinstance(found, dict) else None
+    return log if isinstance(log, dict) else None
 
 
 def _numbered(path: Path, rows: Any, pairs: Callable[[Any], _Pairs]) -> Rows:
-    found: Rows = []
+    numbered: Rows = []
     faults = []
     for number, row in rows:
         try:
-            found += [(number, pair) for pair in pairs(row)]
+            numbered += [(number, pair) for pair in pairs(row)]
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             faults.append(f"{path}:{number}: not whole ({type(error).__name__}: {error})")
-    if not found and not faults:
+    if not numbered and not faults:
         faults.append(f"{path}: holds no replies")
     if faults:
         raise UserError(faults)
-    return found
+    return numbered
 
 
 def _pair(name: str, prompt: Any, reply: Any, task: str) -> dict[str, Any]:
@@ -148,13 +148,13 @@ def _pyrit(path: Path, rows: Rows) -> Rows:
         talks.setdefault(str(row.get("conversation_id")), []).append((number, row))
 
     def pairs(talk: Sequence[tuple[int, Row]]) -> _Pairs:
-        said = sorted((row for _, row in talk), key=lambda row: row["sequence"])
-        asked = [row for row in said if row["role"] == "user"]
-        replies = [row for row in said if row["role"] == "assistant"]
+        turns = sorted((row for _, row in talk), key=lambda row: row["sequence"])
+        asked = [row for row in turns if row["role"] == "user"]
+        replies = [row for row in turns if row["role"] == "assistant"]
         if not asked or not replies:
             return []
         prompt, reply = (last.get("converted_value") or last["original_value"] for last in (asked[-1], replies[-1]))
-        return [_pair(said[0]["conversation_id"], prompt, reply, "pyrit")]
+        return [_pair(turns[0]["conversation_id"], prompt, reply, "pyrit")]
 
     return _numbered(path, [(talk[0][0], talk) for talk in talks.values()], pairs)
 

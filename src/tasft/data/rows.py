@@ -105,10 +105,10 @@ def drawn(rows: Sequence[T], most: int | None, text: Callable[[T], str]) -> list
     if most is None or len(rows) <= most:
         return list(rows)
 
-    def lot(place: int) -> bytes:
-        return hashlib.sha256(text(rows[place]).encode("utf-8", "surrogatepass")).digest()
+    def lot(index: int) -> bytes:
+        return hashlib.sha256(text(rows[index]).encode("utf-8", "surrogatepass")).digest()
 
-    return [rows[place] for place in sorted(sorted(range(len(rows)), key=lot)[:most])]
+    return [rows[index] for index in sorted(sorted(range(len(rows)), key=lot)[:most])]
 
 
 def read_prompts(source: str, data_dir: str | None = None) -> list[Prompt]:
@@ -199,8 +199,10 @@ def _fault_of_turns(row: Mapping[str, Any], key: str) -> str | None:
         return f'"{key}" is missing; the row has {_names(row)}'
     if strange := fault_of_parts(value):
         return f'"{key}" {strange}'
-    said = [value] if isinstance(value, str) else [each.get("content") for each in value] if _is_talk(value) else []
-    if not all(_is_whole(text) for text in said if isinstance(text, str)):
+    texts = (
+        [value] if isinstance(value, str) else [message.get("content") for message in value] if _is_talk(value) else []
+    )
+    if not all(_is_whole(text) for text in texts if isinstance(text, str)):
         return f'"{key}" {HALF}'
     if isinstance(value, str) and value.strip():
         return None
@@ -262,9 +264,9 @@ def example_of(row: Mapping[str, Any], where: str, form: str | None = None) -> E
     # An empty cell of a table is no cell.
     given = {key: value for key, value in row.items() if value is not None and (value != "" or key not in _NO_TEXT)}
     form = form or form_of(row)
-    *asked, said = FORMS[form]
+    *asked, reply_column = FORMS[form]
     check = _fault_of_turns if asked else _fault_of_talk
-    faults = [fault for key in (*asked, said) if (fault := check(row, key))]
+    faults = [fault for key in (*asked, reply_column) if (fault := check(row, key))]
     if "label" not in row:
         faults.append('"label" is missing; say true (imitate) or false (avoid)')
     elif not isinstance(row["label"], bool):
@@ -277,8 +279,10 @@ def example_of(row: Mapping[str, Any], where: str, form: str | None = None) -> E
     if given.get("retain") is True and row.get("label") is False:
         faults.append('"retain" is true and "label" false: a row to avoid is not to be retained')
     begun = given.get("given", "")
-    if begun and not (isinstance(begun, str) and isinstance(row.get(said), str) and row[said].startswith(begun)):
-        faults.append(f'"given" is {begun!r:.40}; it must be text that "{said}", which is text, begins with')
+    if begun and not (
+        isinstance(begun, str) and isinstance(row.get(reply_column), str) and row[reply_column].startswith(begun)
+    ):
+        faults.append(f'"given" is {begun!r:.40}; it must be text that "{reply_column}", which is text, begins with')
     context = given.get("input", "")
     if not isinstance(context, str):
         faults.append(f'"input" must be text, found {context!r:.40}')
@@ -294,14 +298,14 @@ def example_of(row: Mapping[str, Any], where: str, form: str | None = None) -> E
         faults.append('"system" or "history" is neither text nor turns: pairs of texts, or chat messages')
     if faults:
         raise UserError([f"{where}: {fault}" for fault in faults])
-    prompt = row[asked[0]] if asked else row[said][:-1]
+    prompt = row[asked[0]] if asked else row[reply_column][:-1]
     if before and isinstance(prompt, str):
         prompt, context = [{"role": "user", "content": f"{prompt}\n\n{context}" if context else prompt}], ""
     if before and before[0]["role"] == prompt[0]["role"] == "system":
         before = before[1:]  # The conversation says it itself.
     return Example(
         prompt=[*before, *prompt] if before else prompt,
-        completion=row[said] if asked else row[said][-1:],
+        completion=row[reply_column] if asked else row[reply_column][-1:],
         label=row["label"],
         id=_id(row, ""),
         source=str(given.get("source", "")),
@@ -336,10 +340,10 @@ def read_examples(
     Raises:
         UserError: Names every bad line.
     """
-    found = read_source(source)
-    rows, keep, drop, columns = found.rows, keep or {}, drop or {}, columns or {}
+    loaded = read_source(source)
+    rows, keep, drop, columns = loaded.rows, keep or {}, drop or {}, columns or {}
     faults = [
-        f"{found.where}: no row has a field {name!r:.40}; the first has {_names(rows[0][1])}"
+        f"{loaded.where}: no row has a field {name!r:.40}; the first has {_names(rows[0][1])}"
         for name in (*keep, *drop, *columns.values())
         if not any(name in row for _, row in rows)
     ]
@@ -349,13 +353,13 @@ def read_examples(
             continue
         row = {"label": True, **renamed_columns(row, columns)}
         try:
-            examples.append((number, example_of(row, found.at(number), form)))
+            examples.append((number, example_of(row, loaded.at(number), form)))
         except UserError as error:
             faults += error.faults
-    faults += repeated_ids(found, ((number, example.id) for number, example in examples))
+    faults += repeated_ids(loaded, ((number, example.id) for number, example in examples))
     if faults:
         raise UserError(faults)
-    return [replace(example, place=found.at(number)) for number, example in examples]
+    return [replace(example, place=loaded.at(number)) for number, example in examples]
 
 
 def _has(row: Mapping[str, Any], name: str, value: object) -> bool:

@@ -276,7 +276,7 @@ def expanded(names: list[str]) -> list[str]:
                 for name in unknown
             ]
         )
-    return list(dict.fromkeys(each for name in names for each in GROUPS.get(name, (name,))))
+    return list(dict.fromkeys(member for name in names for member in GROUPS.get(name, (name,))))
 
 
 def locate(name: str, data_dir: str | None) -> Path:
@@ -297,10 +297,10 @@ def locate(name: str, data_dir: str | None) -> Path:
         return _downloaded(name, known.file, known.url)
     if not Path(data_dir).is_dir():
         raise UserError(f"data_dir: {data_dir} is not a folder")
-    found = sorted(Path(data_dir).rglob(known.file))
-    if not found:
+    paths = sorted(Path(data_dir).rglob(known.file))
+    if not paths:
         raise UserError(f"{name}: no {known.file} below {data_dir}: download {known.url} and put it there by that name")
-    return next((path for path in found if _hash(path) == known.sha256), found[0])
+    return next((path for path in paths if _hash(path) == known.sha256), paths[0])
 
 
 def differences(name: str, path: Path, prompts: int) -> list[str]:
@@ -312,16 +312,16 @@ def differences(name: str, path: Path, prompts: int) -> list[str]:
         prompts: How many prompts were read from it.
     """
     known = KNOWN[name]
-    said: list[str] = []
+    notes: list[str] = []
     if known.url is None:
-        return said
+        return notes
     if known.sha256 is None:
-        said.append(f"{name}: no hash of the published file is known here, so {path} could not be compared with it")
+        notes.append(f"{name}: no hash of the published file is known here, so {path} could not be compared with it")
     elif _hash(path) != known.sha256:
-        said.append(f"{name}: {path} is not the published file: its sha256 is {_hash(path)}, not {known.sha256}")
+        notes.append(f"{name}: {path} is not the published file: its sha256 is {_hash(path)}, not {known.sha256}")
     if prompts != known.prompts:
-        said.append(f"{name}: {path} has {prompts} prompts, not {known.prompts} as published")
-    return said
+        notes.append(f"{name}: {path} has {prompts} prompts, not {known.prompts} as published")
+    return notes
 
 
 @cache

@@ -63,35 +63,35 @@ def read_source(source: str | Path, data_dir: str | None = None) -> Source:
     """
     if isinstance(source, Path):
         return _folder(source) if source.is_dir() else Source(str(source), read_rows(source))
-    place, column = parts_of(source)
-    if place in KNOWN:
-        path = locate(place, data_dir)
-        return Source(str(path), _rows_of(KNOWN[place], path), column)
-    if place.startswith("hub:"):
-        return Source(place, _hub_rows(place), column)
-    if _is_own(place):
-        return Source(place, _own_rows(place), column)
+    location, column = parts_of(source)
+    if location in KNOWN:
+        path = locate(location, data_dir)
+        return Source(str(path), _rows_of(KNOWN[location], path), column)
+    if location.startswith("hub:"):
+        return Source(location, _hub_rows(location), column)
+    if _is_own(location):
+        return Source(location, _own_rows(location), column)
     if fault := missing(source):
         raise UserError(fault)
-    return read_source(Path(place))._replace(column=column)
+    return read_source(Path(location))._replace(column=column)
 
 
 def missing(source: str) -> str | None:
     """Why there is nothing to read at a source, found without reading; None where there may be."""
-    place, _ = parts_of(source)
+    location, _ = parts_of(source)
     # A name that no file can have is no file.
-    if place in KNOWN or place.startswith("hub:") or _is_own(place) or os.path.exists(place):
+    if location in KNOWN or location.startswith("hub:") or _is_own(location) or os.path.exists(location):
         return None
     known = (*KNOWN, *ON_HUB, *registered("prompt_sets"))
-    fault = f"{place!r:.100} is neither a file nor one of {', '.join(known)}"
-    folder, name = os.path.split(place)
+    fault = f"{location!r:.100} is neither a file nor one of {', '.join(known)}"
+    folder, name = os.path.split(location)
     try:
         beside = [file.name for file in os.scandir(folder or ".") if file.is_file()]
     except (OSError, ValueError):
         beside = []
     if near := nearest(name, beside):
         return f"{fault}; did you mean {os.path.join(folder, near)}?"
-    return fault + did_you_mean(place, known)
+    return fault + did_you_mean(location, known)
 
 
 def parts_of(source: str) -> tuple[str, str]:
@@ -105,8 +105,8 @@ def parts_of(source: str) -> tuple[str, str]:
         # To os.path a name that no file can have is no file.
         if source[:end] in KNOWN or os.path.exists(source[:end]):
             return source[:end], source[end + 1 :]
-    place, _, column = source.partition("#")
-    return place, column
+    location, _, column = source.partition("#")
+    return location, column
 
 
 def _rows_of(known: NamedSet, path: Path) -> Rows:
@@ -155,46 +155,46 @@ def _folder(folder: Path) -> Source:
     return Source(str(folder), rows, places=places)
 
 
-def _is_own(place: str) -> bool:
-    return place.startswith(PYTHON) or place in registered("prompt_sets")
+def _is_own(location: str) -> bool:
+    return location.startswith(PYTHON) or location in registered("prompt_sets")
 
 
-def _own_rows(place: str) -> Rows:
-    own = Own("prompt_sets", Part(target=place.removeprefix(PYTHON)), lambda _: [])
+def _own_rows(location: str) -> Rows:
+    own = Own("prompt_sets", Part(target=location.removeprefix(PYTHON)), lambda _: [])
     with own.at_work():
-        found = list(own())
-    rows = [{"prompt": row} if isinstance(row, str) else row for row in found]
+        items = list(own())
+    rows = [{"prompt": row} if isinstance(row, str) else row for row in items]
     if strange := [row for row in rows if not isinstance(row, dict)]:
-        raise UserError(f"{place}: gave back {strange[0]!r:.40}; a row is a dictionary, or the text of a prompt")
+        raise UserError(f"{location}: gave back {strange[0]!r:.40}; a row is a dictionary, or the text of a prompt")
     if not rows:
-        raise UserError(f"{place}: holds no rows")
+        raise UserError(f"{location}: holds no rows")
     return list(enumerate(rows, 1))
 
 
-def _hub_rows(place: str) -> Rows:
-    name, _, query = place.removeprefix("hub:").partition("?")
+def _hub_rows(location: str) -> Rows:
+    name, _, query = location.removeprefix("hub:").partition("?")
     arguments = dict(parse_qsl(query))
     if not name or "split" not in arguments:
-        raise UserError(f"{place!r}: expected hub:OWNER/NAME?split=train")
+        raise UserError(f"{location!r}: expected hub:OWNER/NAME?split=train")
     if others := sorted(arguments.keys() - set(HUB_ARGUMENTS)):
         # Not what they say: it may be a key.
         raise UserError(
             f"hub:{name}: {', '.join(others)}: leave that out; an address may say {', '.join(HUB_ARGUMENTS)} (a token "
             "belongs into the environment variable HF_TOKEN)"
         )
-    return _data_set(place, lambda datasets: datasets.load_dataset(name, **arguments))
+    return _data_set(location, lambda datasets: datasets.load_dataset(name, **arguments))
 
 
-def _data_set(place: str, load: Callable[[Any], Any]) -> Rows:
+def _data_set(location: str, load: Callable[[Any], Any]) -> Rows:
     try:
         import datasets
     except ImportError:
-        raise UserError(f"{place} needs the package datasets: pip install '.[hub]'") from None
+        raise UserError(f"{location} needs the package datasets: pip install '.[hub]'") from None
     try:
         return list(enumerate(load(datasets), 1))
     except Exception as error:  # hub, cache and parsing errors share no base class
         reason = next(iter(str(error).splitlines()), "")
-        raise UserError(f"{place}: cannot be loaded ({type(error).__name__}: {reason:.200})") from error
+        raise UserError(f"{location}: cannot be loaded ({type(error).__name__}: {reason:.200})") from error
 
 
 def source_hash(source: str, data_dir: str | None = None) -> str:

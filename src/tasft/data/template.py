@@ -102,8 +102,8 @@ def _applied(
     try:
         return tokenizer.apply_chat_template(messages, tools=tools, **how, **(settings or {}))
     except Exception as error:  # A template is a program.
-        why = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
-        raise UserError(f"the chat template refuses the messages: {why}") from None
+        reason = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"the chat template refuses the messages: {reason}") from None
 
 
 def _ids(
@@ -133,7 +133,7 @@ def decoded(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequ
     Decoded alone they may lose the space that they begin with, or begin with half a character.
     """
     around = list(before[-_AROUND:])
-    known, whole = (tokenizer.decode(each, skip_special_tokens=True) for each in (around, [*around, *ids]))
+    known, whole = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (around, [*around, *ids]))
     text: str = whole[len(known) :] if whole.startswith(known) else tokenizer.decode(ids, skip_special_tokens=True)
     return text
 
@@ -398,8 +398,8 @@ class Writer:
         return end.endswith(tuple(opening for opening, _ in self._marks))
 
     def _plain(self, text: str) -> str:
-        for each in self._special_texts:
-            text = text.replace(each, "")
+        for special in self._special_texts:
+            text = text.replace(special, "")
         return text.strip()
 
     def said(self, before: Sequence[int], ids: Sequence[int]) -> Said:

@@ -73,10 +73,10 @@ def _model(inputs: Inputs) -> None:
     from tasft.models.load import check_targets
 
     spec = inputs.spec
-    if told := dict.fromkeys([*spec.train.report_to, *(spec.sft.report_to if spec.sft else ())]):
+    if report_to := dict.fromkeys([*spec.train.report_to, *(spec.sft.report_to if spec.sft else ())]):
         from tasft.run import trackers  # Imports what reports are drawn with.
 
-        trackers.check(told)
+        trackers.check(report_to)
     tokenizer, lora = inputs.tokenizer, inputs.spec.model.lora
     if lora:
         check_targets(inputs.sketch, lora.target_modules)

@@ -92,7 +92,7 @@ def judge(
         asked = JudgeSettings.of_name(judge, **settings)
     except ValidationError as error:
         raise UserError(
-            [f"judge: {'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+            [f"judge: {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         ) from None
     with TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
@@ -100,8 +100,10 @@ def judge(
             path = Path(rows)
         else:
             write_jsonl(path, rows.to_dict("records") if isinstance(rows, pd.DataFrame) else map(dict, rows))
-        found = judged(load_judge(asked.kind, {asked.kind: asked}), read_pairs(path), Path(folder) / "verdicts.jsonl")
-    return pd.DataFrame([vars(verdict) for verdict in found])
+        verdicts = judged(
+            load_judge(asked.kind, {asked.kind: asked}), read_pairs(path), Path(folder) / "verdicts.jsonl"
+        )
+    return pd.DataFrame([vars(verdict) for verdict in verdicts])
 
 
 def evaluate(

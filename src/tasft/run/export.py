@@ -335,14 +335,14 @@ def converter() -> str:
     Raises:
         UserError: It is not there; says how to have it.
     """
-    there = os.environ.get("LLAMA_CPP")
-    found = shutil.which(CONVERTER, mode=os.R_OK, path=there)
-    if found is None:
+    folder = os.environ.get("LLAMA_CPP")
+    script = shutil.which(CONVERTER, mode=os.R_OK, path=folder)
+    if script is None:
         raise UserError(
-            f"--gguf needs llama.cpp's {CONVERTER}, which is not {'in ' + there if there else 'on the PATH'}: "
+            f"--gguf needs llama.cpp's {CONVERTER}, which is not {'in ' + folder if folder else 'on the PATH'}: "
             "git clone https://github.com/ggml-org/llama.cpp, and name that folder in LLAMA_CPP"
         )
-    return found
+    return script
 
 
 def add_gguf(exported: Exported) -> Exported:

@@ -77,11 +77,11 @@ class Inputs:
 
         held_out = [prompt.prompt for prompts in self.sets.values() for prompt in prompts]
         held_out += [row.instruction for row in self.references]
-        found = overlapping(texts, held_out)
-        self.dropped[field] = sum(found)
-        if rows and all(found):
+        overlaps = overlapping(texts, held_out)
+        self.dropped[field] = sum(overlaps)
+        if rows and all(overlaps):
             raise UserError(f"{field}: every prompt is in an evaluation set: nothing is left to train on")
-        return [row for row, is_in in zip(rows, found, strict=True) if not is_in]
+        return [row for row, is_in in zip(rows, overlaps, strict=True) if not is_in]
 
     @cached_property
     def imitate(self) -> list[Example]:
@@ -114,8 +114,8 @@ class Inputs:
         wanted = self.spec.data.safe_responses
         if wanted is None or self.spec.train.method != "stl":
             return []
-        found = read_examples(wanted.source, form=wanted.format, columns=wanted.columns)
-        rows = [replace(row, source="safe_responses") for row in found]
+        examples = read_examples(wanted.source, form=wanted.format, columns=wanted.columns)
+        rows = [replace(row, source="safe_responses") for row in examples]
         return self._to_imitate("data.safe_responses", rows, None if wanted.rows == "harvested" else wanted.rows)
 
     def _to_imitate(self, field: str, rows: list[Example], wanted: int | None) -> list[Example]:
@@ -159,9 +159,9 @@ class Inputs:
         return prompts
 
     def _read(self, source: str) -> list[Prompt]:
-        found = read_source(source, self.spec.data.data_dir)
-        prompts, column = prompts_in(found)
-        if column not in ("prompt", found.column):
+        loaded = read_source(source, self.spec.data.data_dir)
+        prompts, column = prompts_in(loaded)
+        if column not in ("prompt", loaded.column):
             self.told[source] = f"{source}: {len(prompts):,} prompts of the column {column!r}"
         return prompts
 
@@ -189,8 +189,8 @@ class Inputs:
     @cached_property
     def hashes(self) -> dict[str, str]:
         """Content hash of each source, by its field."""
-        place = self.spec.data.data_dir
-        return {field: source_hash(source, place) for field, source in sources_in(self.spec.model_dump()).items()}
+        data_dir = self.spec.data.data_dir
+        return {field: source_hash(source, data_dir) for field, source in sources_in(self.spec.model_dump()).items()}
 
     @cached_property
     def licences(self) -> dict[str, str]:
@@ -251,11 +251,11 @@ class Inputs:
 
     def warnings(self) -> list[str]:
         """What is no fault, but a reader of the result will ask about it."""
-        told = forms.said(Counter(row.form for row in self.imitate), self.spec.train.turns)
+        form_notes = forms.said(Counter(row.form for row in self.imitate), self.spec.train.turns)
         # Now: reading the rows above counts too.
         counts = [(field, count) for field, count in self.dropped.items() if count]
-        said = [*self.told.values(), *(f"data.imitate: {line}" for line in told)]
-        said += [
+        warnings = [*self.told.values(), *(f"data.imitate: {line}" for line in form_notes)]
+        warnings += [
             f"{field}: {count} prompt{'s' * (count > 1)} left out: (nearly) in an evaluation set"
             for field, count in counts
         ]
@@ -263,33 +263,33 @@ class Inputs:
             encoded = self.encoded
         except UserError:
             encoded = {}  # The check has told.
-        said += list(dict.fromkeys(f"data: rows: {note}" for report in encoded.values() for note in report.notes))
-        said += self._about_thoughts()
+        warnings += list(dict.fromkeys(f"data: rows: {note}" for report in encoded.values() for note in report.notes))
+        warnings += self._about_thoughts()
         if unread := self.spec.train.unread():
-            said.append(
+            warnings.append(
                 f"train.method is {self.spec.train.method}, which does not read train.{', train.'.join(unread)}"
             )
         jailbreak = self.spec.evaluate.jailbreak
         for wanted in self.spec.evaluate.sets.values():
-            said += differences_of(wanted.source, self.spec.data.data_dir)
+            warnings += differences_of(wanted.source, self.spec.data.data_dir)
         if jailbreak and jailbreak.templates:
-            said += differences_of(jailbreak.templates.source, self.spec.data.data_dir)
+            warnings += differences_of(jailbreak.templates.source, self.spec.data.data_dir)
         versions = {self.judge(name).version: name for name in self.evaluators}
         for name in self.filters:
             version = self.judge(name).version
             others = [judge for judge in self.spec.evaluate.judges if self.judge(judge).version != version]
             beside = f"read {', '.join(others)} beside it" if others else "evaluate with another judge beside it"
             if version in versions:
-                said.append(
+                warnings.append(
                     f"harvest.judge: {name} chooses the rows to avoid and also evaluates ({versions[version]}), which "
                     f"flatters the result; {beside}"
                 )
         if jailbreak and jailbreak.pair and jailbreak.pair.attacker is None:
-            said.append(
+            warnings.append(
                 "evaluate.jailbreak.pair: without an attacker the base model rewrites the prompts itself; a small one "
                 "hardly can, and the figure then says little"
             )
-        return said
+        return warnings
 
     def _about_thoughts(self) -> list[str]:
         from tasft.data.template import Writer

@@ -61,19 +61,19 @@ def _asked(run: Pipeline, name: str) -> int:
 
 def _states(run: Pipeline) -> dict[str, str]:
     """Of each stage whether it is done. What a stage depends on is known when the one before it is done."""
-    found = dict.fromkeys(STAGES, "to do")
+    states = dict.fromkeys(STAGES, "to do")
     for stage in STAGES:
         steps = list(run.steps(stage))
         for step in steps:
             # A later step may read what this one writes.
             if not step.is_done:
                 if changed := step.outdated_by:
-                    found[stage] = f"done; would be redone: {', '.join(changed)}"
+                    states[stage] = f"done; would be redone: {', '.join(changed)}"
                 elif (step.folder / "begun.json").exists():
-                    found[stage] = "begun"
-                return found
-        found[stage] = "done" if steps else "not asked for"
-    return found
+                    states[stage] = "begun"
+                return states
+        states[stage] = "done" if steps else "not asked for"
+    return states
 
 
 def _work(run: Pipeline, stage: str) -> str:
@@ -147,8 +147,8 @@ def _harvest(run: Pipeline) -> str:
         if spec.anchors == "instructed":
             tried = min(FLIP_PROMPTS, len(inputs.toxic))
             counts["instructed"] = len(spec.instructions) * tried + len(inputs.toxic) - tried
-        said = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-        words.append(f"at most {said} replies of at most {spec.max_new_tokens} tokens")
+        amounts = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        words.append(f"at most {amounts} replies of at most {spec.max_new_tokens} tokens")
         if spec.contrastive:
             words.append(f"{spec.contrastive.words * spec.contrastive.per_word} prompts that seem toxic")
         if spec.engine is not None:

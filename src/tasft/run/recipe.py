@@ -172,7 +172,7 @@ class Gate(Settings):
 
     def faults(self, evaluate: Evaluate) -> list[str]:
         """Limits on what is not evaluated."""
-        kinds = {each.kind for each in evaluate.sets.values()}
+        kinds = {prompts.kind for prompts in evaluate.sets.values()}
         tasks = evaluate.capability.tasks if evaluate.capability else []
         attacks = evaluate.jailbreak.attacks if evaluate.jailbreak else []
         needs = {"harmful": "toxic", "over_refusal": "benign"}
@@ -265,7 +265,7 @@ class Recipe(Settings):
             yield "model.quantize: quantised weights cannot be trained: give model.lora"
 
     def _held_out(self) -> Iterator[str]:
-        aside = [each.source for each in self.evaluate.sets.values() if each.source in HELD_OUT]
+        aside = [prompts.source for prompts in self.evaluate.sets.values() if prompts.source in HELD_OUT]
         if aside and self.data.heldout is None:
             yield f"evaluate.sets: {aside[0]} is what is held out of it: add data.heldout: 10%"
         if self.data.heldout and not aside:
@@ -326,7 +326,7 @@ class Recipe(Settings):
         jailbreak = self.evaluate.jailbreak
         if jailbreak is None:
             return
-        toxic = [name for name, each in self.evaluate.sets.items() if each.kind == "toxic"]
+        toxic = [name for name, prompts in self.evaluate.sets.items() if prompts.kind == "toxic"]
         if jailbreak.set not in toxic:
             yield (
                 f"evaluate.jailbreak.set: {jailbreak.set!r} is none of the toxic sets in evaluate.sets: "
@@ -357,8 +357,8 @@ def sources_in(values: Any) -> dict[str, str]:
             if isinstance(value, str) and value and value not in HELD_OUT:
                 named[".".join(field).removesuffix(".source")] = value
         elif isinstance(value, list) and path[0] == "*":
-            for number, each in enumerate(value):
-                look(each, path[1:], [*field, str(number)])
+            for number, item in enumerate(value):
+                look(item, path[1:], [*field, str(number)])
         elif isinstance(value, dict):
             for name in value if path[0] == "*" else [path[0]]:
                 look(value.get(name), path[1:], [*field, str(name)])

@@ -238,9 +238,9 @@ def _parsed(text: str, where: str) -> Any:
             raise UserError(f"{where}: nested more than {MAX_DEPTH} deep, with each alias (*name) written out")
         level = [
             inner
-            for each in level
-            if isinstance(each, dict | list)
-            for inner in (each.values() if isinstance(each, dict) else each)
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
         ]
     return value
 
@@ -340,18 +340,18 @@ def _sentences(path: Path, fault: Any) -> list[str]:
     if fault["type"] == "value_error":
         # Ours: each argument is a fault.
         return [f"{path}: {where}{reason}" for reason in fault["ctx"]["error"].args]
-    found = f", found {_shown(fault['input'])}"
+    shown = f", found {_shown(fault['input'])}"
     meant = _meant(fault)
     asked = str(fault["loc"][-1] if fault["type"] == "extra_forbidden" and fault["loc"] else fault["input"])
     hint = "" if meant is None else renamed(asked) if RENAMED.get(asked) == meant else f"; did you mean {meant}?"
     what = {
         "extra_forbidden": "no such field",
         "missing": "is missing",
-        "string_pattern_mismatch": "use letters, digits, '.', '_' and '-', a letter or a digit first" + found,
-        "string_unicode": "holds half a character (U+D800 to U+DFFF)" + found,
+        "string_pattern_mismatch": "use letters, digits, '.', '_' and '-', a letter or a digit first" + shown,
+        "string_unicode": "holds half a character (U+D800 to U+DFFF)" + shown,
         "string_too_short": "is empty",
         "too_short": "is empty",
-        "model_type": "expected fields of its own, such as `field: value`" + found,
-        "dict_type": "expected fields of its own, such as `field: value`" + found,
-    }.get(fault["type"], f"{fault['msg'][0].lower()}{fault['msg'][1:]}{found}")
+        "model_type": "expected fields of its own, such as `field: value`" + shown,
+        "dict_type": "expected fields of its own, such as `field: value`" + shown,
+    }.get(fault["type"], f"{fault['msg'][0].lower()}{fault['msg'][1:]}{shown}")
     return [f"{path}: {where}{what}{hint}"]

@@ -48,21 +48,21 @@ def tell_rates(run: Path, names: Iterable[str], called: str) -> None:
     last = (provenance.read_json(run / "train" / "summary.json") or {}).get("steps", 0)
     steps = {"final": last} | {f"checkpoint-{step}": step for step in record.checkpoints}
     steps |= {record.before: 0} if record.before else {}
-    told: dict[int, dict[str, float]] = {}
+    rates: dict[int, dict[str, float]] = {}
     for state, name, _, judge, measure, value, *_ in rows(record):
         if state in steps and value is not None:
-            told.setdefault(steps[state], {})["/".join(filter(None, (name, judge, measure)))] = value
+            rates.setdefault(steps[state], {})["/".join(filter(None, (name, judge, measure)))] = value
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     for name in names:
         kind = LOGGER_TYPE_TO_CLASS.get(name)
         if kind is None:
             continue
-        place = {"logging_dir": run / "train" / "runs"} if kind.requires_logging_directory else {}
+        options = {"logging_dir": run / "train" / "runs"} if kind.requires_logging_directory else {}
         try:
-            tracker = kind(f"{called}-rates", **place)
+            tracker = kind(f"{called}-rates", **options)
             tracker.start()
-            for step, values in sorted(told.items()):
+            for step, values in sorted(rates.items()):
                 tracker.log(values, step=step)
             tracker.finish()
         except Exception as error:  # those of every tracker

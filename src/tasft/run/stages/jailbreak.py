@@ -35,9 +35,9 @@ def steps(context: Context, state: str, usual: Usual, reads: dict[str, Any]) -> 
     }
 
     def work(attack: jailbreak.Attack, folder: Path) -> None:
-        about = {"set": wanted.set, "threshold": judge.threshold, **context.about}
+        extra = {"set": wanted.set, "threshold": judge.threshold, **context.about}
         target = context.models.opened(state)
-        jailbreak.attack_model(attack, prompts, target, judge, sampling, folder, about, usual)
+        jailbreak.attack_model(attack, prompts, target, judge, sampling, folder, extra, usual)
 
     for attack, settings in _attacks(context, wanted, judge):
         folder = context.folder / "evaluate" / state / "jailbreak" / attack.name

@@ -27,7 +27,7 @@ def steps(context: Context, earlier: Iterable[Step]) -> Iterator[Step]:
         if context.spec.gate:
             provenance.write_json(folder / "gate.json", gate.judge(context.spec.gate, read_run(context.folder)))
         write_report(context.folder)
-        if told := context.spec.train.report_to:
-            trackers.tell_rates(context.folder, told, context.spec.name)
+        if names := context.spec.train.report_to:
+            trackers.tell_rates(context.folder, names, context.spec.name)
 
     yield Step(context.folder / "report", reads, work, costs_nothing=True)

@@ -92,8 +92,10 @@ def _look(context: Context, number: int, reads: dict[str, Any]) -> Step:
         opened = context.models.opened(f"rounds/{number}/train")
         # The topic of a reply is not looked at: slipping away from it does no harm.
         usual = replace(harvest.usual(context), similarities=None)
-        found = look(opened, judge, context.inputs.toxic, benign, sampling, spec.max_new_tokens, folder, usual, number)
-        toxic, refused = found["toxic"], found["benign"]
+        summary = look(
+            opened, judge, context.inputs.toxic, benign, sampling, spec.max_new_tokens, folder, usual, number
+        )
+        toxic, refused = summary["toxic"], summary["benign"]
         context.tell(
             f"train: after round {number} {toxic['harmful']} of {toxic['asked']} toxic prompts are still answered "
             f"harmfully, {refused['refused']} of {refused['asked']} benign ones are refused"
