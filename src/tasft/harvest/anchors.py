@@ -71,21 +71,21 @@ def instructed(
     # Of a model that answers nothing harmfully, it is how often it declines under the instruction.
     tried = (answered or prompts)[:FLIP_PROMPTS]
     replies: dict[str, Reply] = {}
-    about: list[dict[str, Any]] = []
+    trials: list[dict[str, Any]] = []
     for number, text in enumerate(instructions):
         drawn = ask(tried, number)
         flipped = sum(refuses(drawn).values())
         replies |= {reply.id: reply for reply in drawn}
-        about.append({"text": text, "asked": len(tried), "flipped": flipped, "rate": flipped / max(len(tried), 1)})
-    best = sorted(range(len(instructions)), key=lambda number: -about[number]["rate"])
-    highest = about[best[0]]["rate"]
-    used = [number for number in best if about[number]["rate"] >= max(LEAST_FLIPS, highest / 2)]
-    for number, each in enumerate(about):
-        each["used"] = number in used
+        trials.append({"text": text, "asked": len(tried), "flipped": flipped, "rate": flipped / max(len(tried), 1)})
+    best = sorted(range(len(instructions)), key=lambda number: -trials[number]["rate"])
+    highest = trials[best[0]]["rate"]
+    used = [number for number in best if trials[number]["rate"] >= max(LEAST_FLIPS, highest / 2)]
+    for number, trial in enumerate(trials):
+        trial["used"] = number in used
     if not used:
         raise UserError(
             f"harvest.anchors: under none of {len(instructions)} instructions does the model decline enough of what it "
-            f"answers harmfully (at best {about[best[0]]['flipped']} of {len(tried)}, {LEAST_FLIPS:.0%} are needed): "
+            f"answers harmfully (at best {trials[best[0]]['flipped']} of {len(tried)}, {LEAST_FLIPS:.0%} are needed): "
             "it cannot teach itself; give other harvest.instructions, or use anchors: prefilled, or own"
         )
     for number in used:
@@ -93,7 +93,7 @@ def instructed(
         done = {reply.prompt for reply in replies.values() if good[reply.id]}
         drawn = ask([prompt for prompt in prompts if prompt.prompt not in done], number)
         replies |= {reply.id: reply for reply in drawn}
-    return list(replies.values()), about
+    return list(replies.values()), trials
 
 
 def own_anchors(part: Part) -> Own:
@@ -109,16 +109,18 @@ def made(own: Own, engine: Engine, prompts: Sequence[Prompt], sampling: Sampling
 
     def ask(texts: Sequence[str]) -> list[str]:
         requests = [Request(f"own-{content_hash(text)}", text) for text in dict.fromkeys(texts)]
-        said = {reply.prompt: reply.completion for reply in collect(engine, requests, sampling, path, "own anchor")}
-        return [said[text] for text in texts]
+        completions = {
+            reply.prompt: reply.completion for reply in collect(engine, requests, sampling, path, "own anchor")
+        }
+        return [completions[text] for text in texts]
 
     given = [prompt.prompt for prompt in prompts]
-    found = own.one_each(own(given, ask), given, "anchors")
-    if strange := [each for each in found if not isinstance(each, str | None)]:
+    anchors = own.one_each(own(given, ask), given, "anchors")
+    if strange := [anchor for anchor in anchors if not isinstance(anchor, str | None)]:
         raise UserError(f"{own.where} gave back {strange[0]!r:.40}; an anchor is text, or None for none")
     return [
         Reply(f"{prompt.id}-made", "anchor", prompt.prompt, text, "stop", sampling.seed, 0)
-        for prompt, text in zip(prompts, found, strict=True)
+        for prompt, text in zip(prompts, anchors, strict=True)
         if text
     ]
 
@@ -150,8 +152,8 @@ def varied(replies: Sequence[Reply], most: int) -> list[Reply]:
     """
     seen: Counter[tuple[str, ...]] = Counter()
     turns = []
-    for place, reply in enumerate(replies):
+    for index, reply in enumerate(replies):
         opening = tuple(reply.completion.lower().split()[:OPENING_WORDS])
-        turns.append((seen[opening], place))
+        turns.append((seen[opening], index))
         seen[opening] += 1
-    return [replies[place] for place in sorted(place for _, place in sorted(turns)[:most])]
+    return [replies[index] for index in sorted(index for _, index in sorted(turns)[:most])]

@@ -46,9 +46,9 @@ def toxic_words(toxic: Sequence[str], benign: Sequence[str], count: int) -> list
     def score(word: str) -> float:
         odds, variance = 0.0, 0.0
         for sign, counts in ((1, one), (-1, other)):
-            found = counts[word] + _PRIOR
-            odds += sign * math.log(found / (counts.total() + prior - found))
-            variance += 1 / found
+            smoothed = counts[word] + _PRIOR
+            odds += sign * math.log(smoothed / (counts.total() + prior - smoothed))
+            variance += 1 / smoothed
         return odds / math.sqrt(variance)
 
     scores = {word: score(word) for word in one}

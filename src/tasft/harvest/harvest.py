@@ -82,17 +82,23 @@ def harvest(
     under_instruction: list[Reply] = []
     instructions: list[dict[str, Any]] = []
     if settings.anchors == "instructed":
-        said = judged(answers)
-        given = {reply.prompt for reply in answers if not _fault(said[reply.id]) and said[reply.id].harmful}
+        answer_verdicts = judged(answers)
+        given = {
+            reply.prompt
+            for reply in answers
+            if not _fault(answer_verdicts[reply.id]) and answer_verdicts[reply.id].harmful
+        }
         answered = [prompt for prompt in asked if prompt.prompt in given]
         under_instruction, instructions = instructed(
             engine, asked, answered, settings.instructions, sampling, path, declined
         )
     own_made = made(own_anchors(settings.own_anchors), engine, asked, sampling, path) if settings.own_anchors else []
     contrastive: list[Reply] = []
-    about: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     if settings.contrastive:
-        contrastive, about = contrastive_replies(writer or engine, toxic, benign, settings.contrastive, sampling, path)
+        contrastive, figures = contrastive_replies(
+            writer or engine, toxic, benign, settings.contrastive, sampling, path
+        )
     others = own + prefilled + under_instruction + own_made + contrastive
     final = judge_replies(judge, answers + others, folder / "verdicts.jsonl", usual)
     verdicts = {verdict.id: verdict for verdict in final}
@@ -113,11 +119,11 @@ def harvest(
     def answering(reply: Reply) -> str | None:
         return harmless(reply) or ("refusal" if verdicts[reply.id].refusal else None)
 
-    place = {prompt.prompt: number for number, prompt in enumerate(toxic)}
+    position = {prompt.prompt: number for number, prompt in enumerate(toxic)}
 
     def ordered(replies: Sequence[Reply]) -> list[Reply]:
         """In the order of the prompt file, whichever were asked first."""
-        return sorted(replies, key=lambda reply: (place[reply.prompt], reply.sample, reply.id))
+        return sorted(replies, key=lambda reply: (position[reply.prompt], reply.sample, reply.id))
 
     anchored = {
         "none": [],
@@ -144,7 +150,7 @@ def harvest(
         "anchors": {"mode": settings.anchors, "instructions": instructions, "recoveries": len(again)}
         | kept["anchor"][1],
         "imitate": kept["imitate"][1],
-        "contrastive": about | kept["contrastive"][1],
+        "contrastive": figures | kept["contrastive"][1],
         "thoughts": thoughts(answers + others),
         "drawn": decided(engine, sampling),
     }
@@ -159,12 +165,12 @@ def harvest(
 def statement(summary: dict[str, Any]) -> str:
     """What was found, and what is missing, in one line."""
     kept, wanted = summary["kept"], summary["wanted"]
-    reasons = ", ".join(f"{count} {why}" for why, count in summary["reasons"].items()) or "none left out"
+    reasons = ", ".join(f"{count} {reason}" for reason, count in summary["reasons"].items()) or "none left out"
     line = f"{kept} of {wanted} rows to avoid, from {summary['tried']} answers to {summary['prompts']} prompts"
     tried = summary["anchors"]["instructions"]
-    best = max(tried, key=lambda each: each["rate"], default=None)
+    best = max(tried, key=lambda trial: trial["rate"], default=None)
     flips = (
-        f"; {sum(each['used'] for each in tried)} of {len(tried)} instructions serve, under the best the model "
+        f"; {sum(trial['used'] for trial in tried)} of {len(tried)} instructions serve, under the best the model "
         f"declines {best['flipped']} of {best['asked']} prompts"
         if best
         else ""
@@ -191,15 +197,19 @@ def _answers(
     requests = requests_for(prompts, samples=settings.samples)
     requests.sort(key=lambda request: request.sample)
     answers: list[Reply] = []
-    found: set[tuple[str, str]] = set()
+    harmful: set[tuple[str, str]] = set()
     # All is read once: of many rounds each would read what all before it have written.
     have = replies_in(path, "toxic")
     for start in range(0, len(requests), ROUND):
         drawn = collect(engine, requests[start : start + ROUND], sampling, path, "toxic", have)
         answers += drawn
-        said = judged(drawn)
-        found |= {(each.prompt, each.completion) for each in drawn if said[each.id].harmful and said[each.id].coherent}
-        if len(found) >= settings.rows:
+        verdicts = judged(drawn)
+        harmful |= {
+            (reply.prompt, reply.completion)
+            for reply in drawn
+            if verdicts[reply.id].harmful and verdicts[reply.id].coherent
+        }
+        if len(harmful) >= settings.rows:
             break
     return prompts[: len(answers)], answers
 
@@ -231,13 +241,13 @@ def _keep(
     good: dict[tuple[str, str], Reply] = {}
     left: Counter[str] = Counter()
     for reply in replies:
-        why = ("no reply" if reply.note else fault(reply)) or (
+        reason = ("no reply" if reply.note else fault(reply)) or (
             "duplicate" if (reply.prompt, reply.completion) in good else None
         )
-        if why is None:
+        if reason is None:
             good[reply.prompt, reply.completion] = reply
         else:
-            left[why] += 1
+            left[reason] += 1
     kept = list(good.values())
     if most is not None and len(kept) > most:
         left["more than wanted"] = len(kept) - most

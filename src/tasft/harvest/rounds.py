@@ -57,13 +57,13 @@ def look(
         replies = collect(engine, requests_for(asked), greedy, path, "benign")
     before = [Reply(f"{row.id}-before", "before", _text(row), str(row.completion), "stop", 0, 0) for row in benign]
     together = [*answers, *replies, *before]
-    found = dict(zip((reply.id for reply in together), judge_replies(judge, together, verdicts, usual), strict=True))
+    judged = dict(zip((reply.id for reply in together), judge_replies(judge, together, verdicts, usual), strict=True))
     avoid = [
         Example(reply.prompt, reply.completion, False, reply.id, "rounds/avoid", ends=reply.finish == "stop")
         for reply in answers
-        if found[reply.id].harmful and found[reply.id].coherent
+        if judged[reply.id].harmful and judged[reply.id].coherent
     ]
-    refused = [row for row in benign if found[row.id].refusal and not found[f"{row.id}-before"].refusal]
+    refused = [row for row in benign if judged[row.id].refusal and not judged[f"{row.id}-before"].refusal]
     summary = {
         "judge": judge.name,
         "toxic": {"asked": len(answers), "harmful": len(avoid)},

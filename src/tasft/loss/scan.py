@@ -310,8 +310,8 @@ class _Scan:
             tokens = slice(start, min(start + self.chunk_size, len(self.weight)))
             shape = (count, rows, tokens.stop - start)
             tile = room[: math.prod(shape)].view(shape)
-            for place, (left, matrix) in zip(tile.view(len(operands), -1, shape[2]), operands, strict=True):
-                _multiply(place, left, matrix[tokens].T)
+            for product, (left, matrix) in zip(tile.view(len(operands), -1, shape[2]), operands, strict=True):
+                _multiply(product, left, matrix[tokens].T)
             yield tokens, tile, tile if out is room else out[: math.prod(shape)].view(shape)
 
     def _chunk(

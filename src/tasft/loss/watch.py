@@ -41,5 +41,5 @@ def avoid_statistics(
         (nats, in [0, log V]) and of its largest probability.
     """
     hidden, labels = counted(hidden, head, labels)
-    each = statistics(hidden, head, labels, space, chunk_size)
-    return AvoidStatistics(*(total_of(values, None) for values in each))
+    per_position = statistics(hidden, head, labels, space, chunk_size)
+    return AvoidStatistics(*(total_of(values, None) for values in per_position))

@@ -185,7 +185,7 @@ def collect(
     have = replies_in(path, name) if have is None else have
     ranks.wait()  # All have read before the first writes.
     wanted = [request.id for request in requests]
-    known = frozenset(each for each in wanted if each in have)
+    known = frozenset(reply_id for reply_id in wanted if reply_id in have)
     with tqdm(
         total=len(wanted), initial=len(known), desc=f"replies: {name}", unit="reply", disable=not ranks.is_first()
     ) as bar:

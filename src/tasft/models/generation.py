@@ -71,12 +71,12 @@ def fit_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> N
 
 def overruled(model: PreTrainedModel) -> dict[str, Any]:
     """Settings of the model's own generation_config.json that would change replies, and are not heard."""
-    said = model.generation_config.to_diff_dict()
+    own = model.generation_config.to_diff_dict()
     usual = GenerationConfig._get_default_generation_params()
     passed_over = {*_ITS_OWN, "transformers_version", "_from_model_config"}
     return {
         key: value
-        for key, value in sorted(said.items())
+        for key, value in sorted(own.items())
         if key not in passed_over and value not in (None, False) and value != usual.get(key)
     }
 
@@ -131,7 +131,7 @@ def check_readable(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, r
 def too_long(model: PreTrainedModel, rows: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
     """Which prompts leave too little room for the longest reply in what the model reads."""
     reads = context_of(model)
-    return [] if reads is None else [place for place, row in enumerate(rows) if len(row) + max_new_tokens > reads]
+    return [] if reads is None else [index for index, row in enumerate(rows) if len(row) + max_new_tokens > reads]
 
 
 def check_room(
@@ -219,8 +219,8 @@ def from_nucleus(scores: Tensor, top_p: float, generator: torch.Generator | None
         width = min(8 * width, size)
         likeliest, tokens = values.topk(width)
     before = likeliest.cumsum(-1) - likeliest
-    place = torch.multinomial(likeliest.masked_fill(before >= top_p, 0), 1, generator=generator)
-    return tokens.gather(1, place).squeeze(1)
+    drawn = torch.multinomial(likeliest.masked_fill(before >= top_p, 0), 1, generator=generator)
+    return tokens.gather(1, drawn).squeeze(1)
 
 
 def answers_together(model: PreTrainedModel, ids: Sequence[int], config: GenerationConfig) -> bool:
@@ -238,13 +238,13 @@ def answers_together(model: PreTrainedModel, ids: Sequence[int], config: Generat
         return True
     alone = [_scores(model, [row], [0], config) for row in (whole, part)]
     try:
-        both = [_scores(model, [whole, part], [place], config) for place in (0, 1)]
+        both = [_scores(model, [whole, part], [index], config) for index in (0, 1)]
     except Exception:  # those of every architecture
         return False
     return all(
-        bool((found - wanted).abs().max() <= _TOLERANCE * wanted.abs().max())
+        bool((logits - wanted).abs().max() <= _TOLERANCE * wanted.abs().max())
         for pair in zip(both, alone, strict=True)
-        for found, wanted in zip(*pair, strict=True)
+        for logits, wanted in zip(*pair, strict=True)
     )
 
 
@@ -268,16 +268,16 @@ def shares_beginnings(model: PreTrainedModel, ids: Sequence[int], config: Genera
     except Exception:  # those of every architecture
         return False
     return all(
-        bool((found[place] - wanted[0]).abs().max() <= _TOLERANCE * wanted.abs().max())
-        for place, scores in enumerate(alone)
-        for found, wanted in zip(both, scores, strict=True)
+        bool((logits[index] - wanted[0]).abs().max() <= _TOLERANCE * wanted.abs().max())
+        for index, scores in enumerate(alone)
+        for logits, wanted in zip(both, scores, strict=True)
     )
 
 
 def common_beginning(rows: Sequence[list[int]]) -> int:
     """With how many tokens all of several rows begin; the last token of none is among them."""
     first, last = min(rows), max(rows)
-    differ = (place for place, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1])
+    differ = (index for index, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1])
     shortest = min(map(len, rows))
     return min(next(differ, shortest), shortest - 1) if len(rows) > 1 else 0
 
@@ -306,12 +306,12 @@ def _scores(
     model: PreTrainedModel, rows: list[list[int]], stay: list[int], config: GenerationConfig, shared: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Logits of the rows that stay, after their prompts and after one more token, the others having left."""
-    found: list[Tensor] = []
+    logits: list[Tensor] = []
 
     def look(model: PreTrainedModel, input_ids: Tensor, **state: Any) -> Tensor:
         state = {key: value for key, value in state.items() if key not in _LOOP}
         output = model(**first_inputs(model, input_ids, state, shared))
-        found.append(output.logits[stay, -1].float())
+        logits.append(output.logits[stay, -1].float())
         state = model._update_model_kwargs_for_generation(output, state)
         input_ids = torch.cat([input_ids, input_ids[:, -1:]], dim=-1)
         if len(stay) < len(rows) and selectable(state):
@@ -319,12 +319,12 @@ def _scores(
             input_ids, state = input_ids[kept], {name: select(value, kept) for name, value in state.items()}
         step = 1 if state["use_cache"] else None
         output = model(**model.prepare_inputs_for_generation(input_ids, next_sequence_length=step, **state))
-        found.append(output.logits[stay if len(output.logits) == len(rows) else slice(None), -1].float())
+        logits.append(output.logits[stay if len(output.logits) == len(rows) else slice(None), -1].float())
         return input_ids
 
     ids, mask = laid_out(rows, shared, config.pad_token_id, model.device)
     model.generate(input_ids=ids, attention_mask=mask, generation_config=config, custom_generate=look)
-    return found[0], found[1]
+    return logits[0], logits[1]
 
 
 # What `PreTrainedModel.generate` hands to a loop besides what the model carries on.

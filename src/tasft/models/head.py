@@ -105,12 +105,14 @@ def learn_tail(model: Any, ids: Sequence[int]) -> Tail:
     weight = module.weight[tokens]
     made = F.linear(hidden.to(weight.dtype), weight, None if bias is None else bias[tokens]).float()
     limit = _ROUNDING.get(weight.dtype, 2e-2)
-    for what, found, wanted in (
+    for what, actual, wanted in (
         ("its head's products are not those of its weights", product[..., tokens].float(), made),
         ("its logits are not made from its head alone", logits[..., tokens].float(), _formula(made, tail)),
     ):
-        if not (found - wanted).abs().max() <= limit * wanted.abs().max():
-            raise _unlike(f"{what}: {float(found.flatten()[0]):.4g} where {float(wanted.flatten()[0]):.4g} is expected")
+        if not (actual - wanted).abs().max() <= limit * wanted.abs().max():
+            raise _unlike(
+                f"{what}: {float(actual.flatten()[0]):.4g} where {float(wanted.flatten()[0]):.4g} is expected"
+            )
     return tail
 
 
@@ -146,20 +148,20 @@ def _fit(model: Any, ids: Sequence[int], product: Tensor) -> Tail:
     )
     given = probes[where % len(probes)][None]
     with replaced_head(model, lambda _: given.clone()):
-        found = _logits(model, ids)
-    near, far = (found[given == size] for size in (_SLOPE, _FAR))
+        logits = _logits(model, ids)
+    near, far = (logits[given == size] for size in (_SLOPE, _FAR))
     if not near.numel() or not far.numel() or not (near[0] > 0 and far[0] > 0):
         raise _unlike("they do not rise with its head's products")
-    digits = _DIGITS.get(found.dtype, 3)
+    digits = _DIGITS.get(logits.dtype, 3)
     scale, bound = (float(f"{float(value):.{digits}g}") for value in (near[0] / _SLOPE, far[0]))
     tail = Tail(scale, bound if bound < scale * _FAR / 2 else None)
     wanted = _formula(given, tail)
     # Relative to each, as the largest is far beyond the others; the smallest numbers are not told from 0.
-    limit = _ROUNDING.get(found.dtype, 2e-2) * wanted.abs().clamp(min=tail.scale * _SLOPE)
-    if not bool(((found - wanted).abs() <= limit).all()):
-        worst = int(((found - wanted).abs() / limit).nan_to_num(torch.inf).argmax())
+    limit = _ROUNDING.get(logits.dtype, 2e-2) * wanted.abs().clamp(min=tail.scale * _SLOPE)
+    if not bool(((logits - wanted).abs() <= limit).all()):
+        worst = int(((logits - wanted).abs() / limit).nan_to_num(torch.inf).argmax())
         raise _unlike(
-            f"a product of {float(given.flatten()[worst]):g} becomes {float(found.flatten()[worst]):.4g}, which is "
+            f"a product of {float(given.flatten()[worst]):g} becomes {float(logits.flatten()[worst]):.4g}, which is "
             "neither a scaled nor a softly capped one"
         )
     return tail

@@ -164,9 +164,9 @@ def _check_weights(folder: Path) -> None:
             raise UserError(f"model.base: {index}: no index of weights: copy or download it again") from None
     if missing := [str(path) for path in files if not path.is_file()]:
         pickles = sorted(path.name for path in folder.glob("*.bin"))
-        why = f"; {pickles[0]} is a pickle, which may run code: save the model as safetensors" if pickles else ""
+        hint = f"; {pickles[0]} is a pickle, which may run code: save the model as safetensors" if pickles else ""
         raise UserError(
-            f"model.base: {', '.join(missing[:3])}: no such file{why or ': copy or download the model again'}"
+            f"model.base: {', '.join(missing[:3])}: no such file{hint or ': copy or download the model again'}"
         )
     for path in files:
         try:
@@ -448,9 +448,9 @@ def attach_adapter(model: PreTrainedModel, adapter: Path, trainable: bool = Fals
     """
     path = adapter / "adapter_model.safetensors"
     if not path.is_file():
-        pickles = sorted(each.name for each in adapter.glob("adapter_model*.bin"))
-        why = f"; {pickles[0]} is a pickle, which may run code: save the adapter as safetensors" if pickles else ""
-        raise UserError(f"{path}: no such file{why}")
+        pickles = sorted(file.name for file in adapter.glob("adapter_model*.bin"))
+        hint = f"; {pickles[0]} is a pickle, which may run code: save the adapter as safetensors" if pickles else ""
+        raise UserError(f"{path}: no such file{hint}")
     check_trained(adapter)
     try:
         _fit_vocabulary(model, path)
@@ -486,9 +486,9 @@ def saved(run: Path, state: str) -> Path:
     else:
         trained = run / ("train" if state == "final" else state)
         places = [trained / "adapter", trained / "model"]
-    for place in places:
-        if place.is_dir():
-            return place
+    for folder in places:
+        if folder.is_dir():
+            return folder
     raise UserError(
         f"{run}: there is no model {state!r}: tasft run {run} makes it; if it was removed by hand, remove the rest of "
         f"{places[0].parent} first"

@@ -123,7 +123,7 @@ class TransformersEngine:
             UserError: A prompt has a token that the model does not know, or with the longest reply more than it reads.
         """
         encoded = [(request, *self._written(request.prompt, request.prefix)) for request in requests]
-        encoded.sort(key=lambda each: (len(each[1]), each[0].id))
+        encoded.sort(key=lambda row: (len(row[1]), row[0].id))
         rows = [ids for _, ids, _ in encoded]
         check_readable(self.model, self.tokenizer, rows)
         check_room(self.model, rows, sampling.max_new_tokens, name)
@@ -303,18 +303,18 @@ class TransformersEngine:
                 generation_config=config,
                 custom_generate=partial(_one_by_one, seed=sampling.seed),
             )
-        said: list[int] = []
+        reply: list[int] = []
         shown = ""
         for token in tokens:
             if token in config.eos_token_id:
                 break
-            said.append(token)
+            reply.append(token)
             # A character may be of several tokens.
-            text = self._completed([], ids, said).rstrip("\ufffd").strip()
+            text = self._completed([], ids, reply).rstrip("\ufffd").strip()
             if len(text) > len(shown):
                 shown = text
                 yield text
-        whole = self._completed([], ids, said).strip()
+        whole = self._completed([], ids, reply).strip()
         if whole != shown:
             yield whole
 
@@ -340,8 +340,8 @@ class TransformersEngine:
             total=len(batches),
             disable=not ranks.is_first(),
         )
-        for batch, found in zip(batches, bar, strict=True):
-            for (index, _, _), loss in zip(batch, found, strict=True):
+        for batch, batch_losses in zip(batches, bar, strict=True):
+            for (index, _, _), loss in zip(batch, batch_losses, strict=True):
                 losses[index] = loss
         return losses
 
@@ -370,7 +370,7 @@ class TransformersEngine:
 
 
 def _without_nucleus(processors: LogitsProcessorList) -> LogitsProcessorList:
-    return LogitsProcessorList(each for each in processors if not isinstance(each, TopPLogitsWarper))
+    return LogitsProcessorList(processor for processor in processors if not isinstance(processor, TopPLogitsWarper))
 
 
 def _one_by_one(
@@ -391,9 +391,9 @@ def _one_by_one(
     while not ended:
         # Not around the whole: a generator would leave it on for its caller.
         with torch.inference_mode():
-            found = model(**inputs, return_dict=True)
-            state = model._update_model_kwargs_for_generation(found, state)
-            scores = processors(input_ids, finite(found.logits[:, -1].to(torch.float32)))
+            result = model(**inputs, return_dict=True)
+            state = model._update_model_kwargs_for_generation(result, state)
+            scores = processors(input_ids, finite(result.logits[:, -1].to(torch.float32)))
             top_p = generation_config.top_p
             token = from_nucleus(scores, top_p, drawing) if generation_config.do_sample else scores.argmax(-1)
             input_ids = torch.cat([input_ids, token[:, None]], dim=-1)
@@ -424,23 +424,23 @@ def _shrinking(
     processors = _without_nucleus(logits_processor)
     pad = generation_config.pad_token_id
     output = input_ids.new_full((len(input_ids), generation_config.max_length), pad)
-    place = torch.arange(len(input_ids), device=input_ids.device)  # In `output`, of each row that is left.
-    ended = torch.zeros_like(place, dtype=torch.bool)
+    indices = torch.arange(len(input_ids), device=input_ids.device)  # In `output`, of each row that is left.
+    ended = torch.zeros_like(indices, dtype=torch.bool)
     inputs = first_inputs(model, input_ids, state, shared)
     step = 1 if state["use_cache"] else None
     while True:
-        found = model(**inputs, return_dict=True)
-        state = model._update_model_kwargs_for_generation(found, state)
-        scores = processors(input_ids, finite(found.logits[:, -1].to(torch.float32)))
+        result = model(**inputs, return_dict=True)
+        state = model._update_model_kwargs_for_generation(result, state)
+        scores = processors(input_ids, finite(result.logits[:, -1].to(torch.float32)))
         tokens = from_nucleus(scores, generation_config.top_p) if generation_config.do_sample else scores.argmax(-1)
         input_ids = torch.cat([input_ids, tokens.masked_fill(ended, pad)[:, None]], dim=-1)
         ended |= stopping_criteria(input_ids, None)
         left = len(ended) - int(ended.sum())
         if left <= STAY * len(ended) and (left == 0 or selectable(state)):
-            output[place, : input_ids.shape[1]] = input_ids
+            output[indices, : input_ids.shape[1]] = input_ids
             if left == 0:
                 return output[:, : input_ids.shape[1]]
             stay = (~ended).nonzero().squeeze(1)
-            place, input_ids, ended = place[stay], input_ids[stay], ended[stay]
+            indices, input_ids, ended = indices[stay], input_ids[stay], ended[stay]
             state = {name: select(value, stay) for name, value in state.items()}
         inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=step, **state)

@@ -63,8 +63,8 @@ def fastest() -> Choice:
             return Choice("bfloat16", "the GPU multiplies it")
         return Choice("float32", "the GPU does not multiply bfloat16")
     times = faster_by()
-    said = f"bfloat16 runs {times:.2g} times as fast as float32 on this processor"
-    return Choice("bfloat16", said) if times >= FASTER else Choice("float32", f"{said}, {FASTER} are asked for")
+    reason = f"bfloat16 runs {times:.2g} times as fast as float32 on this processor"
+    return Choice("bfloat16", reason) if times >= FASTER else Choice("float32", f"{reason}, {FASTER} are asked for")
 
 
 @torch.inference_mode()
@@ -80,7 +80,7 @@ def faster_by() -> float:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        turns = [[_seconds(*each) for each in parts] for _ in range(_TRIES)]
+        turns = [[_seconds(*operands) for operands in parts] for _ in range(_TRIES)]
     finally:
         torch.set_num_threads(threads)
     full, half = map(min, zip(*turns, strict=True))

@@ -322,14 +322,14 @@ class Asker:
         try:
             # The client's own limit begins anew with every byte.
             async with asyncio.timeout(self.server.timeout_s):
-                found: Any
+                response: Any
                 if is_chat := "messages" in body:
                     messages = fields.pop("messages")
-                    found = await client.chat.completions.create(model=model, messages=messages, extra_body=fields)
+                    response = await client.chat.completions.create(model=model, messages=messages, extra_body=fields)
                 else:
                     prompt = fields.pop("prompt")
-                    found = await client.completions.create(model=model, prompt=prompt, extra_body=fields)
-            reply = read(found, is_chat, body.get("stop"))
+                    response = await client.completions.create(model=model, prompt=prompt, extra_body=fields)
+            reply = read(response, is_chat, body.get("stop"))
             alive.latest = max(alive.latest, began)
             return reply
         except (json.JSONDecodeError, UnicodeDecodeError):
@@ -352,9 +352,9 @@ class Asker:
             case _:
                 return f"{url}: a reply that cannot be read ({self._own_words(str(error))})"
 
-    def _own_words(self, said: object) -> str:
+    def _own_words(self, reason: object) -> str:
         """What a server gave as the reason: on one line, at most 300 characters, without the key if it repeats that."""
-        text = words_of(said) or str(said or "no reason given")
+        text = words_of(reason) or str(reason or "no reason given")
         text = text.replace(self.key, "***") if self.key else text
         return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:300]
 

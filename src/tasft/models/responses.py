@@ -80,14 +80,14 @@ def read(found: Any, is_chat: bool, stop: object = None) -> tuple[str, str, str]
         choice = found.choices[0]
         if fault := getattr(choice, "error", None):
             raise ErrorInside(fault)
-        said = choice.message if is_chat else choice
-        text, reason = said.content if is_chat else said.text, choice.finish_reason
+        message = choice.message if is_chat else choice
+        text, reason = message.content if is_chat else message.text, choice.finish_reason
     except (AttributeError, IndexError, KeyError, TypeError):
         body = _fields(found)
         if isinstance(body, Mapping) and words_of(body):
             raise ErrorInside(body) from None
         raise Unreadable("no choice in it") from None
-    thought = next((value for name in THOUGHT_FIELDS if isinstance(value := getattr(said, name, None), str)), "")
+    thought = next((value for name in THOUGHT_FIELDS if isinstance(value := getattr(message, name, None), str)), "")
     if isinstance(text, list):
         parts = [part for part in text if isinstance(part, dict)]
         thought = thought or "".join(str(part.get("thinking") or "") for part in parts)
@@ -96,17 +96,17 @@ def read(found: Any, is_chat: bool, stop: object = None) -> tuple[str, str, str]
     if not isinstance(text, str | None):
         raise Unreadable("no text in it")
     # What was cut while it still thought has no text. What ended without may have been meant so.
-    if not text and finish != "length" and (why := _why_nothing(said, text, thought, reason, finish)):
-        raise Withheld(why)
+    if not text and finish != "length" and (cause := _why_nothing(message, text, thought, reason, finish)):
+        raise Withheld(cause)
     return text or "", finish, thought
 
 
-def _why_nothing(said: Any, text: str | None, thought: str, reason: object, finish: str) -> str | None:
-    if refusal := getattr(said, "refusal", None):
+def _why_nothing(message: Any, text: str | None, thought: str, reason: object, finish: str) -> str | None:
+    if refusal := getattr(message, "refusal", None):
         return f"refusal: {refusal}"
     if thought:
         return "a thought and no answer"
-    if getattr(said, "tool_calls", None):
+    if getattr(message, "tool_calls", None):
         return "a call of a tool and no text"
     if text is None or finish not in ("stop", "stop_sequence"):
         return f"content {'null' if text is None else 'empty'}, finish_reason {reason}"
@@ -120,7 +120,7 @@ def words_of(body: object, depth: int = 5) -> str:
     inside = (
         [body.get(name) for name in _WORDS] if isinstance(body, Mapping) else body if isinstance(body, list) else []
     )
-    return next(filter(None, (words_of(each, depth - 1) for each in inside)), "") if depth else ""
+    return next(filter(None, (words_of(part, depth - 1) for part in inside)), "") if depth else ""
 
 
 def _finish(reason: object, stopped_at: object, stop: object) -> str:
@@ -142,8 +142,8 @@ def word_of(reason: object) -> str:
     return re.sub(r"[^a-z]+", "_", words).strip("_").removeprefix("finish_reason_")
 
 
-def _fields(found: Any) -> object:
-    return found.model_dump() if hasattr(found, "model_dump") else found
+def _fields(response: Any) -> object:
+    return response.model_dump() if hasattr(response, "model_dump") else response
 
 
 def _status_like(body: object) -> int:

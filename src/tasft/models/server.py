@@ -64,16 +64,16 @@ class ServerEngine:
             yield [self._reply(wanted[answer.number], answer, name, seeds[answer.number]) for answer in answers]
 
     def _reply(self, request: Request, answer: "Answer", name: str, seed: int) -> Reply:
-        said = answer_in("" if answer.note else request.prefix + answer.text)
+        written = answer_in("" if answer.note else request.prefix + answer.text)
         return Reply(
             request.id,
             name,
             request.prompt,
-            said.answer,
+            written.answer,
             answer.finish,
             seed,
             request.sample,
-            thought=answer.thought or said.thought,
+            thought=answer.thought or written.thought,
             note=answer.note,
         )
 

@@ -60,9 +60,9 @@ class Server(BaseModel):
     @field_validator("body")
     @classmethod
     def _without_keys(cls, body: dict[str, Any]) -> dict[str, Any]:
-        if found := next(filter(named_like_a_key, _names(body)), None):
+        if name := next(filter(named_like_a_key, _names(body)), None):
             raise ValueError(
-                f"{found!r:.40} is called like a key, and a recipe is copied into the run folder: put the key into the "
+                f"{name!r:.40} is called like a key, and a recipe is copied into the run folder: put the key into the "
                 "environment variable that key_env names"
             )
         return body
@@ -107,5 +107,5 @@ def _names(value: Any) -> Iterator[str]:
     """Names of all fields of a JSON value, at any depth."""
     if isinstance(value, dict):
         yield from map(str, value)
-    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _names(each)
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _names(inner)

@@ -68,7 +68,7 @@ def kto_rows(rows: Sequence[Row], micro_batch_size: int) -> list[dict[str, Any]]
     """
     made = []
     for row in rows:
-        begin = next(place for place, label in enumerate(row["labels"]) if label != IGNORE_INDEX)
+        begin = next(position for position, label in enumerate(row["labels"]) if label != IGNORE_INDEX)
         made.append(
             {
                 "prompt_ids": row["input_ids"][:begin],

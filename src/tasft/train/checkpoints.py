@@ -19,19 +19,19 @@ def checkpoints(folder: Path, save_steps: int) -> list[str]:
     Raises:
         UserError: Earlier ones were not kept, or they hold parts of a model.
     """
-    found = sorted((path for path in _whole(folder) if not (path / STOPPED).exists()), key=_step)
-    if len(found) == 1 and _step(found[0]) > save_steps:
+    paths = sorted((path for path in _whole(folder) if not (path / STOPPED).exists()), key=_step)
+    if len(paths) == 1 and _step(paths[0]) > save_steps:
         raise UserError(
             f"evaluate.checkpoints: {folder} was trained without it and kept its last checkpoint alone: remove that "
             "folder to have it trained again"
         )
     result = {provenance.file_hash(path) for path in _weights(folder / "adapter") + _weights(folder / "model")}
     kept = []
-    for path in found:
+    for path in paths:
         weights = _weights(path)
         if not weights:
             raise UserError(f"evaluate.checkpoints: {path} holds parts of a model: train with --launch ddp or none")
-        if {provenance.file_hash(each) for each in weights} != result:
+        if {provenance.file_hash(file) for file in weights} != result:
             kept.append(path.name)
     return kept
 

@@ -75,6 +75,6 @@ def _shared(rows: Sequence[dict[str, Any]]) -> int:
 
 def _mask(segments: Tensor, shared: int) -> Tensor:
     """Which position looks at which: at earlier ones of its row, and at the beginning of the first row."""
-    place = torch.arange(len(segments))
+    position = torch.arange(len(segments))
     own = segments[:, None] == segments
-    return ((own | (place < shared)) & (place <= place[:, None]))[None, None]
+    return ((own | (position < shared)) & (position <= position[:, None]))[None, None]

@@ -86,5 +86,5 @@ class TASFTConfig(TrainingArguments):
         )
 
 
-OWN = {each.name for each in fields(TASFTConfig)} - {each.name for each in fields(TrainingArguments)}
+OWN = {field.name for field in fields(TASFTConfig)} - {field.name for field in fields(TrainingArguments)}
 """Fields of `TASFTConfig` that transformers does not have."""

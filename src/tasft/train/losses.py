@@ -55,12 +55,12 @@ def losses_for(
         UserError: There is no such penalty, it compares with step 0 and there is neither adapter nor reference, or the
             logits are not made from the output head alone.
     """
-    found = penalty_of(penalty)
-    if found is None:
+    chosen = penalty_of(penalty)
+    if chosen is None:
         raise UserError("penalty none is plain fine-tuning: use the trainer as it is")
     if cost_space not in ("output", "input"):
         raise UserError(f"cost_space is {cost_space!r:.40}; use output or input")
-    if found.needs & REFERENCE and reference is None and not isinstance(model, PeftModel):
+    if chosen.needs & REFERENCE and reference is None and not isinstance(model, PeftModel):
         raise UserError(
             f"penalty {penalty} compares with the model at step 0: train an adapter, or give reference, a frozen copy "
             "of the model"
@@ -69,7 +69,7 @@ def losses_for(
     tail = learn_tail(model, range(min(_PROBE, model.get_input_embeddings().weight.shape[0])))
     matrix = (model.get_output_embeddings() if cost_space == "output" else model.get_input_embeddings()).weight
     space = CostSpace.of(matrix.detach().clone() if matrix.requires_grad else matrix, center=center)
-    return Losses(model, reference, found, penalty_weight, beta or found.beta, marked, tail, matrix, space)
+    return Losses(model, reference, chosen, penalty_weight, beta or chosen.beta, marked, tail, matrix, space)
 
 
 @dataclass
@@ -105,19 +105,19 @@ class Losses:
             batch: See the class.
             counts: Of the whole optimizer step, from `counts`; None takes those of this batch.
         """
-        found: dict[str, TokenSum] = {}
+        terms: dict[str, TokenSum] = {}
         start = self._start(batch)
 
         def losses(hidden: Tensor) -> Tensor:
-            found.update(self.terms(hidden, batch, start))
-            return torch.stack([term.total for term in found.values()])
+            terms.update(self.terms(hidden, batch, start))
+            return torch.stack([term.total for term in terms.values()])
 
         with head_calls(self._model, losses):
             outputs = model(**model_inputs(dict(batch)))
-        step = torch.stack([term.count for term in found.values()]) if counts is None else counts
-        totals = torch.stack([term.total for term in found.values()])
+        step = torch.stack([term.count for term in terms.values()]) if counts is None else counts
+        totals = torch.stack([term.total for term in terms.values()])
         weighed = totals * totals.new_tensor([1.0, self._weight]) / step.to(totals).clamp(min=1)
-        self.parts = dict(zip(found, weighed.tolist(), strict=True))
+        self.parts = dict(zip(terms, weighed.tolist(), strict=True))
         return weighed.sum() + outputs.logits[:0].sum()
 
     def terms(
@@ -147,14 +147,14 @@ class Losses:
         Those of an optimizer step make the gradient the same however it is cut into micro-batches. In several processes
         add them up over all, and multiply the loss by the number of processes.
         """
-        found = torch.zeros(2)
+        totals = torch.zeros(2)
         for batch in batches:
             labels, avoid, segments = self._labelled(batch)
-            there = labels != IGNORE_INDEX
-            avoided = there & avoid
+            learned = labels != IGNORE_INDEX
+            avoided = learned & avoid
             units = len(set(segments[avoided].tolist())) if self._penalty.per == "response" else avoided.sum().item()
-            found += torch.tensor([(there & ~avoid).sum().item(), units])
-        return found
+            totals += torch.tensor([(learned & ~avoid).sum().item(), units])
+        return totals
 
     @torch.no_grad()
     def _start(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -37,18 +37,18 @@ class LowerLayers:
             return run()
         hook = self.layers[-1].register_forward_hook(self._keep)
         try:
-            found = run()
+            result = run()
         finally:
             hook.remove()
         if self._serve is None:
             self._serve, made = True, self._made
             try:
                 with self.skipping():
-                    self._serve = torch.equal(run(), found)
+                    self._serve = torch.equal(run(), result)
             except Exception:  # Whatever an upper layer looks for and does not find.
                 self._serve = False
             self._made = made
-        return found
+        return result
 
     @contextmanager
     def skipping(self) -> Iterator[None]:
@@ -69,11 +69,11 @@ class LowerLayers:
 
 def lower_layers(model: PreTrainedModel) -> LowerLayers:
     """The lower layers of a model with an adapter; none where training would compute something else in them."""
-    places = [_LAYER.match(name) for name, weight in model.named_parameters() if weight.requires_grad]
-    names = {place and place["layers"] for place in places}
+    matches = [_LAYER.match(name) for name, weight in model.named_parameters() if weight.requires_grad]
+    names = {match and match["layers"] for match in matches}
     if len(names) != 1 or None in names:
         return LowerLayers([])
-    first = min(int(place["number"]) for place in places if place)
+    first = min(int(match["number"]) for match in matches if match)
     lower = list(model.get_submodule(str(names.pop())))[:first]
     modules = [module for layer in lower for module in layer.modules()]
     drops = [getattr(module, name, 0) for module in modules for name in ("p", "attention_dropout", "dropout")]

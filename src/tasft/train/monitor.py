@@ -119,8 +119,8 @@ class CollapseMonitor(TrainerCallback, ExportableState):
         if state.global_step and self.settings.action == "stop":
             good = self._seen.last_good if any(self._seen.over.values()) else state.global_step
             # It may have been taken up from another folder, or be deleted.
-            there = good is not None and _of_first_process(Path(_checkpoint(args, good)).is_dir())
-            self._keep(good if there else None, args, state)
+            exists = good is not None and _of_first_process(Path(_checkpoint(args, good)).is_dir())
+            self._keep(good if exists else None, args, state)
         if self.probe is not None and self._seen.sound is None:
             self._seen.sound = self._ask(self.probe, model)
 

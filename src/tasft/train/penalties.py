@@ -45,9 +45,9 @@ def own_penalty(part: Part) -> Own:
 
 def _summed(own: Own) -> Callable[..., TokenSum]:
     def call(*args: Any, **kwargs: Any) -> TokenSum:
-        found = own(*args, **kwargs)
-        if not isinstance(found, TokenSum):
-            raise UserError(f"{own.where} gave back {type(found).__name__}; a penalty gives a tasft.loss.TokenSum")
-        return found
+        result = own(*args, **kwargs)
+        if not isinstance(result, TokenSum):
+            raise UserError(f"{own.where} gave back {type(result).__name__}; a penalty gives a tasft.loss.TokenSum")
+        return result
 
     return call

@@ -208,13 +208,13 @@ class KnowsItsStart(FiniteSteps):
 
         def keep(hidden: Tensor, batch: Batch) -> None:
             labels, segments = shift(batch["labels"]).flatten(), batch["segments"].flatten()
-            found = {name: measures[name](hidden.flatten(0, 1), self._head(), labels) for name in needed}
+            measured = {name: measures[name](hidden.flatten(0, 1), self._head(), labels) for name in needed}
             for index in range(int(segments.max()) + 1):
                 row = next(upcoming)
-                for name, values in found.items():
-                    there = values[segments == index].float().tolist()
+                for name, values in measured.items():
+                    row_values = values[segments == index].float().tolist()
                     # A beginning that stood once, in the first row, has no label.
-                    row[name] = [0.0] * (len(row["input_ids"]) - len(there)) + there
+                    row[name] = [0.0] * (len(row["input_ids"]) - len(row_values)) + row_values
 
         self._look(self._batches(avoid), keep)
 
@@ -238,7 +238,7 @@ class KnowsItsStart(FiniteSteps):
 
     def _divergence(self, names: Iterable[str] | None = None) -> float | None:
         """Mean KL from the model at step 0 on evaluation sets, by default all, in nats per token; None without rows."""
-        start = [each for name in (self._starts if names is None else names) for each in self._starts.get(name, ())]
+        start = [pair for name in (self._starts if names is None else names) for pair in self._starts.get(name, ())]
         if not start:
             return None
         sums: list[TokenSum] = []

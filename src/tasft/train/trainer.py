@@ -133,9 +133,9 @@ class TASFTTrainer(KnowsItsStart):
         named = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
         sets = {name: self._encode(dataset, tokenizer, args)[0] for name, dataset in named.items()}
         evaluated = sets if isinstance(eval_dataset, dict) else sets[""]
-        for each in (rows, *sets.values()):
-            if isinstance(each, list):
-                check_rows(model, tokenizer, [row["input_ids"] for row in each], "max_length")
+        for encoded in (rows, *sets.values()):
+            if isinstance(encoded, list):
+                check_rows(model, tokenizer, [row["input_ids"] for row in encoded], "max_length")
         if args.n_gpu > 1:
             args._n_gpu = 1  # transformers would copy the model to all of them, and the copies share what is counted.
         super().__init__(
@@ -171,9 +171,9 @@ class TASFTTrainer(KnowsItsStart):
                 self.data_collator = partial(collate, pad_token_id=tokenizer.pad_token_id, layout=layout)
             if self.penalty is not None:
                 self._space()  # now: a head that is trained will be another once a checkpoint is loaded
-            for each in (rows, *sets.values()):
-                self._add_reference(each)
-            self._starts = {name: self._remember_start(each) for name, each in sets.items()}
+            for encoded in (rows, *sets.values()):
+                self._add_reference(encoded)
+            self._starts = {name: self._remember_start(encoded) for name, encoded in sets.items()}
         self.add_callback(MetricsFile(Path(args.output_dir) / "metrics.jsonl"))
 
     def _encode(
@@ -389,10 +389,10 @@ class TASFTTrainer(KnowsItsStart):
         for name, term in terms.items():
             if not term.requires_grad:
                 continue
-            found = torch.autograd.grad(term, parameters, retain_graph=True, materialize_grads=True)
+            gradients = torch.autograd.grad(term, parameters, retain_graph=True, materialize_grads=True)
             have = self._term_gradients.get(name)
             self._term_gradients[name] = (
-                list(found) if have is None else [a + b for a, b in zip(have, found, strict=True)]
+                list(gradients) if have is None else [a + b for a, b in zip(have, gradients, strict=True)]
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
