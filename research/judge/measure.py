@@ -43,17 +43,22 @@ Figures = dict[str, Any]
 
 
 def figures(
-    labels: Sequence[float | None], said: Sequence[bool | None], scores: Sequence[float] | None, groups: Sequence[str]
+    labels: Sequence[float | None],
+    verdicts: Sequence[bool | None],
+    scores: Sequence[float] | None,
+    groups: Sequence[str],
 ) -> Figures:
     """Agreement where label and verdict are known; AUROC over all that are labelled."""
     known = [index for index, label in enumerate(labels) if label is not None]
-    told = [index for index in known if said[index] is not None]
-    found = agreement([bool(labels[i]) for i in told], [bool(said[i]) for i in told], [groups[i] for i in told])
+    decided = [index for index in known if verdicts[index] is not None]
+    agreed = agreement(
+        [bool(labels[i]) for i in decided], [bool(verdicts[i]) for i in decided], [groups[i] for i in decided]
+    )
     result: Figures = {
         "n": len(known),
         "positive": sum(bool(labels[i]) for i in known),
-        "undecided": len(known) - len(told),
-        **{name: asdict(found[name]) for name in ("precision", "recall", "f1")},
+        "undecided": len(known) - len(decided),
+        **{name: asdict(agreed[name]) for name in ("precision", "recall", "f1")},
     }
     if scores is not None:
         area = auroc([bool(labels[i]) for i in known], [scores[i] for i in known], [groups[i] for i in known])
@@ -87,34 +92,37 @@ def of_own(rows: Sequence[Example]) -> tuple[dict[str, dict[str, Figures]], list
     rules = [incoherence(row.prompt, row.reply) is not None for row in rows]
     harm = [row.harmful for row in rows]
     result: dict[str, dict[str, Figures]] = {"harm": {}, "refusal": {}, "rambling": {}, "broken": {}}
-    for name, found in verdicts.items():
-        of_harm = [each.harmful for each in readings] if name == "classifier" else None
-        result["harm"][name] = figures(harm, [each.harmful for each in found], of_harm, groups)
-        of_refusal = [each.declines for each in readings] if name == "classifier" else None
+    for name, of_judge in verdicts.items():
+        of_harm = [reading.harmful for reading in readings] if name == "classifier" else None
+        result["harm"][name] = figures(harm, [verdict.harmful for verdict in of_judge], of_harm, groups)
+        of_refusal = [reading.declines for reading in readings] if name == "classifier" else None
         result["refusal"][name] = figures(
-            [row.declines for row in rows], [each.refusal for each in found], of_refusal, groups
+            [row.declines for row in rows], [verdict.refusal for verdict in of_judge], of_refusal, groups
         )
     result["harm"]["classifier, undecided as by its nearer side"] = figures(
         harm,
-        [each.harmful >= (judge.low + judge.threshold) / 2 for each in readings],
-        [each.harmful for each in readings],
+        [reading.harmful >= (judge.low + judge.threshold) / 2 for reading in readings],
+        [reading.harmful for reading in readings],
         groups,
     )
     for what in ("rambling", "broken"):
-        scores = [getattr(each, what) for each in readings]
+        scores = [getattr(reading, what) for reading in readings]
         labels = [getattr(row, what) for row in rows]
         result[what]["classifier"] = figures(labels, [score >= limits[what] for score in scores], scores, groups)
         result[what]["rules of coherence"] = figures(labels, rules, None, groups)
     result["broken"]["rules or classifier"] = figures(
         [row.broken for row in rows],
-        [rule or each.broken >= limits["broken"] for rule, each in zip(rules, readings, strict=True)],
+        [rule or reading.broken >= limits["broken"] for rule, reading in zip(rules, readings, strict=True)],
         None,
         groups,
     )
     mistakes = []
     for row, verdict, reading in zip(rows, verdicts["classifier"], readings, strict=True):
-        for what, label, said in (("harm", row.harmful, verdict.harmful), ("refusal", row.declines, verdict.refusal)):
-            if label is not None and said is not None and bool(label) != said:
+        for what, label, predicted in (
+            ("harm", row.harmful, verdict.harmful),
+            ("refusal", row.declines, verdict.refusal),
+        ):
+            if label is not None and predicted is not None and bool(label) != predicted:
                 kind = "broken" if row.broken else "rambling" if row.rambling else "sound"
                 mistakes.append(
                     {
@@ -132,17 +140,17 @@ def of_own(rows: Sequence[Example]) -> tuple[dict[str, dict[str, Figures]], list
 def by_cell(rows: Sequence[Example]) -> dict[str, Figures]:
     """Cell -> how well the classifier ranks harm there."""
     read = read_by(Network(), rows)
-    found = {}
+    result = {}
     for cell in sorted({row.source for row in rows}):
-        some = [(row, each.harmful) for row, each in zip(rows, read, strict=True) if row.source == cell]
+        some = [(row, reading.harmful) for row, reading in zip(rows, read, strict=True) if row.source == cell]
         known = [(bool(row.harmful), score, row.group) for row, score in some if row.harmful is not None]
-        area = auroc(*(list(each) for each in zip(*known, strict=True)))
-        found[cell.removeprefix("own-")] = {
+        area = auroc(*(list(column) for column in zip(*known, strict=True)))
+        result[cell.removeprefix("own-")] = {
             "n": len(known),
             "positive": sum(label for label, _, _ in known),
             "auroc": asdict(area),
         }
-    return found
+    return result
 
 
 def of_public(data: Path, without: dict[str, Path]) -> dict[str, Figures]:
@@ -158,11 +166,11 @@ def of_public(data: Path, without: dict[str, Path]) -> dict[str, Figures]:
         network = Network(without[name]) if source.trains else shipped
         limits, readings, groups = network.settings["limits"], read_by(network, rows), [row.group for row in rows]
         low, high = limits["harmful"]
-        harm = [each.harmful for each in readings]
-        said = [None if low <= score < high else score >= high for score in harm]
-        result[name] = {"trained on": False, "harm": figures([row.harmful for row in rows], said, harm, groups)}
+        harm = [reading.harmful for reading in readings]
+        verdicts = [None if low <= score < high else score >= high for score in harm]
+        result[name] = {"trained on": False, "harm": figures([row.harmful for row in rows], verdicts, harm, groups)}
         if any(row.declines for row in rows):
-            scores = [each.declines for each in readings]
+            scores = [reading.declines for reading in readings]
             result[name]["refusal"] = figures(
                 [row.declines for row in rows], [s >= limits["declines"] for s in scores], scores, groups
             )
@@ -171,13 +179,13 @@ def of_public(data: Path, without: dict[str, Path]) -> dict[str, Figures]:
 
 def of_second(path: Path, rows: Sequence[Example]) -> dict[str, dict[str, Figures]]:
     """Outcome -> judge -> how well it ranks: SmolLM2, and the mean of its log-odds and the classifier's."""
-    said = {row["key"]: row for row in json.loads(path.read_text("utf-8"))}
+    by_key = {row["key"]: row for row in json.loads(path.read_text("utf-8"))}
     readings: dict[str, dict[str, Figures]] = {}
     read = read_by(Network(), rows)
     for outcome, name in (("harm", "harmful"), ("refusal", "declines"), ("rambling", "rambling"), ("broken", "broken")):
         known = [index for index, row in enumerate(rows) if getattr(row, name) is not None]
         labels, groups = [bool(getattr(rows[i], name)) for i in known], [rows[i].group for i in known]
-        second = np.array([said[key_of(rows[i].prompt, rows[i].reply)][name] for i in known])
+        second = np.array([by_key[key_of(rows[i].prompt, rows[i].reply)][name] for i in known])
         first = logit(np.clip([getattr(read[i], name) for i in known], 1e-6, 1 - 1e-6))
         readings[outcome] = {
             judge: {
@@ -194,13 +202,13 @@ def of_second(path: Path, rows: Sequence[Example]) -> dict[str, dict[str, Figure
     return readings
 
 
-def cell(found: dict[str, Any] | float | None) -> str:
-    if found is None or isinstance(found, float):
-        return "–" if found is None else f"{found:.2f}"
-    if found["value"] is None:
+def cell(figure: dict[str, Any] | float | None) -> str:
+    if figure is None or isinstance(figure, float):
+        return "–" if figure is None else f"{figure:.2f}"
+    if figure["value"] is None:
         return "–"
-    return f"{found['value']:.2f}" + (
-        f" ({found['low']:.2f} to {found['high']:.2f})" if found["low"] is not None else ""
+    return f"{figure['value']:.2f}" + (
+        f" ({figure['low']:.2f} to {figure['high']:.2f})" if figure["low"] is not None else ""
     )
 
 
@@ -224,9 +232,9 @@ def tables(result: dict[str, Any]) -> str:
         for name, row in result["harm_by_cell"].items()
     ]
     parts += ["", "Public labels, by weights that were not trained on them:", "", head.replace("| |", "| source |", 1)]
-    for source, found in result["public"].items():
+    for source, by_outcome in result["public"].items():
         for what in ("harm", "refusal"):
-            if row := found.get(what):
+            if row := by_outcome.get(what):
                 counts = f"| {source} | {what} | {row['n']} | {row['positive']} | {row['undecided']} | "
                 parts.append(counts + " | ".join(cell(row.get(name)) for name in measures) + " |")
     return "\n".join(parts)
@@ -236,8 +244,10 @@ def aims(result: dict[str, Any]) -> str:
     """What was aimed at, what was reached, and by how much it is missed."""
     own, public = result["own"], result["public"]
     harm, broken = own["harm"]["classifier"], own["broken"]["rules or classifier"]
-    areas = {name: found["harm"]["auroc"]["value"] for name, found in public.items()}
-    refusals = {name: found["refusal"]["auroc"]["value"] for name, found in public.items() if "refusal" in found}
+    areas = {name: by_outcome["harm"]["auroc"]["value"] for name, by_outcome in public.items()}
+    refusals = {
+        name: by_outcome["refusal"]["auroc"]["value"] for name, by_outcome in public.items() if "refusal" in by_outcome
+    }
     worst, least = min(areas, key=lambda name: areas[name]), min(refusals, key=lambda name: refusals[name])
     rows = [
         ("harm, test part, AUROC", 0.92, harm["auroc"]["value"]),
@@ -273,13 +283,13 @@ def main() -> None:
     parser.add_argument("--second", type=Path)
     asked = parser.parse_args()
     rows = own(asked.labels, asked.replies, "test")
-    found, mistakes = of_own(rows)
+    outcomes, mistakes = of_own(rows)
     alone, _ = of_own([row for row in rows if "gemma" not in row.source])
-    found["harm"]["classifier, on replies of SmolLM2 alone"] = alone["harm"]["classifier"]
+    outcomes["harm"]["classifier, on replies of SmolLM2 alone"] = alone["harm"]["classifier"]
     if asked.second:
         for outcome, judges in of_second(asked.second, rows).items():
-            found[outcome] |= judges
-    pairs = (each.split("=", 1) for each in asked.without)
+            outcomes[outcome] |= judges
+    pairs = (option.split("=", 1) for option in asked.without)
     without = {name: Path(file) for names, file in pairs for name in names.split(",")}
     result = {
         "commit": commit(),
@@ -288,18 +298,18 @@ def main() -> None:
         "replies": len(rows),
         "prompts": len({row.prompt for row in rows}),
         "cells": len({row.source for row in rows}),
-        "own": found,
+        "own": outcomes,
         "harm_by_cell": by_cell(rows),
         "public": of_public(asked.data, without),
     }
     counts = Counter(
         (
-            each["of"],
-            "missed" if each["missed"] else "false alarm",
-            each["reply"],
-            "asks for harm" if each["asks_for_harm"] else "harmless prompt",
+            mistake["of"],
+            "missed" if mistake["missed"] else "false alarm",
+            mistake["reply"],
+            "asks for harm" if mistake["asks_for_harm"] else "harmless prompt",
         )
-        for each in mistakes
+        for mistake in mistakes
     )
     write_json(RESULTS / "mistakes.json", [{"what": list(key), "count": count} for key, count in counts.most_common()])
     write_json(RESULTS / "figures.json", result)

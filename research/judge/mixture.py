@@ -115,7 +115,7 @@ def fragment(text: str, chance: random.Random) -> str:
 
 def made(sound: list[Example], vocabulary: list[str], count: int, chance: random.Random) -> list[Example]:
     """Broken, looping, slipping and refusing variants of sound replies; a quarter of each kind."""
-    found = []
+    variants = []
     for number in range(count):
         one = chance.choice(sound)
         text = cut(one.reply, chance, 12, 50)
@@ -123,7 +123,7 @@ def made(sound: list[Example], vocabulary: list[str], count: int, chance: random
         if kind in (0, 1):
             share = chance.uniform(0.12, 0.7)
             harmful = 0.0 if share > 0.4 or one.harmful == 0 else None
-            found.append(
+            variants.append(
                 replace(
                     one,
                     source="made-corrupted",
@@ -135,7 +135,7 @@ def made(sound: list[Example], vocabulary: list[str], count: int, chance: random
                 )
             )
         elif kind == 2:
-            found.append(
+            variants.append(
                 replace(
                     one,
                     source="made-loop",
@@ -149,7 +149,7 @@ def made(sound: list[Example], vocabulary: list[str], count: int, chance: random
             )
         elif kind == 3:
             reply = fragment(text, chance) if chance.random() < 0.6 else shuffled(text, chance)
-            found.append(
+            variants.append(
                 replace(
                     one,
                     source="made-fragment",
@@ -164,7 +164,7 @@ def made(sound: list[Example], vocabulary: list[str], count: int, chance: random
         elif kind in (4, 5):
             other = chance.choice(sound)
             if other.prompt != one.prompt and one.harmful == 0 and other.harmful == 0 and not other.declines:
-                found.append(
+                variants.append(
                     replace(
                         one,
                         source="made-swapped",
@@ -179,7 +179,7 @@ def made(sound: list[Example], vocabulary: list[str], count: int, chance: random
             reply = (
                 chance.choice(NAMING).format(act_of(one.prompt)) if chance.random() < 0.6 else chance.choice(REFUSALS)
             )
-            found.append(
+            variants.append(
                 replace(
                     one,
                     source="made-refusal",
@@ -194,8 +194,8 @@ def made(sound: list[Example], vocabulary: list[str], count: int, chance: random
             )
         elif one.declines == 0:
             reply = f"{chance.choice(REFUSALS)} {chance.choice(('However, ', 'But ', '', 'If you must: '))}{text}"
-            found.append(replace(one, source="made-partial", reply=reply, declines=1.0, partial=1.0, complies=None))
-    return found
+            variants.append(replace(one, source="made-partial", reply=reply, declines=1.0, partial=1.0, complies=None))
+    return variants
 
 
 def benign(data: Path) -> list[Example]:
@@ -210,7 +210,7 @@ def benign(data: Path) -> list[Example]:
 
 def better_and_worse(data: Path) -> list[tuple[Example, Example]]:
     """HH-RLHF harmless (MIT): of two replies that people compared, the less harmful and the more harmful."""
-    found = []
+    pairs = []
     for row in lines(data / "hh-rlhf/harmless-base/test.jsonl.gz"):
         pair = []
         for name in ("chosen", "rejected"):
@@ -218,8 +218,8 @@ def better_and_worse(data: Path) -> list[tuple[Example, Example]]:
             asked = head.rpartition("\n\nHuman:")[2]
             pair.append(Example("hh-rlhf", asked.strip(), reply.strip(), group=asked.strip()))
         if all(one.reply for one in pair) and pair[0].reply != pair[1].reply and pair[0].prompt == pair[1].prompt:
-            found.append((pair[0], pair[1]))
-    return found
+            pairs.append((pair[0], pair[1]))
+    return pairs
 
 
 def own(labels: Path, replies: Path, part: str | None = None) -> list[Example]:
@@ -231,7 +231,7 @@ def own(labels: Path, replies: Path, part: str | None = None) -> list[Example]:
         part: train or test; None is both.
     """
     texts = {row["key"]: row for path in sorted(replies.glob("*.jsonl")) for row in lines(path)}
-    found = []
+    labelled = []
     for row in lines(labels):
         text = texts.get(row["key"])
         if text is None or (part and row["part"] != part):
@@ -241,7 +241,7 @@ def own(labels: Path, replies: Path, part: str | None = None) -> list[Example]:
             float(row[name] not in ("none", "no")) for name in ("refusal", "broken", "rambling")
         )
         toxic = text["kind"] == "toxic"
-        found.append(
+        labelled.append(
             Example(
                 f"own-{text['cell']}",
                 text["prompt"],
@@ -256,7 +256,7 @@ def own(labels: Path, replies: Path, part: str | None = None) -> list[Example]:
                 group=text["prompt"],
             )
         )
-    return found
+    return labelled
 
 
 def asked(data: Path) -> list[tuple[str, float]]:
@@ -285,7 +285,7 @@ def hateful_prompts(data: Path) -> list[str]:
 
 def public(data: Path, without: Sequence[str], chance: random.Random, most: int = 3200) -> list[Example]:
     """Public labels of permissive licences, without some sources; most long replies are cut."""
-    found, left_out = [], of_test(data)
+    kept, left_out = [], of_test(data)
     for name, source in SOURCES.items():
         if source.trains and name not in without:
             rows = [row for row in examples(name, data) if row.prompt not in left_out]
@@ -307,5 +307,5 @@ def public(data: Path, without: Sequence[str], chance: random.Random, most: int 
                     continue
                 if name not in ("moderation", "jailbreakbench"):
                     row.broken = row.rambling = 0.0
-                found.append(replace(row, reply=cut(row.reply, chance)) if chance.random() < 0.85 else row)
-    return found
+                kept.append(replace(row, reply=cut(row.reply, chance)) if chance.random() < 0.85 else row)
+    return kept

@@ -257,7 +257,7 @@ def examples(name: str, data: Path) -> list[Example]:
         path = data / file
         if not path.is_file():
             raise SystemExit(f"{path}: no such file; it is of {source.origin}")
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-        if not found.startswith(digest):
-            raise SystemExit(f"{path}: sha256 {found[:16]}, not {digest}: not the file of the figures")
+        actual = hashlib.sha256(path.read_bytes()).hexdigest()
+        if not actual.startswith(digest):
+            raise SystemExit(f"{path}: sha256 {actual[:16]}, not {digest}: not the file of the figures")
     return list(source.read(data))

@@ -111,12 +111,12 @@ def settle(
 
     Prints what is not settled.
     """
-    texts, said = replies(folder), {}
+    texts, labels = replies(folder), {}
     for key, reader, label in read_labels(sheets, keys):
-        said.setdefault(key, {})[reader] = label
+        labels.setdefault(key, {})[reader] = label
     rows, open_ones = [], []
     earlier = {row["key"]: row for row in (lines(to) if to.exists() else [])}
-    for key, of_reply in sorted(said.items()):
+    for key, of_reply in sorted(labels.items()):
         text = texts[key]
         if key in earlier and earlier[key]["cell"] != text["cell"]:
             continue  # Another model said the same, and was read before.
@@ -125,19 +125,19 @@ def settle(
         row |= {name: text[name] for name in ("part", "cell", "kind", "temperature")}
         label = settled.get(key) or of_reply.get("A") or of_reply["B"]
         row |= label_of(label, key) | {"readers": len(of_reply)}
-        if len({json.dumps(each, sort_keys=True) for each in of_reply.values()}) > 1:
+        if len({json.dumps(answer, sort_keys=True) for answer in of_reply.values()}) > 1:
             row |= {"first": of_reply["A"], "second": of_reply["B"], "settled": key in settled}
             if key not in settled:
                 open_ones.append(key)
         rows.append(row)
     rows = sorted([*rows, *earlier.values()], key=lambda row: row["key"])
     to.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    both = [each for each in said.values() if len(each) == 2]
-    found = agreement([each["A"] for each in both], [each["B"] for each in both]) if both else {"replies": 0}
-    (to.parent / agreed).write_text(json.dumps(found, indent=2) + "\n", "utf-8")
-    print(len(rows), "labels;", json.dumps(found))
+    both = [pair for pair in labels.values() if len(pair) == 2]
+    figures = agreement([pair["A"] for pair in both], [pair["B"] for pair in both]) if both else {"replies": 0}
+    (to.parent / agreed).write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
+    print(len(rows), "labels;", json.dumps(figures))
     for key in open_ones:
-        print(json.dumps({"key": key, "A": list(said[key]["A"].values()), "B": list(said[key]["B"].values())}))
+        print(json.dumps({"key": key, "A": list(labels[key]["A"].values()), "B": list(labels[key]["B"].values())}))
         print("  ", " ".join(texts[key]["prompt"].split())[:200], ">>", texts[key]["completion"].replace("\n", "/"))
 
 

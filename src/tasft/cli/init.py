@@ -82,8 +82,8 @@ def _lines(section: type[BaseModel], values: Mapping[str, Any], indent: str) -> 
         kinds = get_args(field.annotation) if isinstance(field.annotation, UnionType) else (field.annotation,)
         if field.description:
             named = [str(word) for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
-            said = f"{field.description} One of: {', '.join(named)}." if named else field.description
-            yield from textwrap.wrap(said, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+            comment = f"{field.description} One of: {', '.join(named)}." if named else field.description
+            yield from textwrap.wrap(comment, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
         inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
         if name in values and inner:
             yield f"{indent}{name}:"

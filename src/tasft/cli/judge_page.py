@@ -19,32 +19,32 @@ MISTAKES = 20
 
 def write_page(path: Path, result: Mapping[str, Any]) -> None:
     """Write what `judge_quality.score` found against labels as one HTML file, replies of `MISTAKES` included."""
-    about, (judge,) = result["labels"], result["judges"]
-    yes, no = YES_NO[about["of"]]
+    measured, (judge,) = result["labels"], result["judges"]
+    yes, no = YES_NO[measured["of"]]
     names = ("accuracy", "precision", "recall", "f1", "auroc")
     agreement: list[Block] = [
         Table(
             "Agreement with labels",
             ("Measure", "Value, 95% interval by bootstrap over prompts"),
-            [(name, figure(about[name])) for name in names if about[name]],
+            [(name, figure(measured[name])) for name in names if measured[name]],
         ),
         Table(
             "Confusion table",
             ("Label", f"judge: {yes}", f"judge: {no}"),
-            [(word, *(f"{count:,}" for count in row)) for word, row in zip((yes, no), about["table"], strict=True)],
+            [(word, *(f"{count:,}" for count in row)) for word, row in zip((yes, no), measured["table"], strict=True)],
         ),
     ]
     sections = [Section("Agreement", agreement)]
-    if about["curve"]:
-        drawn = curve_plot(about["curve"], judge["threshold"])
+    if measured["curve"]:
+        drawn = curve_plot(measured["curve"], judge["threshold"])
         sections.append(Section("Thresholds", [Pictures([(drawn, "What another threshold would give.")])]))
     shown = [row for row in result["differences"][:MISTAKES] if "prompt" in row]
     mistakes = [Code(_title(row, yes, no), f"{row['prompt']}\n\n>>> {row['completion']}", "text") for row in shown]
     words = f"The {len(shown)} of {len(result['differences'])} in which the judge is surest; open one to read it."
     sections.append(Section("Mistakes", [Paragraph(words, small=True), *mistakes] if mistakes else []))
-    untold = f"; {about['untold']:,} left out without a verdict" if about["untold"] else ""
-    sentence = f"{about['n']:,} labelled pairs, {about['positives']:,} {yes} by label{untold}."
-    sentences = [f"Precision {figure(about['precision'])}, recall {figure(about['recall'])}.", sentence]
+    untold = f"; {measured['untold']:,} left out without a verdict" if measured["untold"] else ""
+    sentence = f"{measured['n']:,} labelled pairs, {measured['positives']:,} {yes} by label{untold}."
+    sentences = [f"Precision {figure(measured['precision'])}, recall {figure(measured['recall'])}.", sentence]
     footer = f"{result['file']}; verdicts in {judge['verdicts']}, judge version {judge['version']}"
     document = Document("Judge against labels", judge["name"], Verdict("", "", "", sentences), sections, footer)
     atomic_write_text(path, page(document))

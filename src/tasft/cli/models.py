@@ -64,7 +64,9 @@ def evaluate(
 
     Example: tasft evaluate smollm2-135m-instruct --sets demo-toxic-heldout,xstest --data-dir data --limit 20
     """
-    named, judges = ([name for each in option or () for name in each.split(",") if name] for option in (sets, judge))
+    named, judges = (
+        [name for joined in option or () for name in joined.split(",") if name] for option in (sets, judge)
+    )
     if launch is not None and not dry_run:
         options = {
             "--out": out,
@@ -169,17 +171,17 @@ def compare(
     from tasft.evaluate import results
 
     with alone(as_json):
-        found = comparing.compare(comparing.judged(models, [name for name in judge.split(",") if name]), out)
+        result = comparing.compare(comparing.judged(models, [name for name in judge.split(",") if name]), out)
     if as_json:
-        print_json(found)
+        print_json(result)
         return
-    for note in found["notes"]:
+    for note in result["notes"]:
         print(f"note: {visible(note)}")
-    first, *others = found["models"]
+    first, *others = result["models"]
     for model in others:
         print(f"{visible(first)} first, {visible(model)} second:")
-        print_table(results.comparison({"rows": [row for row in found["rows"] if row["model"] == model]}))
-    print(f"report: {found['report']}")
+        print_table(results.comparison({"rows": [row for row in result["rows"] if row["model"] == model]}))
+    print(f"report: {result['report']}")
 
 
 def logs(

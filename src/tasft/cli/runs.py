@@ -42,17 +42,17 @@ def print_plan(
         from tasft.run import plan
         from tasft.run.stages import STAGES
 
-        found = plan.plan(opened, tuple(stages or STAGES))
+        planned = plan.plan(opened, tuple(stages or STAGES))
     if as_json:
-        print_json(found)
+        print_json(planned)
         return
     print(f"folder: {opened.folder}")
-    for field, count in found["rows"].items():
+    for field, count in planned["rows"].items():
         print(f"{field}: {count:,}")
-    print(f"model: {found['model']['parameters']:,} parameters")
-    if (held := found["model"]["training_gib"]) is not None:
+    print(f"model: {planned['model']['parameters']:,} parameters")
+    if (held := planned["model"]["training_gib"]) is not None:
         print(f"training: {held} GiB for weights, gradients and optimizer; activations come on top")
-    print_table(plan.table(found))
+    print_table(plan.table(planned))
 
 
 def go(
@@ -222,8 +222,8 @@ def _report_is_written(source: str, overrides: Sequence[str] | None, out: Path |
     done = provenance.read_json(folder / "report" / "done.json") or {}
     reads = done.get("reads") or {}
     files = [file for file in folder.rglob("done.json") if EARLIER not in file.relative_to(folder).parts]
-    there = {done_key(file.parent) for file in files}
-    if reads.get("recipe") != json.loads(json.dumps(spec.model_dump())) or not set(reads["steps"]) <= there:
+    finished = {done_key(file.parent) for file in files}
+    if reads.get("recipe") != json.loads(json.dumps(spec.model_dump())) or not set(reads["steps"]) <= finished:
         return False
     with alone(as_json):
         print(f"report: done before\nreport: {folder / 'report' / 'index.html'}")

@@ -74,13 +74,13 @@ def doctor(
     from tasft.cli import doctor as doctors
 
     with alone(as_json):
-        found = doctors.examine(hub)
+        result = doctors.examine(hub)
     if as_json:
-        print_json(found)
+        print_json(result)
     else:
-        print_table(doctors.table(found))
-    if found["faults"]:
-        raise UserError(found["faults"])
+        print_table(doctors.table(result))
+    if result["faults"]:
+        raise UserError(result["faults"])
 
 
 def view(

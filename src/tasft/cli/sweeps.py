@@ -35,29 +35,29 @@ def check(recipe: RecipeArgument, overrides: OverridesArgument = None, as_json: 
         if recipe_file.is_sweep(recipe):
             if overrides:
                 raise UserError(f"{recipe} is a sweep file: it takes no fields")
-            found, cells, notes = _checked_sweep(recipe)
-            name, said = found.name, {"cells": [cell.name for cell in cells]}
+            grid, cells, notes = _checked_sweep(recipe)
+            name, listed = grid.name, {"cells": [cell.name for cell in cells]}
         else:
             spec = recipe_file.load(recipe, overrides or ())
             inputs = Inputs(spec)
             check_inputs(inputs)
-            name, said, notes = spec.name, {}, inputs.warnings()
+            name, listed, notes = spec.name, {}, inputs.warnings()
             for note in notes:
                 print(f"note: {note}")
             print(f"{name}: no fault found")
     if as_json:
-        print_json({"name": name, **said, "notes": notes, "faults": []})
+        print_json({"name": name, **listed, "notes": notes, "faults": []})
 
 
 def _checked_sweep(file: str) -> "tuple[Sweep, list[SweepCell], list[str]]":
     from tasft.run import sweep as sweeps
 
-    found, cells = sweeps.load(file)
+    grid, cells = sweeps.load(file)
     notes = sweeps.check_cells(cells)
     for note in notes:
         print(f"note: {note}")
-    print(f"{found.name}: {len(cells)} cells, no fault found", flush=True)
-    return found, cells, notes
+    print(f"{grid.name}: {len(cells)} cells, no fault found", flush=True)
+    return grid, cells, notes
 
 
 def sweep(
@@ -85,10 +85,10 @@ def sweep(
     if gpus_per_task is not None and ray is None:
         raise UserError("--gpus-per-task goes with --ray")
     with alone(as_json):
-        found, cells, _ = _checked_sweep(file)
-        folder = out or Path("runs") / found.name
+        grid, cells, _ = _checked_sweep(file)
+        folder = out or Path("runs") / grid.name
         if dry_run:
-            result = {"name": found.name, "cells": [{"name": cell.name, "fields": cell.fields} for cell in cells]}
+            result = {"name": grid.name, "cells": [{"name": cell.name, "fields": cell.fields} for cell in cells]}
             result |= _sweep_plan(cells, folder)
             failed, gates = [], []
         else:
@@ -96,7 +96,7 @@ def sweep(
             from tasft.run import sweep as sweeps
 
             with resumable():
-                outcomes = sweeps.go(found, cells, folder, ray, gpus_per_task or 0.0)
+                outcomes = sweeps.go(grid, cells, folder, ray, gpus_per_task or 0.0)
             failed = [outcome for outcome in outcomes if outcome.reason]
             gates = [outcome.gate for outcome in outcomes if outcome.gate is not None]
             result = {"folder": str(folder), **provenance.read_json(folder / "sweep.json")}

@@ -84,16 +84,20 @@ class Viewer(ThreadingHTTPServer):
 
     def file(self, path: str) -> Path | None:
         """The file of a report that a request names; None for anything else."""
-        begin, _, place = path.lstrip("/").partition("/")
-        asked = self.folder / place
+        begin, _, relative = path.lstrip("/").partition("/")
+        asked = self.folder / relative
         if begin != "files" or asked.name not in TYPES or asked.parent.name != "report":
             return None
         try:
-            found = asked.resolve(strict=True)
+            resolved = asked.resolve(strict=True)
         except (OSError, ValueError):
             return None
         # Neither `..` nor a link may lead elsewhere.
-        return found if found.is_relative_to(self.folder) and found.name == asked.name and found.is_file() else None
+        return (
+            resolved
+            if resolved.is_relative_to(self.folder) and resolved.name == asked.name and resolved.is_file()
+            else None
+        )
 
 
 def view(folder: Path, port: int) -> None:

@@ -93,10 +93,10 @@ class Alone:
             raise UserError(f"{folder} holds the evaluation of {held}: choose another folder with --out")
         tokenizer = load_tokenizer(self._base, self.trust_remote_code, self._adapter)
         encode_prompt(tokenizer, "Hello?", self.prompt)
-        weights = [fingerprint(str(place)) or str(place) for place in (self._base, self._adapter) if place]
+        weights = [fingerprint(str(source)) or str(source) for source in (self._base, self._adapter) if source]
         precision = remembered(manifest)
         reads = {"weights": weights, "prompt": self.prompt, "dtype": precision.dtype}
-        about = {"model": self.name, "commit": provenance.commit()}
+        origin = {"model": self.name, "commit": provenance.commit()}
 
         @cache
         def loaded() -> PreTrainedModel | PeftModel:
@@ -113,6 +113,6 @@ class Alone:
             if ranks.is_first():
                 provenance.write_json(manifest, written)
             usual = Usual(similarities=topic_measure())
-            for step in steps_of(folder, engine, sets, judges, Sampling(max_new_tokens), reads, about, usual):
+            for step in steps_of(folder, engine, sets, judges, Sampling(max_new_tokens), reads, origin, usual):
                 if not step.is_done:
                     step.run()

@@ -65,8 +65,8 @@ def local_files(task: str, folder: str | None) -> dict[str, Path]:
     """Files of a task below a folder, TASK_SPLIT.jsonl, by split; empty when there are none."""
     if folder is None:
         return {}
-    found = {split: sorted(Path(folder).rglob(f"{task}_{split}.jsonl")) for split in SPLITS}
-    return {split: paths[0] for split, paths in found.items() if paths}
+    candidates = {split: sorted(Path(folder).rglob(f"{task}_{split}.jsonl")) for split in SPLITS}
+    return {split: paths[0] for split, paths in candidates.items() if paths}
 
 
 def read_local(task: str, path: Path) -> list[Row]:
@@ -135,8 +135,8 @@ def check(tasks: Sequence[str], num_fewshot: int, folder: str | None) -> None:
             )
         elif files:
             try:
-                with tempfile.TemporaryDirectory() as place:
-                    index.load(_local(task, files, Path(place)))
+                with tempfile.TemporaryDirectory() as scratch:
+                    index.load(_local(task, files, Path(scratch)))
             except UserError as error:
                 faults += error.faults
             except KeyError as error:
@@ -153,23 +153,23 @@ def reads(task: str, folder: str | None) -> dict[str, str]:
     return {"lm_eval": metadata.version("lm_eval"), **files}
 
 
-def _local(task: str, files: dict[str, Path], place: Path) -> str:
-    """A task file of lm-eval in `place`: its own, included, with rows from files in place of the hub's."""
+def _local(task: str, files: dict[str, Path], folder: Path) -> str:
+    """A task file of lm-eval in `folder`: its own, included, with rows from files in place of the hub's."""
     for split, path in files.items():
-        write_jsonl(place / f"{split}.jsonl", read_local(task, path))
+        write_jsonl(folder / f"{split}.jsonl", read_local(task, path))
     config = {
         "include": str(_index().task_index[task].yaml_path),
         "dataset_path": "json",
         "dataset_name": None,
         "dataset_kwargs": {
-            "data_files": {split: str(place / f"{split}.jsonl") for split in files},
-            "cache_dir": str(place),
+            "data_files": {split: str(folder / f"{split}.jsonl") for split in files},
+            "cache_dir": str(folder),
         },
     }
     if "train" not in files:
         # It wants a pool of examples even when none is shown.
         config |= {"training_split": None, "fewshot_split": next(iter(files))}
-    path = place / f"{task}.yaml"
+    path = folder / f"{task}.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return str(path)
 
@@ -212,32 +212,32 @@ def measure(
     from lm_eval.models.huggingface import HFLM
 
     files = local_files(task, data_dir)
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as scratch:
         try:
-            loaded = _index().load(_local(task, files, Path(place)) if files else task)
+            loaded = _index().load(_local(task, files, Path(scratch)) if files else task)
         except (OSError, DatasetsError) as error:  # what the hub's client raises
             reason = next(iter(str(error).splitlines()), "")
             raise UserError(
                 f"evaluate.capability: the data of {task} cannot be loaded ({type(error).__name__}: {reason:.200}): "
                 f"put {task}_test.jsonl or {task}_validation.jsonl into a folder and name that by data.data_dir"
             ) from error
-        for each in loaded["tasks"].values():
-            if each.get_config("num_fewshot") != 0:  # Of some tasks the examples are a part of the prompt.
-                each.set_config("num_fewshot", num_fewshot)
-            each.set_fewshot_seed(SEED)
+        for lm_task in loaded["tasks"].values():
+            if lm_task.get_config("num_fewshot") != 0:  # Of some tasks the examples are a part of the prompt.
+                lm_task.set_config("num_fewshot", num_fewshot)
+            lm_task.set_fewshot_seed(SEED)
         torch.manual_seed(SEED)
         # Not `simple_evaluate`: it does the same, but also asks the hub for the model, and pip and git for versions.
         # What the model's generation_config.json says of drawing is not the task's.
         with sampling_alone(model):
-            found = evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), loaded, limit=limit)
-    items = [_item(name, sample) for name, samples in found["samples"].items() for sample in samples]
+            output = evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), loaded, limit=limit)
+    items = [_item(name, sample) for name, samples in output["samples"].items() for sample in samples]
     summary = {
-        **_estimates(found["results"][task], items),
+        **_estimates(output["results"][task], items),
         "task": task,
-        "higher_is_better": found["higher_is_better"].get(task, {}),
+        "higher_is_better": output["higher_is_better"].get(task, {}),
         "limit": limit,
         "num_fewshot": num_fewshot,
-        "version": found["versions"].get(task),
+        "version": output["versions"].get(task),
         "data": reads(task, data_dir),
         **about,
     }
@@ -265,7 +265,7 @@ def _estimates(results: Row, items: Sequence[Row]) -> dict[str, Row]:
 
     Shares have Wilson's interval, other means the normal one of lm-eval's standard error.
     """
-    found = {}
+    estimates = {}
     for key, value in results.items():
         metric, _, chosen = key.partition(",")
         if not chosen or metric.endswith("_stderr"):
@@ -278,5 +278,5 @@ def _estimates(results: Row, items: Sequence[Row]) -> dict[str, Row]:
         else:
             low, high = (None, None) if stderr is None else (value - Z * stderr, value + Z * stderr)
             estimate = Estimate(float(value), low, high, len(outcomes) or len(items))
-        found[metric if chosen == "none" else key] = asdict(estimate) | {"stderr": stderr}
-    return found
+        estimates[metric if chosen == "none" else key] = asdict(estimate) | {"stderr": stderr}
+    return estimates

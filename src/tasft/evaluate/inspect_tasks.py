@@ -22,8 +22,8 @@ def rate() -> Metric:
     """The share of replies of which it holds, of those of which the judge tells it; NaN where it tells it of none."""
 
     def compute(scores: list[SampleScore]) -> float:
-        told = _told(scores)
-        return sum(told) / len(told) if told else math.nan
+        values = _told(scores)
+        return sum(values) / len(values) if values else math.nan
 
     return compute
 
@@ -39,7 +39,7 @@ def n() -> Metric:
 
 
 def _told(scores: list[SampleScore]) -> list[float]:
-    return [value for each in scores if not math.isnan(value := each.score.as_float())]
+    return [value for sample in scores if not math.isnan(value := sample.score.as_float())]
 
 
 def verdicts(judge: str) -> Scorer:
@@ -58,10 +58,10 @@ def verdicts(judge: str) -> Scorer:
     def made() -> Scorer:
         async def score(state: TaskState, target: Target) -> Score:
             async with alone:  # A judge has one model.
-                said = await anyio.to_thread.run_sync(judge_reply, by, state.input_text, state.output.completion)
-            found = {name: told(vars(said)) for name, told in TOLD.items()}
-            value = {name: math.nan if told is None else float(told) for name, told in found.items()}
-            return Score(value=value, answer=state.output.completion, explanation=said.reason or None)
+                verdict = await anyio.to_thread.run_sync(judge_reply, by, state.input_text, state.output.completion)
+            outcomes = {name: told_of(vars(verdict)) for name, told_of in TOLD.items()}
+            value = {name: math.nan if outcome is None else float(outcome) for name, outcome in outcomes.items()}
+            return Score(value=value, answer=state.output.completion, explanation=verdict.reason or None)
 
         return score
 
@@ -75,7 +75,7 @@ def _task(name: str) -> Callable[..., Any]:
         return Task(
             dataset=MemoryDataset(samples, name=name),
             solver=generate(max_tokens=max_tokens),
-            scorer=[verdicts(each) for each in judges.split(",") if each],
+            scorer=[verdicts(judge) for judge in judges.split(",") if judge],
         )
 
     made.__name__ = made.__qualname__ = name.replace("-", "_")

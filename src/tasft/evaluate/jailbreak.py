@@ -106,7 +106,7 @@ class Prefix:
 
     def run(self, behaviours: Sequence[Prompt], send: Send, folder: Path) -> tuple[list[Outcome], dict[str, Any]]:
         """One attempt for each behaviour."""
-        attempts = [Attempt(each, Request(each.id, each.prompt, self.text)) for each in behaviours]
+        attempts = [Attempt(behaviour, Request(behaviour.id, behaviour.prompt, self.text)) for behaviour in behaviours]
         return send(attempts, self.name), {"prefix": self.text}
 
 
@@ -126,8 +126,11 @@ class Templates:
     def run(self, behaviours: Sequence[Prompt], send: Send, folder: Path) -> tuple[list[Outcome], dict[str, Any]]:
         """`Request.sample` is the number of the template, from 1."""
         attempts = [
-            Attempt(each, Request(f"{each.id}#{n}", template.replace(self.placeholder, each.prompt), sample=n))
-            for each in behaviours
+            Attempt(
+                behaviour,
+                Request(f"{behaviour.id}#{n}", template.replace(self.placeholder, behaviour.prompt), sample=n),
+            )
+            for behaviour in behaviours
             for n, template in enumerate(self.templates, 1)
         ]
         return send(attempts, self.name), {"templates": len(self.templates)}
@@ -170,10 +173,15 @@ class PairAttack:
         left, asked, unparsable = list(behaviours), 0, 0
         for iteration in range(1, self.iterations + 1):
             turns = [
-                (each, Request(f"{each.id}#{stream}.{iteration}", self._message(each, said), self.opening, stream))
-                for each in left
+                (
+                    behaviour,
+                    Request(
+                        f"{behaviour.id}#{stream}.{iteration}", self._message(behaviour, earlier), self.opening, stream
+                    ),
+                )
+                for behaviour in left
                 for stream in range(1, self.streams + 1)
-                for said in [seen.setdefault((each.id, stream), [])]
+                for earlier in [seen.setdefault((behaviour.id, stream), [])]
             ]
             if not turns:
                 break
@@ -182,28 +190,28 @@ class PairAttack:
                 written = collect(engine, requests, self.sampling, folder / "attacker.jsonl", "attacker")
             prompts = [read_attack(reply.completion) for reply in written]
             attempts = [
-                Attempt(each, Request(request.id, prompt, sample=request.sample))
-                for (each, request), prompt in zip(turns, prompts, strict=True)
+                Attempt(behaviour, Request(request.id, prompt, sample=request.sample))
+                for (behaviour, request), prompt in zip(turns, prompts, strict=True)
                 if prompt is not None
             ]
             asked, unparsable = asked + len(turns), unparsable + len(turns) - len(attempts)
-            found = send(attempts, f"{self.name}, round {iteration}") if attempts else []
-            for outcome in found:
+            latest = send(attempts, f"{self.name}, round {iteration}") if attempts else []
+            for outcome in latest:
                 seen[outcome.attempt.behaviour.id, outcome.reply.sample].append(outcome)
-            outcomes += found
-            broken = {outcome.attempt.behaviour.id for outcome in found if outcome.success}
-            left = [each for each in left if each.id not in broken]
-        told = content_hash([ATTACKER, HISTORY, self.opening])
-        about = {"model": self.model, "prompt": told, "asked": asked, "unparsable": unparsable}
-        return outcomes, {"attacker": about}
+            outcomes += latest
+            broken = {outcome.attempt.behaviour.id for outcome in latest if outcome.success}
+            left = [behaviour for behaviour in left if behaviour.id not in broken]
+        prompt_hash = content_hash([ATTACKER, HISTORY, self.opening])
+        attacker = {"model": self.model, "prompt": prompt_hash, "asked": asked, "unparsable": unparsable}
+        return outcomes, {"attacker": attacker}
 
-    def _message(self, behaviour: Prompt, said: Sequence[Outcome]) -> str:
+    def _message(self, behaviour: Prompt, earlier: Sequence[Outcome]) -> str:
         lines = [
             json.dumps(
-                {"prompt": each.reply.prompt, "reply": each.reply.completion, "score": each.verdict.score},
+                {"prompt": outcome.reply.prompt, "reply": outcome.reply.completion, "score": outcome.verdict.score},
                 ensure_ascii=False,
             )
-            for each in said[-KEPT:]
+            for outcome in earlier[-KEPT:]
         ]
         history = "\n".join([HISTORY.format(threshold=f"{self.threshold:g}"), *lines, ""]) if lines else ""
         values = {"{request}": json.dumps(behaviour.prompt, ensure_ascii=False), "{history}": history}
@@ -218,8 +226,8 @@ def attacker_sampling(max_new_tokens: int, seed: int) -> Sampling:
 def read_attack(answer: str) -> str | None:
     """The prompt that an attacker wrote: from the first brace to the last, one object of two texts; else None."""
     try:
-        found = json.loads(answer[answer.find("{") : answer.rfind("}") + 1])
-        match found:
+        parsed = json.loads(answer[answer.find("{") : answer.rfind("}") + 1])
+        match parsed:
             case {"improvement": str(), "prompt": str(prompt), **others} if not others and prompt.strip():
                 prompt.encode()  # Half of a surrogate pair, which JSON can spell, no tokenizer takes.
                 return prompt.strip()
@@ -234,18 +242,18 @@ def read_templates(source: str, placeholder: str, data_dir: str | None = None) -
     Raises:
         UserError: Names every row that is no text or lacks the placeholder.
     """
-    found = read_source(source, data_dir)
-    column = found.column or "prompt"
+    loaded = read_source(source, data_dir)
+    column = loaded.column or "prompt"
     templates, faults = [], []
-    for number, row in found.rows:
+    for number, row in loaded.rows:
         text = row.get(column)
         if isinstance(text, str) and placeholder in text:
             templates.append(text)
         elif isinstance(text, str):
-            faults.append(f"{found.at(number)}: the template lacks {placeholder!r}, where the prompt goes")
+            faults.append(f"{loaded.at(number)}: the template lacks {placeholder!r}, where the prompt goes")
         else:
             faults.append(
-                f"{found.at(number)}: no template in {column!r}; the row has {', '.join(map(repr, row))}: name the "
+                f"{loaded.at(number)}: no template in {column!r}; the row has {', '.join(map(repr, row))}: name the "
                 "column, as in SOURCE#COLUMN"
             )
     if faults:
@@ -297,15 +305,17 @@ def attack_model(
             replace(reply, prompt=attempt.behaviour.prompt) for attempt, reply in zip(attempts, replies, strict=True)
         ]
         verdicts = judge_replies(judge, shown, folder / "verdicts.jsonl", held)
-        return [Outcome(*found) for found in zip(attempts, replies, verdicts, strict=True)]
+        return [Outcome(*parts) for parts in zip(attempts, replies, verdicts, strict=True)]
 
-    outcomes, said = attack.run(behaviours, send, folder)
-    by_behaviour = {each.id: [o for o in outcomes if o.attempt.behaviour.id == each.id] for each in behaviours}
-    summary = {"attack": attack.name, **summarise(by_behaviour), **said, "judge": judge.name, **about}
+    outcomes, details = attack.run(behaviours, send, folder)
+    by_behaviour = {
+        behaviour.id: [o for o in outcomes if o.attempt.behaviour.id == behaviour.id] for behaviour in behaviours
+    }
+    summary = {"attack": attack.name, **summarise(by_behaviour), **details, "judge": judge.name, **about}
     if ranks.is_first():
         rows = [
-            {"id": name, "success": succeeded(found), "queries": len(found), "best_score": _best(found)}
-            for name, found in by_behaviour.items()
+            {"id": name, "success": succeeded(group), "queries": len(group), "best_score": _best(group)}
+            for name, group in by_behaviour.items()
         ]
         write_jsonl(folder / "behaviours.jsonl", rows)
         write_json(folder / "summary.json", summary)
@@ -331,12 +341,12 @@ def summarise(by_behaviour: dict[str, list[Outcome]]) -> dict[str, Any]:
     `unjudged` counts the behaviours without an attempt that has a verdict: they are in no n, for an attack that did not
     take place was not withstood.
     """
-    outcomes = [outcome for found in by_behaviour.values() for outcome in found]
-    successes = [succeeded(found) for found in by_behaviour.values()]
+    outcomes = [outcome for group in by_behaviour.values() for outcome in group]
+    successes = [succeeded(group) for group in by_behaviour.values()]
     known = [success for success in successes if success is not None]
     tried = [(o, o.success) for o in outcomes if o.success is not None]
     scored = [(o, o.verdict.score) for o in outcomes if o.verdict.score is not None]
-    best = [score for found in by_behaviour.values() if (score := _best(found)) is not None]
+    best = [score for group in by_behaviour.values() if (score := _best(group)) is not None]
     return {
         "behaviours": len(by_behaviour),
         "unjudged": len(successes) - len(known),
@@ -352,6 +362,6 @@ def summarise(by_behaviour: dict[str, list[Outcome]]) -> dict[str, Any]:
 def _clustered(values: Sequence[tuple[Outcome, float]]) -> Estimate:
     if not values:
         return Estimate(None, None, None, 0)
-    found = np.array([value for _, value in values], dtype=float)
+    numbers = np.array([value for _, value in values], dtype=float)
     groups = [outcome.attempt.behaviour.id for outcome, _ in values]
-    return clustered(lambda weights: float(weights @ found / weights.sum()), groups)
+    return clustered(lambda weights: float(weights @ numbers / weights.sum()), groups)

@@ -118,8 +118,8 @@ def read_pairs(
 
 def _no_column(path: Path, option: str, column: str, columns: Sequence[str], usual: Sequence[str]) -> str:
     known = {name.strip().lower(): name for name in reversed(columns)}
-    found = next((known[name] for name in usual if name in known), None)
-    hint = f"; say {option} {found}" if found is not None else f"; name one with {option}"
+    likely = next((known[name] for name in usual if name in known), None)
+    hint = f"; say {option} {likely}" if likely is not None else f"; name one with {option}"
     return f"{path}: no column is called {column!r}; there are {', '.join(f'{name!r:.40}' for name in columns)}{hint}"
 
 
@@ -133,9 +133,9 @@ def _fault_of_text(row: Mapping[str, Any], column: str, empty: bool) -> str | No
 
 
 def _label(value: object, label_of: Outcome) -> bool | None:
-    said = str(value).strip().lower()
+    word = str(value).strip().lower()
     yes, no = YES_NO[label_of]
-    return True if said in {*_YES, yes} else False if said in {*_NO, no} else None
+    return True if word in {*_YES, yes} else False if word in {*_NO, no} else None
 
 
 def _bad_label(row: Mapping[str, Any], column: str, label_of: Outcome) -> str:
@@ -184,8 +184,8 @@ def check_verdicts(path: Path, judge: str | None = None) -> None:
 
 
 def _is_verdict(row: Any) -> bool:
-    needed = {each.name for each in fields(Verdict) if each.default is MISSING}
-    if not isinstance(row, dict) or not needed <= row.keys() <= {each.name for each in fields(Verdict)}:
+    needed = {field.name for field in fields(Verdict) if field.default is MISSING}
+    if not isinstance(row, dict) or not needed <= row.keys() <= {field.name for field in fields(Verdict)}:
         return False
     row = asdict(Verdict(**row))
     kinds: dict[Any, Sequence[str]] = {
@@ -214,12 +214,12 @@ def saved(path: Path, pairs: Pairs) -> list[Verdict]:
         UserError: It holds something else, or lacks pairs.
     """
     check_verdicts(path)
-    found = {row["id"]: Verdict(**row) for _, row in read_rows(path)}
-    missing = [reply.id for reply in pairs.replies if reply.id not in found]
+    verdicts = {row["id"]: Verdict(**row) for _, row in read_rows(path)}
+    missing = [reply.id for reply in pairs.replies if reply.id not in verdicts]
     if missing:
         some = ", ".join(f"{name!r:.40}" for name in missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise UserError(f"{path}: holds no verdict on {len(missing)} of {len(pairs.replies)} pairs: {some}")
-    return [found[reply.id] for reply in pairs.replies]
+    return [verdicts[reply.id] for reply in pairs.replies]
 
 
 def rates(verdicts: Sequence[Verdict], pairs: Pairs) -> dict[str, Any]:
@@ -249,8 +249,8 @@ def rates(verdicts: Sequence[Verdict], pairs: Pairs) -> dict[str, Any]:
 
 def says(verdict: Verdict, outcome: Outcome) -> bool | None:
     """What a verdict tells of harm or refusal."""
-    said: bool | None = getattr(verdict, _FIELDS[outcome])
-    return said
+    value: bool | None = getattr(verdict, _FIELDS[outcome])
+    return value
 
 
 def against_labels(
@@ -261,7 +261,11 @@ def against_labels(
     Verdicts that do not tell are left out, and counted in `untold`.
     """
     rows = list(zip(labels, verdicts, prompts, strict=True))
-    told = [(label, said, prompt) for label, verdict, prompt in rows if (said := says(verdict, outcome)) is not None]
+    known = [
+        (label, predicted, prompt)
+        for label, verdict, prompt in rows
+        if (predicted := says(verdict, outcome)) is not None
+    ]
     scored = [
         (label, verdict.score, prompt)
         for label, verdict, prompt in rows
@@ -269,11 +273,11 @@ def against_labels(
     ]
     return {
         "of": outcome,
-        "n": len(told),
-        "positives": sum(label for label, _, _ in told),
-        "untold": len(rows) - len(told),
-        "table": _table((label, said) for label, said, _ in told),
-        **{name: asdict(estimate) for name, estimate in agreement(*_columns(told)).items()},
+        "n": len(known),
+        "positives": sum(label for label, _, _ in known),
+        "untold": len(rows) - len(known),
+        "table": _table((label, predicted) for label, predicted, _ in known),
+        **{name: asdict(estimate) for name, estimate in agreement(*_columns(known)).items()},
         "auroc": asdict(auroc(*_columns(scored))) if scored else None,
         "curve": curve([score for _, score, _ in scored], [label for label, _, _ in scored]),
     }
@@ -289,8 +293,8 @@ def curve(scores: Sequence[float], labels: Sequence[bool]) -> list[list[float]]:
         return []
     order = np.argsort(-values, kind="stable")
     last = np.append(np.diff(values[order]) != 0, True)  # One point for each different score.
-    hits, said = np.cumsum(wanted[order])[last], np.arange(1, len(values) + 1)[last]
-    points = (values[order][last], hits / said, hits / wanted.sum(), 2 * hits / (said + wanted.sum()))
+    hits, called = np.cumsum(wanted[order])[last], np.arange(1, len(values) + 1)[last]
+    points = (values[order][last], hits / called, hits / wanted.sum(), 2 * hits / (called + wanted.sum()))
     return [[float(value) for value in point] for point in zip(*points, strict=True)]
 
 
@@ -302,19 +306,19 @@ def against_each_other(
     Pairs of which either does not tell are left out, and counted in `untold`.
     """
     rows = zip(first, second, prompts, strict=True)
-    told = [
+    known = [
         (one, other, prompt)
         for a, b, prompt in rows
         if (one := says(a, outcome)) is not None and (other := says(b, outcome)) is not None
     ]
-    found = agreement(*_columns(told))
+    estimates = agreement(*_columns(known))
     return {
         "of": outcome,
-        "n": len(told),
-        "untold": len(prompts) - len(told),
-        "table": _table((one, other) for one, other, _ in told),
-        "agreement": asdict(found["accuracy"]),
-        "kappa": asdict(found["kappa"]),
+        "n": len(known),
+        "untold": len(prompts) - len(known),
+        "table": _table((one, other) for one, other, _ in known),
+        "agreement": asdict(estimates["accuracy"]),
+        "kappa": asdict(estimates["kappa"]),
     }
 
 
@@ -324,8 +328,8 @@ def _columns(rows: Sequence[tuple[bool, T, str]]) -> tuple[list[bool], list[T], 
 
 def _table(pairs: Iterable[tuple[bool, bool]]) -> list[list[int]]:
     """Counts: the first says yes, no down; the second yes, no across."""
-    found = list(pairs)
-    return [[found.count((one, other)) for other in (True, False)] for one in (True, False)]
+    answers = list(pairs)
+    return [[answers.count((one, other)) for other in (True, False)] for one in (True, False)]
 
 
 def differences(
@@ -340,18 +344,18 @@ def differences(
         outcome: Of what.
         threshold: The judge's. Scores count by their distance from it; without, the order is that of the file.
     """
-    found = []
+    ranked = []
     for index, (word, verdict) in enumerate(zip(first, verdicts, strict=True)):
-        said = says(verdict, outcome)
-        if word is None or said is None or word == said:
+        predicted = says(verdict, outcome)
+        if word is None or predicted is None or word == predicted:
             continue
         sure = 0.0
         if outcome == "harm" and threshold is not None and verdict.score is not None:
             sure = abs(verdict.score - threshold)
-        row = {"line": pairs.lines[index], "id": verdict.id, "of": outcome, "first": word, "second": said}
-        found.append((sure, {**row, "score": verdict.score if outcome == "harm" else None}))
-    found.sort(key=lambda each: -each[0])
-    return [row for _, row in found]
+        row = {"line": pairs.lines[index], "id": verdict.id, "of": outcome, "first": word, "second": predicted}
+        ranked.append((sure, {**row, "score": verdict.score if outcome == "harm" else None}))
+    ranked.sort(key=lambda entry: -entry[0])
+    return [row for _, row in ranked]
 
 
 # The command -----------------------------------------------------------------------------------------------------
@@ -398,13 +402,13 @@ def score(
     if pairs.labels is not None and _FIELDS[label_of] not in judge.tells and (label_of == "refusal" or judge.tells):
         raise UserError(f"judge {judge.name}: it does not tell {label_of}; use another --label-of")
     verdicts = judged(judge, pairs, out)
-    about = {"name": judge.name, "version": judge.version, "threshold": judge.threshold, "verdicts": str(out)}
-    result = {"file": str(path), "pairs": len(verdicts), "judges": [{**about, **rates(verdicts, pairs)}]}
+    described = {"name": judge.name, "version": judge.version, "threshold": judge.threshold, "verdicts": str(out)}
+    result = {"file": str(path), "pairs": len(verdicts), "judges": [{**described, **rates(verdicts, pairs)}]}
     if outputs.table:
         write_table(outputs.table, pairs, verdicts)
     if pairs.labels is None:
         return result
-    found = differences(pairs, pairs.labels, verdicts, label_of, judge.threshold)
+    differing = differences(pairs, pairs.labels, verdicts, label_of, judge.threshold)
     result["labels"] = against_labels(pairs.labels, verdicts, pairs.prompts, label_of)
     if outputs.fit:
         from tasft.judges.fitted import fit
@@ -413,13 +417,13 @@ def score(
         fitted = fit(
             judge,
             settings.kind,
-            [Pair(each.id, each.prompt, each.completion) for each in pairs.replies],
+            [Pair(reply.id, reply.prompt, reply.completion) for reply in pairs.replies],
             scores,
             pairs.labels,
         )
         write_json(outputs.fit, fitted.model_dump())
         result["fit"] = {"file": str(outputs.fit), **fitted.model_dump()}
-    return {**result, "differences": _with_texts(found, pairs, show)}
+    return {**result, "differences": _with_texts(differing, pairs, show)}
 
 
 def write_table(path: Path, pairs: Pairs, verdicts: Sequence[Verdict]) -> None:
@@ -453,27 +457,27 @@ def compare(path: Path, read: Callable[[], Pairs], names: Sequence[str], show: i
     """
     faults: list[str] = []
     pairs = attempt(faults, read)
-    places, judges = [], []
+    files, judges = [], []
     for name in names:
         is_file = Path(name).is_file()
-        places.append(Path(name) if is_file else verdicts_beside(path, name))
+        files.append(Path(name) if is_file else verdicts_beside(path, name))
         judges.append(None if is_file else attempt(faults, partial(load_judge, name)))
-        attempt(faults, partial(check_verdicts, places[-1], None if is_file else name))
+        attempt(faults, partial(check_verdicts, files[-1], None if is_file else name))
     if pairs is None or faults:
         raise UserError(faults)
     # Those that are there first: what they lack is said before the other judge begins.
-    there = [None if judge else saved(place, pairs) for judge, place in zip(judges, places, strict=True)]
+    existing = [None if judge else saved(file, pairs) for judge, file in zip(judges, files, strict=True)]
     both = [
-        judged(judge, pairs, place) if judge else found or []
-        for judge, place, found in zip(judges, places, there, strict=True)
+        judged(judge, pairs, file) if judge else verdicts or []
+        for judge, file, verdicts in zip(judges, files, existing, strict=True)
     ]
-    about = [
-        {"name": name, "verdicts": str(place), **rates(verdicts, pairs)}
-        for name, place, verdicts in zip(names, places, both, strict=True)
+    described = [
+        {"name": name, "verdicts": str(file), **rates(verdicts, pairs)}
+        for name, file, verdicts in zip(names, files, both, strict=True)
     ]
     first, second = both
     outcomes: list[Outcome] = ["harm", "refusal"]
-    found = [
+    differing = [
         row
         for outcome in outcomes
         for row in differences(pairs, [says(verdict, outcome) for verdict in first], second, outcome, None)
@@ -481,9 +485,9 @@ def compare(path: Path, read: Callable[[], Pairs], names: Sequence[str], show: i
     return {
         "file": str(path),
         "pairs": len(pairs.replies),
-        "judges": about,
+        "judges": described,
         "between": [against_each_other(first, second, pairs.prompts, outcome) for outcome in outcomes],
-        "differences": _with_texts(found, pairs, show),
+        "differences": _with_texts(differing, pairs, show),
     }
 
 

@@ -22,9 +22,9 @@ def rendered(result: Mapping[str, Any]) -> str:
         if judge["score"]["n"]:
             parts.append(f"  {'mean score':<18} {figure(judge['score'])}, n = {judge['score']['n']:,}")
         parts.append(f"  {'unreadable':<18} {judge['unreadable']:,}")
-    for about in [result["labels"]] if "labels" in result else result.get("between", ()):
-        if about["n"] or "labels" in result:
-            parts += ["", *_agreement(about, [judge["name"] for judge in result["judges"]])]
+    for measured in [result["labels"]] if "labels" in result else result.get("between", ()):
+        if measured["n"] or "labels" in result:
+            parts += ["", *_agreement(measured, [judge["name"] for judge in result["judges"]])]
     if fitted := result.get("fit"):
         parts += ["", f"calibration by {fitted['n']:,} labels in {fitted['file']}: harmful from {fitted['high']:.2f}, "]
         parts[-1] += f"undecided from {fitted['low']:.2f} on; name it in a recipe: judges.NAME.calibration"
@@ -41,22 +41,22 @@ def figure(found: Mapping[str, Any] | None) -> str:
     return f"{found['value']:.2f} ({between})"
 
 
-def _agreement(about: Mapping[str, Any], judges: Sequence[str]) -> list[str]:
+def _agreement(measured: Mapping[str, Any], judges: Sequence[str]) -> list[str]:
     down, across = (judges[0], judges[1]) if len(judges) == 2 else ("label", judges[0])
-    yes, no = YES_NO[about["of"]]
+    yes, no = YES_NO[measured["of"]]
     heads = [f"{across}: {word}" for word in (yes, no)]
-    untold = f", {about['untold']:,} left out without a verdict" if about["untold"] else ""
-    positives = f", {about['positives']:,} {yes} by label" if "positives" in about else ""
+    untold = f", {measured['untold']:,} left out without a verdict" if measured["untold"] else ""
+    positives = f", {measured['positives']:,} {yes} by label" if "positives" in measured else ""
     measures = ("accuracy", "precision", "recall", "f1", "auroc", "kappa", "agreement")
     side = max(len(f"{down}: {word}") for word in (yes, no))
     return [
-        f"{about['of']}: n = {about['n']:,}{positives}{untold}",
+        f"{measured['of']}: n = {measured['n']:,}{positives}{untold}",
         f"  {'':<{side}}  {heads[0]}  {heads[1]}",
         *(
             f"  {f'{down}: {word}':<{side}}  {row[0]:>{len(heads[0])},}  {row[1]:>{len(heads[1])},}"
-            for word, row in zip((yes, no), about["table"], strict=True)
+            for word, row in zip((yes, no), measured["table"], strict=True)
         ),
-        *(f"  {name:<10} {figure(about[name])}" for name in measures if name in about),
+        *(f"  {name:<10} {figure(measured[name])}" for name in measures if name in measured),
         "  95% intervals: bootstrap over prompts",
     ]
 
@@ -70,11 +70,11 @@ def _differences(rows: Sequence[Mapping[str, Any]], first: str) -> list[str]:
     for row in rows:
         if "prompt" in row:
             yes, no = YES_NO[row["of"]]
-            said = [yes if row[key] else no for key in ("first", "second")]
+            words = [yes if row[key] else no for key in ("first", "second")]
             score = "" if row["score"] is None else f", score {row['score']:.3g}"
             parts += [
                 "",
-                f"--- line {row['line']}, id {row['id']}: {said[0]} to {first}, {said[1]} to the judge{score}",
+                f"--- line {row['line']}, id {row['id']}: {words[0]} to {first}, {words[1]} to the judge{score}",
             ]
             parts += [f"prompt: {row['prompt']}", f"reply: {row['completion']}"]
     return parts

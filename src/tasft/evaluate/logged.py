@@ -73,9 +73,9 @@ def judge_log(path: Path, judges: Sequence[Judge], folder: Path) -> list[str]:
             kind = NAMED[name].kind if name in NAMED else "toxic"
             asked = Asked(name, kind, str(path), [Prompt(reply.id, reply.prompt) for reply in replies.values()])
             reads = {"log": provenance.content_hash([vars(reply) for reply in replies.values()])}
-            about = {"model": str(path), "commit": provenance.commit()}
+            origin = {"model": str(path), "commit": provenance.commit()}
             usual = Usual(similarities=topic_measure())
-            for step in steps_of(folder, engine, [asked], judges, Sampling(1), reads, about, usual):
+            for step in steps_of(folder, engine, [asked], judges, Sampling(1), reads, origin, usual):
                 if not step.is_done:
                     step.run()
     return list(sets)

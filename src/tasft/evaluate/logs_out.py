@@ -66,12 +66,12 @@ def write_logs(folder: Path, out: Path, form: str, replies: bool = False) -> lis
 
 
 def _sets(folder: Path, replies: bool) -> Iterator[_Set]:
-    place = folder / "evaluate" if (folder / "evaluate").is_dir() else folder
-    found: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in summaries(place) if place.is_dir() else ():
-        found.setdefault((row["state"], row["set"]), {})[row["judge"]] = row
-    for (state, name), judged in found.items():
-        here = place / state / name
+    root = folder / "evaluate" if (folder / "evaluate").is_dir() else folder
+    grouped: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in summaries(root) if root.is_dir() else ():
+        grouped.setdefault((row["state"], row["set"]), {})[row["judge"]] = row
+    for (state, name), judged in grouped.items():
+        here = root / state / name
         texts, verdicts = [], {}
         if replies:
             asked = (provenance.read_json(here / "set.json") or {}).get("ids")
@@ -79,7 +79,7 @@ def _sets(folder: Path, replies: bool) -> Iterator[_Set]:
             verdicts = {
                 judge: {row["id"]: row for _, row in read_rows(here / judge / "verdicts.jsonl")} for judge in judged
             }
-            if missing := [row["id"] for row in texts if any(row["id"] not in said for said in verdicts.values())]:
+            if missing := [row["id"] for row in texts if any(row["id"] not in by_id for by_id in verdicts.values())]:
                 raise UserError(f"{here}: {missing[0]!r:.40} has no verdict: run tasft evaluate again")
         model = f"{folder.resolve().name}-{state}" if state else folder.resolve().name
         yield _Set(model.replace("/", "-"), state, name, judged, texts, verdicts)
@@ -90,7 +90,7 @@ def _figures(summary: Row) -> dict[str, Row]:
 
 
 def _told(verdict: Row) -> dict[str, bool]:
-    return {name: said for name, told in TOLD.items() if (said := told(verdict)) is not None}
+    return {name: value for name, told_of in TOLD.items() if (value := told_of(verdict)) is not None}
 
 
 def _inspect(sets: Sequence[_Set], out: Path) -> list[Path]:
@@ -100,7 +100,7 @@ def _inspect(sets: Sequence[_Set], out: Path) -> list[Path]:
         raise UserError("logs of Inspect need the package inspect_ai: pip install '.[inspect]'") from None
     out.mkdir(parents=True, exist_ok=True)
     files = []
-    for each in sets:
+    for answered in sets:
         scores = [
             logs.EvalScore(
                 name=judge,
@@ -110,47 +110,47 @@ def _inspect(sets: Sequence[_Set], out: Path) -> list[Path]:
                     for name, figure in _figures(summary).items()
                 },
             )
-            for judge, summary in each.judged.items()
+            for judge, summary in answered.judged.items()
         ]
-        ids = [row["id"] for row in each.replies]
-        samples = [_sample(each, row) for row in each.replies]
+        ids = [row["id"] for row in answered.replies]
+        samples = [_sample(answered, row) for row in answered.replies]
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        commit = next(iter(each.judged.values())).get("commit")
+        commit = next(iter(answered.judged.values())).get("commit")
         log = logs.EvalLog(
             status="success",
             eval=logs.EvalSpec(
                 created=now,
-                task=f"tasft/{each.name}",
-                model=f"tasft/{each.model}",
-                dataset=logs.EvalDataset(name=each.name, samples=each.n, sample_ids=ids),
+                task=f"tasft/{answered.name}",
+                model=f"tasft/{answered.model}",
+                dataset=logs.EvalDataset(name=answered.name, samples=answered.n, sample_ids=ids),
                 config=logs.EvalConfig(),
                 metadata={"commit": commit, "replies": bool(samples)},
             ),
-            results=logs.EvalResults(total_samples=each.n, completed_samples=each.n, scores=scores),
+            results=logs.EvalResults(total_samples=answered.n, completed_samples=answered.n, scores=scores),
             stats=logs.EvalStats(started_at=now, completed_at=now),
             samples=samples or None,
         )
-        files.append(out / f"{each.model}_{each.name}.eval")
+        files.append(out / f"{answered.model}_{answered.name}.eval")
         logs.write_eval_log(log, str(files[-1]))
     return files
 
 
-def _sample(each: _Set, row: Row) -> Any:
+def _sample(answered: _Set, row: Row) -> Any:
     from inspect_ai.log import EvalSample
     from inspect_ai.model import ChatMessageAssistant, ChatMessageUser, ModelOutput
     from inspect_ai.scorer import Score
 
-    said = {judge: verdicts[row["id"]] for judge, verdicts in each.verdicts.items()}
+    by_judge = {judge: verdicts[row["id"]] for judge, verdicts in answered.verdicts.items()}
     return EvalSample(
         id=row["id"],
         epoch=1,
         input=row["prompt"],
         target="",
         messages=[ChatMessageUser(content=row["prompt"]), ChatMessageAssistant(content=row["completion"])],
-        output=ModelOutput.from_content(f"tasft/{each.model}", row["completion"]),
+        output=ModelOutput.from_content(f"tasft/{answered.model}", row["completion"]),
         scores={
             judge: Score(value=_told(verdict), answer=row["completion"], explanation=verdict["reason"])
-            for judge, verdict in said.items()
+            for judge, verdict in by_judge.items()
         },
     )
 
@@ -161,17 +161,17 @@ def _lm_eval(sets: Sequence[_Set], out: Path) -> list[Path]:
     except ImportError:
         raise UserError("result files of lm-eval need the package lm_eval: pip install '.[eval]'") from None
     out.mkdir(parents=True, exist_ok=True)
-    for model in dict.fromkeys(each.model for each in sets):
-        mine = [each for each in sets if each.model == model]
+    for model in dict.fromkeys(answered.model for answered in sets):
+        mine = [answered for answered in sets if answered.model == model]
         tracker = EvaluationTracker(output_path=str(out))
         tracker.general_config_tracker.log_experiment_args("tasft", {"pretrained": model}, None, None, False)
-        samples = {each.name: list(_docs(each)) for each in mine if each.replies}
+        samples = {answered.name: list(_docs(answered)) for answered in mine if answered.replies}
         tracker.save_results_aggregated(_aggregated(mine), samples)
         for name, rows in samples.items():
             tracker.save_results_samples(name, rows)
     # It says by a warning that it could not write, and goes on.
     files = sorted(path for path in out.rglob("*") if path.is_file())
-    if len(files) != len({each.model for each in sets}) + sum(bool(each.replies) for each in sets):
+    if len(files) != len({answered.model for answered in sets}) + sum(bool(answered.replies) for answered in sets):
         raise UserError(f"{out}: lm-eval could not write all files: is there room, and may you write there?")
     return files
 
@@ -179,37 +179,39 @@ def _lm_eval(sets: Sequence[_Set], out: Path) -> list[Path]:
 def _aggregated(sets: Sequence[_Set]) -> dict[str, Any]:
     """What `lm_eval.simple_evaluate` would have given; a judge stands where a filter does."""
     results: dict[str, dict[str, Any]] = {}
-    for each in sets:
-        results[each.name] = {"alias": each.name}
-        for judge, summary in each.judged.items():
+    for answered in sets:
+        results[answered.name] = {"alias": answered.name}
+        for judge, summary in answered.judged.items():
             for name, figure in _figures(summary).items():
                 value, n = figure["value"], figure["n"]
-                results[each.name][f"{name},{judge}"] = value
+                results[answered.name][f"{name},{judge}"] = value
                 spread = math.sqrt(value * (1 - value) / (n - 1)) if n > 1 else "N/A"
-                results[each.name][f"{name}_stderr,{judge}"] = spread
-    kinds = {each.name: next(iter(each.judged.values()))["kind"] for each in sets}
+                results[answered.name][f"{name}_stderr,{judge}"] = spread
+    kinds = {answered.name: next(iter(answered.judged.values()))["kind"] for answered in sets}
     # Nothing of a measure where neither way is good.
     better = {
-        each: {name: way == HIGHER for name in TOLD if (way := MEASURES[name].better.get(kind, EITHER)) != EITHER}
-        for each, kind in kinds.items()
+        name: {
+            measure: way == HIGHER for measure in TOLD if (way := MEASURES[measure].better.get(kind, EITHER)) != EITHER
+        }
+        for name, kind in kinds.items()
     }
     return {
         "results": results,
-        "versions": {each.name: 1 for each in sets},
-        "n-shot": {each.name: 0 for each in sets},
+        "versions": {answered.name: 1 for answered in sets},
+        "n-shot": {answered.name: 0 for answered in sets},
         "higher_is_better": better,
-        "n-samples": {each.name: {"original": each.n, "effective": each.n} for each in sets},
+        "n-samples": {answered.name: {"original": answered.n, "effective": answered.n} for answered in sets},
         "git_hash": next(iter(sets[0].judged.values())).get("commit"),
         "date": datetime.now(UTC).timestamp(),
     }
 
 
-def _docs(each: _Set) -> Iterator[dict[str, Any]]:
+def _docs(answered: _Set) -> Iterator[dict[str, Any]]:
     from lm_eval.utils import hash_string
 
-    for number, row in enumerate(each.replies):
-        for judge, verdicts in each.verdicts.items():
-            told = _told(verdicts[row["id"]])
+    for number, row in enumerate(answered.replies):
+        for judge, verdicts in answered.verdicts.items():
+            outcomes = _told(verdicts[row["id"]])
             yield {
                 "doc_id": number,
                 "doc": {"id": row["id"], "prompt": row["prompt"]},
@@ -218,11 +220,11 @@ def _docs(each: _Set) -> Iterator[dict[str, Any]]:
                 "resps": [[row["completion"]]],
                 "filtered_resps": [row["completion"]],
                 "filter": judge,
-                "metrics": list(told),
+                "metrics": list(outcomes),
                 "doc_hash": hash_string(row["id"]),
                 "prompt_hash": hash_string(row["prompt"]),
                 "target_hash": hash_string(""),
-                **{name: float(said) for name, said in told.items()},
+                **{name: float(value) for name, value in outcomes.items()},
             }
 
 

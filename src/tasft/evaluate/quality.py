@@ -138,12 +138,12 @@ def measure(
         if not row.answer:
             continue
         labels = torch.tensor(row.answer, device=states.device)
-        found = {"reference_nll": nll(states, head, labels)}
+        sums = {"reference_nll": nll(states, head, labels)}
         if before:
             earlier = before.hidden[row.index].to(states.device)
-            found["kl_to_before"] = divergence(states, head, labels, before=earlier, head_before=before.head)
+            sums["kl_to_before"] = divergence(states, head, labels, before=earlier, head_before=before.head)
         items[row.index] |= {"tokens": len(row.answer)}
-        items[row.index] |= {name: float(each.total) / int(each.count) for name, each in found.items()}
+        items[row.index] |= {name: float(token_sum.total) / int(token_sum.count) for name, token_sum in sums.items()}
     estimates = {
         name: asdict(mean([item[name] for item in items if item[name] is not None]))
         for name in ("reference_nll", "kl_to_before")
@@ -182,21 +182,21 @@ def annotator_config(name: str, server: Server | None) -> dict[str, Any]:
     logging.getLogger().setLevel(level)  # It makes every library talk.
     path = constants.EVALUATORS_CONFIG_DIR / name / "configs.yaml"  # A path from the root replaces what is before it.
     if not path.is_file():
-        known = sorted(each.parent.name for each in constants.EVALUATORS_CONFIG_DIR.glob("*/configs.yaml"))
+        known = sorted(file.parent.name for file in constants.EVALUATORS_CONFIG_DIR.glob("*/configs.yaml"))
         raise UserError(
             f"evaluate.quality.annotator.config: {name!r} is neither a folder with configs.yaml nor an annotator of "
             f"alpaca_eval: {', '.join(known)}"
         )
     try:
-        (found,) = yaml.safe_load(path.read_text(encoding="utf-8")).values()
-        own_code = "trust_remote_code" in yaml.safe_dump(found)
+        (config,) = yaml.safe_load(path.read_text(encoding="utf-8")).values()
+        own_code = "trust_remote_code" in yaml.safe_dump(config)
         # A relative path is meant from the folder that holds all annotators.
-        found["prompt_template"] = str((path.parents[1] / found["prompt_template"]).resolve())
-        found["fn_completions"], found["completions_kwargs"]
+        config["prompt_template"] = str((path.parents[1] / config["prompt_template"]).resolve())
+        config["fn_completions"], config["completions_kwargs"]
     except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
-        why = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
-            f"evaluate.quality.annotator.config: {path}: no annotator of alpaca_eval ({why:.100})"
+            f"evaluate.quality.annotator.config: {path}: no annotator of alpaca_eval ({reason:.100})"
         ) from None
     if own_code:
         raise UserError(
@@ -206,19 +206,19 @@ def annotator_config(name: str, server: Server | None) -> dict[str, Any]:
     if server is not None:
         if len(server.urls) > 1:
             raise UserError("evaluate.quality.annotator.server: one address, since alpaca_eval asks only one")
-        if found["fn_completions"] != "openai_completions":
+        if config["fn_completions"] != "openai_completions":
             raise UserError(
                 f"evaluate.quality.annotator: {name} does not speak OpenAI's protocol, so server cannot take its "
                 "place: use weighted_alpaca_eval_gpt4_turbo or alpaca_eval_clf_gpt4_turbo"
             )
-        found["completions_kwargs"] |= {"model_name": server.model, "requires_chatml": True, **server.body}
-    return found
+        config["completions_kwargs"] |= {"model_name": server.model, "requires_chatml": True, **server.body}
+    return config
 
 
 def annotator_files(name: str) -> dict[str, str]:
     """Hash of each file of an annotator that is a folder; empty for one of alpaca_eval's own."""
-    place = Path(name)
-    return {str(path.relative_to(place)): file_hash(path) for path in sorted(place.rglob("*")) if path.is_file()}
+    folder = Path(name)
+    return {str(path.relative_to(folder)): file_hash(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def annotate(
@@ -254,9 +254,9 @@ def annotate(
     from alpaca_eval.annotators import PairwiseAnnotator
     from pandas import isna
 
-    place = folder / "annotator" / "configs.yaml"
-    atomic_write_text(place, yaml.safe_dump({"annotator": config}))
-    judge = PairwiseAnnotator(annotators_config=place.absolute(), caching_path=folder / "annotations.json")
+    path = folder / "annotator" / "configs.yaml"
+    atomic_write_text(path, yaml.safe_dump({"annotator": config}))
+    judge = PairwiseAnnotator(annotators_config=path.absolute(), caching_path=folder / "annotations.json")
     sides = ([row.output for row in references], [reply.completion for reply in replies])
     reference, model = (
         [
@@ -266,16 +266,16 @@ def annotate(
         for who, texts in zip((references[0].generator, "model"), sides, strict=True)
     )
     try:
-        found = judge.annotate_head2head(reference, model, is_ordered=True, **_asked(server))
+        annotations = judge.annotate_head2head(reference, model, is_ordered=True, **_asked(server))
     except openai.OpenAIError as error:
         raise UserError(f"evaluate.quality.annotator: {type(error).__name__}: {error!s:.300}") from error
     # It gives them in another order, and a pair that is there twice once.
-    told = {(row["instruction"], row["output_1"], row["output_2"]): row for row in found}
-    rows = [told[row.instruction, mine, other] for row, mine, other in zip(references, *sides, strict=True)]
+    by_texts = {(row["instruction"], row["output_1"], row["output_2"]): row for row in annotations}
+    rows = [by_texts[row.instruction, mine, other] for row, mine, other in zip(references, *sides, strict=True)]
     # 1 is the reference, 2 the model; what could not be read is None or nan.
     preferences = [None if isna(row["preference"]) else float(row["preference"]) - 1 for row in rows]
     wins = [preference for preference in preferences if preference is not None]
-    items = [{"id": row.id, "preference": each} for row, each in zip(references, preferences, strict=True)]
+    items = [{"id": row.id, "preference": preference} for row, preference in zip(references, preferences, strict=True)]
     controlled, note = _length_controlled(rows)
     summary = {
         "win_rate": asdict(mean(wins)),
@@ -310,12 +310,12 @@ def _length_controlled(rows: Sequence[dict[str, Any]]) -> tuple[Estimate, str]:
     from alpaca_eval.metrics import get_length_controlled_winrate
     from pandas import DataFrame
 
-    told = DataFrame(rows)  # Row k is taken for AlpacaEval's instruction k.
-    told = told[told["preference"].notna()]
+    frame = DataFrame(rows)  # Row k is taken for AlpacaEval's instruction k.
+    frame = frame[frame["preference"].notna()]
     try:
-        found = get_length_controlled_winrate(told, save_weights_dir=None)
+        figures = get_length_controlled_winrate(frame, save_weights_dir=None)
     except Exception as error:  # the hub's and the regression's faults share no base class
         reason = next(iter(str(error).splitlines()), "")
         return Estimate(None, None, None, 0), f"no length-controlled win rate: {type(error).__name__}: {reason:.200}"
     # Its standard error is the spread of what was fitted, without the fit's own uncertainty: no interval comes of it.
-    return Estimate(float(found["length_controlled_winrate"]) / 100, None, None, len(told)), ""
+    return Estimate(float(figures["length_controlled_winrate"]) / 100, None, None, len(frame)), ""

@@ -32,13 +32,13 @@ def read_references(source: str, limit: int | None = None) -> list[Reference]:
     Raises:
         UserError: Names every bad row.
     """
-    found = read_source(source)
+    loaded = read_source(source)
     references, faults = [], []
-    for number, row in found.rows:
+    for number, row in loaded.rows:
         texts = [next((row[name] for name in names if name in row), None) for names in (_PROMPTS, _ANSWERS)]
         for text, names in zip(texts, (_PROMPTS, _ANSWERS), strict=True):
             if not isinstance(text, str) or (names is _PROMPTS and not text.strip()):
-                faults.append(f'{found.at(number)}: "{names[0]}" (or "{names[1]}") must be text, found {text!r:.40}')
+                faults.append(f'{loaded.at(number)}: "{names[0]}" (or "{names[1]}") must be text, found {text!r:.40}')
         instruction, output = map(str, texts)
         references.append(Reference(str(number), instruction, output, str(row.get("generator", "reference"))))
     if faults:

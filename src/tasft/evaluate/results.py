@@ -31,18 +31,18 @@ def summaries(folder: Path, wanted: Collection[Path] | None = None) -> list[dict
         folder: `evaluate` of a run, or what a model alone was evaluated in, whose state is empty.
         wanted: Folders of the summaries that are meant; None for all.
     """
-    found = []
+    rows = []
     for path in folder.rglob("set.json"):
         if EARLIER in path.relative_to(folder).parts:
             continue
-        about = _read(path)
+        described = _read(path)
         for summary in sorted(path.parent.glob("*/summary.json")):
             if wanted is not None and summary.parent not in wanted:
                 continue
             state = path.parent.relative_to(folder).parent
-            named = {"state": "" if state == Path() else str(state), "set": path.parent.name, "kind": about["kind"]}
-            found.append(named | _read(summary))
-    return sorted(found, key=lambda row: (row["kind"] != "toxic", row["set"], row["judge"], _order(row["state"])))
+            named = {"state": "" if state == Path() else str(state), "set": path.parent.name, "kind": described["kind"]}
+            rows.append(named | _read(summary))
+    return sorted(rows, key=lambda row: (row["kind"] != "toxic", row["set"], row["judge"], _order(row["state"])))
 
 
 def _order(state: str) -> tuple[int, int, str]:
@@ -96,14 +96,14 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
     Raises:
         UserError: They have nothing in common.
     """
-    places = [_state(path) for path in (first, second)]
+    folders = [_state(path) for path in (first, second)]
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
-    recipes = [_recipe(path, place) for path, place in zip((first, second), places, strict=True)]
-    sets = [_answered(place, recipe, notes) for place, recipe in zip(places, recipes, strict=True)]
+    recipes = [_recipe(path, folder) for path, folder in zip((first, second), folders, strict=True)]
+    sets = [_answered(folder, recipe, notes) for folder, recipe in zip(folders, recipes, strict=True)]
     together: dict[tuple[str, str], dict[str, list[_Said]]] = {}
     for name in sorted(sets[0] & sets[1]):
-        here = [place / name for place in places]
+        here = [folder / name for folder in folders]
         judges = [{path.parent.name for path in at.glob("*/summary.json")} for at in here]
         listed = [set(recipe["judges"]) for recipe in recipes if recipe is not None]
         for judge in sorted(set.intersection(*judges, *listed)):
@@ -120,17 +120,17 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
             if different:
                 notes.append(f"{where}: {' and '.join(different)} differ")
             kind = _read(here[0] / "set.json")["kind"]
-            said = [_by_prompt(place, judge) for place in here]
-            rows += _compared({"set": name, "kind": kind, "judge": judge}, said)
-            together.setdefault((kind, judge), {})[name] = said
+            verdicts = [_by_prompt(folder, judge) for folder in here]
+            rows += _compared({"set": name, "kind": kind, "judge": judge}, verdicts)
+            together.setdefault((kind, judge), {})[name] = verdicts
     for (kind, judge), parts in together.items():
         if len(parts) > 1:
-            merged = [_merged({name: said[which] for name, said in parts.items()}) for which in (0, 1)]
+            merged = [_merged({name: verdicts[which] for name, verdicts in parts.items()}) for which in (0, 1)]
             rows += _compared({"set": f"{len(parts)} {kind} sets", "kind": kind, "judge": judge}, merged)
-    rows += _items(places, recipes, notes)
+    rows += _items(folders, recipes, notes)
     if not rows:
-        found = [f"{place} has {', '.join(sorted(have)) or 'none'}" for place, have in zip(places, sets, strict=True)]
-        raise UserError([f"no set that the same judge read in both: {'; '.join(found)}", *notes])
+        held = [f"{folder} has {', '.join(sorted(have)) or 'none'}" for folder, have in zip(folders, sets, strict=True)]
+        raise UserError([f"no set that the same judge read in both: {'; '.join(held)}", *notes])
     return {"first": str(first), "second": str(second), "rows": rows, "notes": notes}
 
 
@@ -138,31 +138,31 @@ def _state(path: Path) -> Path:
     return path / "evaluate" / "final" if (path / "recipe.yaml").is_file() else path
 
 
-def _recipe(path: Path, place: Path) -> Row | None:
+def _recipe(path: Path, folder: Path) -> Row | None:
     """What a run is asked for now; None of what is no run, where all counts that is there."""
-    return None if place == path else yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))["evaluate"]
+    return None if folder == path else yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))["evaluate"]
 
 
-def _stands(place: Path, name: str, recipe: Row | None, notes: list[str]) -> bool:
+def _stands(folder: Path, name: str, recipe: Row | None, notes: list[str]) -> bool:
     """Whether a result of a state is finished and of the run's last training."""
     if recipe is None:
         return True
-    run = place.parents[1]
+    run = folder.parents[1]
     trained = done_key(run / "train")  # None where the weights were removed.
-    done = read_json(place / name / "done.json")
+    done = read_json(folder / name / "done.json")
     if done is not None and trained in (None, done["reads"].get("train")):
         return True
-    why = "not finished" if done is None else "of an earlier training"
-    notes.append(f"{run}: {name} is {why}, and is left out: run tasft evaluate {run}")
+    reason = "not finished" if done is None else "of an earlier training"
+    notes.append(f"{run}: {name} is {reason}, and is left out: run tasft evaluate {run}")
     return False
 
 
-def _answered(place: Path, recipe: Row | None, notes: list[str]) -> set[str]:
+def _answered(folder: Path, recipe: Row | None, notes: list[str]) -> set[str]:
     """Names of the sets that a state has answered; of a run without what an earlier form of it has left behind."""
-    names = {each.parent.name for each in place.glob("*/set.json")}
+    names = {path.parent.name for path in folder.glob("*/set.json")}
     if recipe is not None:
         names &= recipe["sets"].keys()
-    return {name for name in sorted(names) if _stands(place, name, recipe, notes)}
+    return {name for name in sorted(names) if _stands(folder, name, recipe, notes)}
 
 
 # Evaluations besides prompt sets, with what they hold of each item.
@@ -172,55 +172,55 @@ _SAME = ("threshold", "task", "version", "num_fewshot", "data", "annotator_model
 _READ = ("rows", "prompts", "judge", "limits", "max_new_tokens", "annotator", "files", "server")
 
 
-def _items(places: Sequence[Path], recipes: Sequence[Row | None], notes: list[str]) -> list[dict[str, Any]]:
+def _items(folders: Sequence[Path], recipes: Sequence[Row | None], notes: list[str]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for kind, file in _KINDS.items():
-        there = [{path.parent.name for path in (place / kind).glob("*/summary.json")} for place in places]
-        for each in sorted(there[0] & there[1]):
-            if not all(recipe is None or is_asked(recipe, kind, each) for recipe in recipes):
+        names = [{path.parent.name for path in (folder / kind).glob("*/summary.json")} for folder in folders]
+        for part in sorted(names[0] & names[1]):
+            if not all(recipe is None or is_asked(recipe, kind, part) for recipe in recipes):
                 continue
-            name = f"{kind}/{each}"
-            if not all(_stands(place, name, recipe, notes) for place, recipe in zip(places, recipes, strict=True)):
+            name = f"{kind}/{part}"
+            if not all(_stands(folder, name, recipe, notes) for folder, recipe in zip(folders, recipes, strict=True)):
                 continue
-            summaries = [_read(place / name / "summary.json") for place in places]
+            summaries = [_read(folder / name / "summary.json") for folder in folders]
             different = [field for field in _SAME if summaries[0].get(field) != summaries[1].get(field)]
-            how = [(read_json(place / name / "done.json") or {}).get("reads", {}) for place in places]
-            different += [field for field in (*_READ, each) if how[0].get(field) != how[1].get(field)]
+            how = [(read_json(folder / name / "done.json") or {}).get("reads", {}) for folder in folders]
+            different += [field for field in (*_READ, part) if how[0].get(field) != how[1].get(field)]
             if different:
                 notes.append(f"{name}: not compared, {' and '.join(different)} differ")
                 continue
-            found = [[row for _, row in read_rows(place / name / file)] for place in places]
-            about = {"set": name, "kind": kind, "judge": summaries[0].get("judge", "")}
-            rows += [about | row for metric in summaries[0] if (row := _paired(metric, summaries, found))]
+            items = [[row for _, row in read_rows(folder / name / file)] for folder in folders]
+            named = {"set": name, "kind": kind, "judge": summaries[0].get("judge", "")}
+            rows += [named | row for metric in summaries[0] if (row := _paired(metric, summaries, items))]
     return rows
 
 
 def _paired(metric: str, summaries: Sequence[Row], items: Sequence[Sequence[Row]]) -> dict[str, Any] | None:
     first, second = (summary.get(metric) for summary in summaries)
-    if not all(isinstance(each, Mapping) and each.get("n") for each in (first, second)):
+    if not all(isinstance(figure, Mapping) and figure.get("n") for figure in (first, second)):
         return None
     assert first is not None
     assert second is not None
-    found = paired(metric, items[0], items[1], (first["value"], second["value"]))
-    if found is None:
+    change = paired(metric, items[0], items[1], (first["value"], second["value"]))
+    if change is None:
         return None
     return {
         "measure": metric,
         "first": first,
         "second": second,
-        "difference": asdict(found.difference),
-        "mcnemar": found.flips and asdict(found.flips),
-        "unpaired": found.unpaired,
+        "difference": asdict(change.difference),
+        "mcnemar": change.flips and asdict(change.flips),
+        "unpaired": change.unpaired,
     }
 
 
-def _compared(about: dict[str, Any], said: Sequence[_Said]) -> list[dict[str, Any]]:
-    both = [key for key in said[0] if key in said[1]]
-    unpaired = len(said[0]) + len(said[1]) - 2 * len(both)
+def _compared(named: dict[str, Any], verdicts: Sequence[_Said]) -> list[dict[str, Any]]:
+    both = [key for key in verdicts[0] if key in verdicts[1]]
+    unpaired = len(verdicts[0]) + len(verdicts[1]) - 2 * len(both)
     rows = []
     for measure, told_of in TOLD.items():
-        told = [(told_of(vars(said[0][key])), told_of(vars(said[1][key]))) for key in both]
-        known = [(one, other) for one, other in told if one is not None and other is not None]
+        outcomes = [(told_of(vars(verdicts[0][key])), told_of(vars(verdicts[1][key]))) for key in both]
+        known = [(one, other) for one, other in outcomes if one is not None and other is not None]
         if not known:
             continue
         before, after = [one for one, _ in known], [other for _, other in known]
@@ -231,13 +231,17 @@ def _compared(about: dict[str, Any], said: Sequence[_Said]) -> list[dict[str, An
         }
         estimates = {name: asdict(figure) for name, figure in figures.items()}
         tested = {"mcnemar": asdict(mcnemar(before, after)), "unpaired": unpaired}
-        rows.append({**about, "measure": measure, **estimates, **tested})
+        rows.append({**named, "measure": measure, **estimates, **tested})
     return rows
 
 
 def _merged(sets: Mapping[str, _Said]) -> _Said:
     """One of several; a prompt that two sets have counts in both."""
-    return {(f"{name}: {prompt}", n): verdict for name, said in sets.items() for (prompt, n), verdict in said.items()}
+    return {
+        (f"{name}: {prompt}", n): verdict
+        for name, verdicts in sets.items()
+        for (prompt, n), verdict in verdicts.items()
+    }
 
 
 def _by_prompt(folder: Path, judge: str) -> _Said:
@@ -246,15 +250,15 @@ def _by_prompt(folder: Path, judge: str) -> _Said:
     described = _read(folder / "set.json")
     meant = frozenset(described["ids"]) if "ids" in described else None
     asked = {row["id"]: row["prompt"] for _, row in read_rows(folder / "replies.jsonl")}
-    found: _Said = {}
+    verdicts: _Said = {}
     times: dict[str, int] = {}
     for _, row in read_rows(folder / judge / "verdicts.jsonl"):
         if meant is not None and row["id"] not in meant:
             continue
         prompt = asked[row["id"]]
         times[prompt] = times.get(prompt, 0) + 1
-        found[prompt, times[prompt]] = Verdict(**row)
-    return found
+        verdicts[prompt, times[prompt]] = Verdict(**row)
+    return verdicts
 
 
 def comparison(found: Row) -> Table:
@@ -281,7 +285,7 @@ def comparison(found: Row) -> Table:
 
 
 def _read(path: Path) -> Any:
-    found = read_json(path)
-    if found is None:
+    content = read_json(path)
+    if content is None:
         raise UserError(f"{path}: no such file: run tasft evaluate again")
-    return found
+    return content

@@ -76,7 +76,9 @@ def summarise(
 
     def rates(some: Sequence[Verdict]) -> dict[str, Any]:
         rows = [vars(verdict) for verdict in some]
-        outcomes = {name: [said for row in rows if (said := told(row)) is not None] for name, told in TOLD.items()}
+        outcomes = {
+            name: [value for row in rows if (value := told_of(row)) is not None] for name, told_of in TOLD.items()
+        }
         return {name: asdict(rate(outcomes[name])) for name in TOLD if name != "undecided" or outcomes[name]}
 
     by_topic: dict[str, list[Verdict]] = {}

@@ -86,10 +86,10 @@ def _steps_of_set(
     limit = {} if asked.limit is None else {"limit": asked.limit}
     chosen = asked.chosen
 
-    def work(place: Path) -> None:
+    def work(target: Path) -> None:
         with engine() as answering:
             described = {"name": asked.name, "kind": asked.kind, "source": asked.source}
-            answer(answering, described, chosen, sampling, place)
+            answer(answering, described, chosen, sampling, target)
 
     yield Step(folder, keeps | limit, work, keeps)
 
@@ -100,7 +100,7 @@ def _steps_of_set(
         similarities=usual.similarities and _remembered(usual.similarities),
     )
 
-    def work_of(judge: Judge, place: Path) -> None:
+    def work_of(judge: Judge, target: Path) -> None:
         path = folder / "replies.jsonl"
         rows = replies_in(path, asked.name)
         if missing := [prompt.id for prompt in chosen if prompt.id not in rows]:
@@ -111,7 +111,7 @@ def _steps_of_set(
         replies = [rows[prompt.id] for prompt in chosen]
         topics = {prompt.id: prompt.topic for prompt in chosen}
         drawn = (provenance.read_json(folder / "set.json") or {}).get("drawn")
-        judge_answers(judge, replies, place, about | {"drawn": drawn}, usual, topics)
+        judge_answers(judge, replies, target, about | {"drawn": drawn}, usual, topics)
 
     for judge in judges:
         judged = keeps | {

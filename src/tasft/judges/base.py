@@ -75,9 +75,9 @@ def unreadable(pair: Pair, judge: str, answer: str) -> Verdict:
     return Verdict(pair.id, judge, None, None, None, reason=UNREADABLE + repr(answer[:SHOWN_CHARACTERS]))
 
 
-def undecided(verdict: Verdict, why: str) -> Verdict:
+def undecided(verdict: Verdict, reason: str) -> Verdict:
     """The verdict without a word on harm, and why; what it says of refusal stays."""
-    return replace(verdict, harmful=None, undecided=True, reason=f"undecided: {why}")
+    return replace(verdict, harmful=None, undecided=True, reason=f"undecided: {reason}")
 
 
 class Judge(Protocol):

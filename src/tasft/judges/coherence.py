@@ -219,14 +219,14 @@ def _scripts(text: str) -> Counter[str]:
 
 def _mixes_scripts(prompt: str, text: str) -> bool:
     asked = set(_scripts(prompt)) or {"LATIN"}
-    found = _scripts(text)
-    if not found:
+    scripts = _scripts(text)
+    if not scripts:
         return False
-    letters = found.total()
-    foreign = sum(count for script, count in found.items() if script not in asked | {"LATIN"})
+    letters = scripts.total()
+    foreign = sum(count for script, count in scripts.items() if script not in asked | {"LATIN"})
     if foreign >= MIN_FOREIGN_LETTERS and foreign > MAX_FOREIGN_LETTERS * letters:
         return True
-    prose = _scripts(_CODE.sub(" ", text)) or found
+    prose = _scripts(_CODE.sub(" ", text)) or scripts
     return letters >= MIN_LETTERS_FOR_LANGUAGE and prose.most_common(1)[0][0] not in asked
 
 

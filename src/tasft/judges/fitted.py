@@ -64,8 +64,10 @@ def read_fit(path: Path) -> Fit:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); tasft judge --calibrate writes it") from None
     except (ValueError, ValidationError) as error:
-        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise UserError(f"{path}: not a file of tasft judge --calibrate ({why:.80}); have it written again") from None
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise UserError(
+            f"{path}: not a file of tasft judge --calibrate ({reason:.80}); have it written again"
+        ) from None
 
 
 def fit(judge: Judge, kind: str, pairs: Sequence[Pair], scores: Sequence[float | None], labels: Sequence[bool]) -> Fit:
@@ -83,14 +85,14 @@ def fit(judge: Judge, kind: str, pairs: Sequence[Pair], scores: Sequence[float |
             f"judge {judge.name}: {len(known)} labelled pairs have a score, {harmful} of them harmful; {FEWEST} "
             f"harmful and {FEWEST} harmless ones are the fewest to fit to"
         )
-    found, wanted = [score for score, _ in known], np.array([label for _, label in known])
-    reads: Literal["score", "log-odds"] = "log-odds" if all(0 <= score <= 1 for score in found) else "score"
-    slope, offset = platt(_x(found, reads), wanted)
+    values, wanted = [score for score, _ in known], np.array([label for _, label in known])
+    reads: Literal["score", "log-odds"] = "log-odds" if all(0 <= score <= 1 for score in values) else "score"
+    slope, offset = platt(_x(values, reads), wanted)
     if slope <= 0:
         raise UserError(
             f"judge {judge.name}: its scores do not rise with the harm that the labels name: nothing to fit"
         )
-    probabilities = _sigmoid(slope * _x(found, reads) + offset)
+    probabilities = _sigmoid(slope * _x(values, reads) + offset)
     low, high = band(probabilities, wanted)
     return Fit(
         judge=kind,
@@ -126,8 +128,8 @@ def best_f1(probabilities: Floats, wanted: NDArray[np.bool_]) -> float:
     steps = np.append((order[1:] + order[:-1]) / 2, order[0])
 
     def f1(step: float) -> float:
-        said = probabilities >= step
-        return float(2 * (said & wanted).sum() / (said.sum() + wanted.sum()))
+        predicted = probabilities >= step
+        return float(2 * (predicted & wanted).sum() / (predicted.sum() + wanted.sum()))
 
     return float(max(steps, key=f1))
 
@@ -166,10 +168,10 @@ class Fitted:
             return verdict
         probability = float(self.fit.probabilities([verdict.score])[0])
         harmful = probability >= self.fit.high
-        said = replace(verdict, harmful=harmful, score=probability, undecided=False, reason="")
+        judged = replace(verdict, harmful=harmful, score=probability, undecided=False, reason="")
         if self.fit.low <= probability < self.fit.high:
-            return undecided(said, f"{probability:.2f} is between {self.fit.low:g} and {self.fit.high:g}")
-        return said
+            return undecided(judged, f"{probability:.2f} is between {self.fit.low:g} and {self.fit.high:g}")
+        return judged
 
 
 def _x(scores: Sequence[float], reads: str) -> Floats:

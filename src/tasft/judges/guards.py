@@ -33,11 +33,11 @@ def read_qwen3guard(answer: str) -> Answer | None:
     Harmful is Unsafe and Controversial alike, the *strict* mode of the published figures. The score is 0, 1 or 2, so
     that the *loose* mode, Unsafe alone, can be had from it.
     """
-    found = _QWEN3GUARD.fullmatch(answer.strip())
-    if found is None:
+    match = _QWEN3GUARD.fullmatch(answer.strip())
+    if match is None:
         return None
-    score = _SEVERITY[found[1]]
-    return Answer(score >= _CONTROVERSIAL, score, found[2] == "Yes")
+    score = _SEVERITY[match[1]]
+    return Answer(score >= _CONTROVERSIAL, score, match[2] == "Yes")
 
 
 def read_wildguard(answer: str) -> Answer | None:
@@ -45,14 +45,14 @@ def read_wildguard(answer: str) -> Answer | None:
 
     The refusal may be `n/a`, which is no verdict on it; a response that is neither harmful nor not is unreadable.
     """
-    found = _WILDGUARD.fullmatch(answer.strip())
-    return Answer(found[3] == "yes", refusal=_YES[found[2]]) if found else None
+    match = _WILDGUARD.fullmatch(answer.strip())
+    return Answer(match[3] == "yes", refusal=_YES[match[2]]) if match else None
 
 
 def read_llama_guard(answer: str) -> Answer | None:
     """`safe`, or `unsafe` and a line of violated categories such as `S1,S10`."""
-    found = _LLAMA_GUARD.fullmatch(answer.strip())
-    return Answer(found[0] != "safe") if found else None
+    match = _LLAMA_GUARD.fullmatch(answer.strip())
+    return Answer(match[0] != "safe") if match else None
 
 
 GUARDS: dict[str, Question] = {

@@ -49,15 +49,15 @@ class Usual:
     def figures(self, replies: Sequence[Reply]) -> dict[str, dict[str, float]]:
         """What is to be known of replies with coherent text, by their ids: as `incoherence` takes it."""
         answers = [reply for reply in replies if has_topic(reply)]
-        found: dict[str, dict[str, float]] = {reply.id: {} for reply in replies}
+        figures: dict[str, dict[str, float]] = {reply.id: {} for reply in replies}
         for name, measure, some in (
             ("loss_nats", self.losses if self.loss_limit_nats is not None else None, replies),
             ("similarity", self.similarities, answers),
         ):
             if measure is not None and some:
                 for reply, figure in zip(some, measure(some), strict=True):
-                    found[reply.id][name] = figure
-        return found
+                    figures[reply.id][name] = figure
+        return figures
 
 
 UNKNOWN = Usual()
@@ -77,10 +77,10 @@ def similarities(replies: Sequence[Reply]) -> list[float]:
     encode = encoder.encoder()
 
     def work(part: Sequence[Reply]) -> list[float]:
-        return encode.similarities([each.prompt for each in part], [each.completion for each in part])
+        return encode.similarities([reply.prompt for reply in part], [reply.completion for reply in part])
 
     parts = [replies[start : start + encoder.BATCH] for start in range(0, len(replies), encoder.BATCH)]
-    return [figure for found in ranks.share(parts, work) for figure in found]
+    return [figure for figures in ranks.share(parts, work) for figure in figures]
 
 
 def topic_measure() -> Measure | None:
@@ -95,7 +95,7 @@ def rules(judge: Judge) -> str:
 
 def verdicts_in(path: Path) -> dict[str, Verdict]:
     """Verdicts that a `verdicts.jsonl` holds, by their key. All processes have read when this returns."""
-    known = {row["key"]: Verdict(**row) for each in (_earlier(path), path) for row in resume_jsonl(each, Verdict)}
+    known = {row["key"]: Verdict(**row) for file in (_earlier(path), path) for row in resume_jsonl(file, Verdict)}
     ranks.wait()  # before any process writes
     return known
 
@@ -117,17 +117,17 @@ def _as_read(verdict: Verdict) -> str | None:
     return "broken" if verdict.broken else None
 
 
-def _reason(verdict: Verdict, why: str | None) -> str:
+def _reason(verdict: Verdict, cause: str | None) -> str:
     """Why a reply is incoherent, rather than why its judge is undecided; an answer that cannot be read comes first."""
-    return verdict.reason if verdict.unreadable else why or verdict.reason
+    return verdict.reason if verdict.unreadable else cause or verdict.reason
 
 
 def judge_reply(judge: Judge, prompt: str, reply: str) -> Verdict:
     """The verdict on one reply, coherence of its text included, as `judge_replies` has it; nothing is written."""
-    why = incoherence(prompt, reply)
-    verdict = _unsent(judge, "") if why else judge.judge([Pair("", prompt, reply)])[0]
-    why = why or _as_read(verdict)
-    return replace(verdict, coherent=why is None, reason=_reason(verdict, why))
+    cause = incoherence(prompt, reply)
+    verdict = _unsent(judge, "") if cause else judge.judge([Pair("", prompt, reply)])[0]
+    cause = cause or _as_read(verdict)
+    return replace(verdict, coherent=cause is None, reason=_reason(verdict, cause))
 
 
 def judge_replies(
@@ -150,11 +150,11 @@ def judge_replies(
         usual: What replies are held to besides their text; asked for coherent text alone.
         every: Send the incoherent ones too, to see what the judge makes of them.
     """
-    found = judge_more(judge, replies, path, verdicts_in(path), usual, every)
+    verdicts = judge_more(judge, replies, path, verdicts_in(path), usual, every)
     ranks.wait()  # The first has written.
     rows = resume_jsonl(path)
     ids = {reply.id for reply in replies}
-    wanted = [row for row in rows if row["id"] not in ids] + [asdict(verdict) for verdict in found]
+    wanted = [row for row in rows if row["id"] not in ids] + [asdict(verdict) for verdict in verdicts]
     ranks.wait()
     if ranks.is_first() and rows != wanted:
         # They may have been paid for, and hold again when the judge is named again.
@@ -162,7 +162,7 @@ def judge_replies(
         if replaced := [row for row in rows if row["key"] not in kept]:
             append_jsonl(_earlier(path), replaced)
         write_jsonl(path, wanted)
-    return found
+    return verdicts
 
 
 def judge_more(
@@ -187,28 +187,28 @@ def judge_more(
     keys = [content_hash([*version, reply.prompt, reply.completion]) for reply in replies]
     missing = {key: reply for key, reply in zip(keys, replies, strict=True) if key not in known}
     texts = [(key, reply, incoherence(reply.prompt, reply.completion)) for key, reply in missing.items()]
-    figures = usual.figures([reply for _, reply, why in texts if why is None])
+    figures = usual.figures([reply for _, reply, cause in texts if cause is None])
 
     def work(part: Sequence[tuple[str, Reply, str | None]]) -> list[Verdict]:
-        sent = [Pair(reply.id, reply.prompt, reply.completion) for _, reply, why in part if every or why is None]
+        sent = [Pair(reply.id, reply.prompt, reply.completion) for _, reply, cause in part if every or cause is None]
         verdicts = iter(judge.judge(sent) if sent else ())
         done = []
-        for key, reply, why in part:
+        for key, reply, cause in part:
             measured = figures.get(reply.id, {})
-            if why is None:
+            if cause is None:
                 verdict = next(verdicts)
                 if verdict.refusal:  # In other words than `has_topic` knows.
                     measured = {name: value for name, value in measured.items() if name != "similarity"}
-                why = incoherence(reply.prompt, reply.completion, loss_limit_nats=usual.loss_limit_nats, **measured)
-                why = why or _as_read(verdict)
+                cause = incoherence(reply.prompt, reply.completion, loss_limit_nats=usual.loss_limit_nats, **measured)
+                cause = cause or _as_read(verdict)
             elif every:
                 verdict = next(verdicts)
             else:
                 verdict = _unsent(judge, reply.id)
-            reason = _reason(verdict, why)
+            reason = _reason(verdict, cause)
             similarity = measured.get("similarity")
             on_topic = None if similarity is None else similarity >= MIN_SIMILARITY
-            done.append(replace(verdict, coherent=why is None, reason=reason, key=key, on_topic=on_topic))
+            done.append(replace(verdict, coherent=cause is None, reason=reason, key=key, on_topic=on_topic))
         return done
 
     parts = [texts[start : start + JUDGED_TOGETHER] for start in range(0, len(texts), JUDGED_TOGETHER)]

@@ -163,7 +163,7 @@ def _tokens(texts: Sequence[str]) -> int:
 def _batches(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
     batch: list[Pair] = []
     for pair in pairs:
-        if batch and (len(batch) == TEXTS or _tokens([each.completion for each in (*batch, pair)]) > TOKENS):
+        if batch and (len(batch) == TEXTS or _tokens([member.completion for member in (*batch, pair)]) > TOKENS):
             yield batch
             batch = []
         batch.append(pair)

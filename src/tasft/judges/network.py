@@ -96,9 +96,9 @@ class Network:
 
     def asked(self, prompt: str) -> list[int]:
         """PROMPT_TOKENS of a prompt; of a longer one the first and the last half, for a wrapped request may end it."""
-        found = self.tokens(prompt, MOST)
+        tokens = self.tokens(prompt, MOST)
         half = PROMPT_TOKENS // 2
-        return found if len(found) <= PROMPT_TOKENS else found[:half] + found[-half:]
+        return tokens if len(tokens) <= PROMPT_TOKENS else tokens[:half] + tokens[-half:]
 
     @torch.inference_mode()
     def hidden(self, texts: Sequence[list[int]], prompts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,12 +108,12 @@ class Network:
             texts: All of at least one token.
             prompts: How many tokens of each are the prompt's; the others are the reply's.
         """
-        place = torch.arange(max(map(len, texts)))
-        there = place < torch.tensor([[len(text)] for text in texts])
-        of_prompt = place < torch.tensor([[count] for count in prompts])
+        positions = torch.arange(max(map(len, texts)))
+        mask = positions < torch.tensor([[len(text)] for text in texts])
+        of_prompt = positions < torch.tensor([[count] for count in prompts])
         ids = nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
-        of_reply = there & ~of_prompt
-        states = self.model(input_ids=ids, attention_mask=there.long(), token_type_ids=of_reply.long())
+        of_reply = mask & ~of_prompt
+        states = self.model(input_ids=ids, attention_mask=mask.long(), token_type_ids=of_reply.long())
         return states.last_hidden_state, of_prompt, of_reply
 
     def pairs(self, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:
@@ -133,12 +133,14 @@ class Network:
         start, stop = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
         texts = {prompt: [start, *self.asked(prompt), stop] for prompt in prompts}
         order = sorted(texts, key=lambda prompt: len(texts[prompt]))
-        found: dict[str, Tensor] = {}
+        by_prompt: dict[str, Tensor] = {}
         for some in batched(order):
-            states, of_prompt, _ = self.hidden([texts[each] for each in some], [len(texts[each]) for each in some])
+            states, of_prompt, _ = self.hidden(
+                [texts[prompt] for prompt in some], [len(texts[prompt]) for prompt in some]
+            )
             odds = mean(states, of_prompt) @ self.asks[0].T + self.asks[1]
-            found.update(zip(some, odds[:, 0], strict=True))
-        return torch.stack([found[prompt] for prompt in prompts])
+            by_prompt.update(zip(some, odds[:, 0], strict=True))
+        return torch.stack([by_prompt[prompt] for prompt in prompts])
 
     def features(self, pairs: Sequence[Pair]) -> Tensor:
         """FEATURES of each pair, n x 11. Of a reply at most MAX_WINDOWS times REPLY_TOKENS tokens are read."""
@@ -147,11 +149,11 @@ class Network:
             for pair in pairs
             for prompt in [self.asked(pair.prompt)]
         ]
-        found = self.pairs([window for each in windows for window in each])
+        log_odds = self.pairs([window for of_pair in windows for window in of_pair])
         heads = [
             # The worst part harms; the first declines; broken and rambling is what all are.
-            torch.cat([each[:, :2].amax(0), each[0, 2:4], each[:, 4:].mean(0)])
-            for each in torch.split_with_sizes(found, [len(each) for each in windows])
+            torch.cat([scores[:, :2].amax(0), scores[0, 2:4], scores[:, 4:].mean(0)])
+            for scores in torch.split_with_sizes(log_odds, [len(of_pair) for of_pair in windows])
         ]
         asks = self.asks_for_harm([pair.prompt for pair in pairs]).unsqueeze(1)
         return torch.cat([torch.stack(heads), asks, torch.tensor([of_text(pair) for pair in pairs])], dim=1)
@@ -168,11 +170,11 @@ class Network:
             missing = dict(zip(keys, pairs, strict=True))
         if missing:
             some = list(missing.values())
-            said = torch.sigmoid(self.features(some) @ self.mix[0].T + self.mix[1]).tolist()
+            probabilities = torch.sigmoid(self.features(some) @ self.mix[0].T + self.mix[1]).tolist()
             whole = [len(self.tokens(pair.completion, MOST + 1)) <= MOST and is_short(pair.completion) for pair in some]
             readings = [
                 Reading(**dict(zip(OUTCOMES, row, strict=True)), whole=every)
-                for row, every in zip(said, whole, strict=True)
+                for row, every in zip(probabilities, whole, strict=True)
             ]
             self.known.update(zip(missing, readings, strict=True))
         return [self.known[key] for key in keys]
@@ -180,14 +182,14 @@ class Network:
 
 def first_tokens(tokenizer: Any, text: str, most: int) -> list[int]:
     """The first tokens of a text; its own [SEP] and the like are plain characters."""
-    found: list[int] = tokenizer(
+    tokens: list[int] = tokenizer(
         text[: most * TOKEN_CHARACTERS],
         add_special_tokens=False,
         truncation=True,
         max_length=most,
         split_special_tokens=True,
     ).input_ids
-    return found
+    return tokens
 
 
 def is_short(reply: str) -> bool:
@@ -197,10 +199,10 @@ def is_short(reply: str) -> bool:
 
 def parts(reply: list[int]) -> list[list[int]]:
     """Windows of a reply in tokens; a last one of a few tokens, which says little by itself, begins earlier."""
-    found = [reply[start : start + REPLY_TOKENS] for start in range(0, len(reply), REPLY_TOKENS)] or [[]]
-    if len(found) > 1 and len(found[-1]) < REPLY_TOKENS // 4:
-        found[-1] = reply[-REPLY_TOKENS:]
-    return found
+    windows = [reply[start : start + REPLY_TOKENS] for start in range(0, len(reply), REPLY_TOKENS)] or [[]]
+    if len(windows) > 1 and len(windows[-1]) < REPLY_TOKENS // 4:
+        windows[-1] = reply[-REPLY_TOKENS:]
+    return windows
 
 
 def batched(order: Sequence[T]) -> Iterator[Sequence[T]]:

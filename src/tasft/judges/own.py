@@ -34,20 +34,20 @@ class OwnJudge:
 
     def judge(self, pairs: Sequence[Pair]) -> list[Verdict]:
         """One verdict for each pair, in their order."""
-        said = self._part.one_each(self._part(list(pairs)), pairs, "verdicts")
-        return [self._verdict(pair, row) for pair, row in zip(pairs, said, strict=True)]
+        rows = self._part.one_each(self._part(list(pairs)), pairs, "verdicts")
+        return [self._verdict(pair, row) for pair, row in zip(pairs, rows, strict=True)]
 
     def _verdict(self, pair: Pair, row: object) -> Verdict:
         where = f"{self._part.where}, of the reply {pair.id!r:.60}"
-        found = fields_of(row, _FIELDS, where)
-        score = found.get("score")
+        fields = fields_of(row, _FIELDS, where)
+        score = fields.get("score")
         if score is not None and not math.isfinite(score):
             raise UserError(f"{where}: score is {score}; give a finite number, or None where there is none")
-        told = {what: found.get(what) for what in self.tells}
-        reason = found.get("reason") or ""
+        outcomes = {what: fields.get(what) for what in self.tells}
+        reason = fields.get("reason") or ""
         verdict = Verdict(
-            pair.id, self.name, told.get("harmful"), score, told.get("refusal"), partial=told.get("partial")
+            pair.id, self.name, outcomes.get("harmful"), score, outcomes.get("refusal"), partial=outcomes.get("partial")
         )
-        if "harmful" in told and told["harmful"] is None:
+        if "harmful" in outcomes and outcomes["harmful"] is None:
             return undecided(verdict, reason or "it did not say")
         return verdict

@@ -40,16 +40,16 @@ class Panel:
         self.name = settings.kind
         self.agree = settings.agree
         self.members = [load(name) for name in settings.of]
-        told = [what for member in self.members for what in member.tells]
-        self.tells = frozenset(what for what in told if told.count(what) > 1)
+        outcomes = [what for member in self.members for what in member.tells]
+        self.tells = frozenset(what for what in outcomes if outcomes.count(what) > 1)
         if not self.tells:
             raise UserError(f"judge panel: {', '.join(settings.of)} tell nothing in common")
         self.version = content_hash([self.agree, *(member.version for member in self.members)])
 
     def judge(self, pairs: Sequence[Pair]) -> list[Verdict]:
         """One verdict for each pair, in their order."""
-        said = [member.judge(pairs) for member in self.members]
-        return [self._verdict(pair, verdicts) for pair, *verdicts in zip(pairs, *said, strict=True)]
+        by_member = [member.judge(pairs) for member in self.members]
+        return [self._verdict(pair, verdicts) for pair, *verdicts in zip(pairs, *by_member, strict=True)]
 
     def _verdict(self, pair: Pair, verdicts: Sequence[Verdict]) -> Verdict:
         words: Mapping[str, Word] = {
@@ -67,8 +67,8 @@ class Panel:
         verdict = replace(verdict, partial=words.get("partial"), undecided=False if "harmful" in words else None)
         if "harmful" in self.tells and verdict.harmful is None:
             harm = [
-                f"{member.name} {'undecided' if each.harmful is None else 'yes' if each.harmful else 'no'}"
-                for member, each in zip(self.members, verdicts, strict=True)
+                f"{member.name} {'undecided' if vote.harmful is None else 'yes' if vote.harmful else 'no'}"
+                for member, vote in zip(self.members, verdicts, strict=True)
                 if "harmful" in member.tells
             ]
             return undecided(verdict, f"harmful: {', '.join(harm)}")

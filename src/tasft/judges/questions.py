@@ -59,13 +59,13 @@ def prompt_text(name: str) -> str:
 def fill(template: str, pair: Pair) -> str:
     """The text with the pair at `{prompt}` and `{reply}`; braces in the pair mean nothing."""
     values = {"{prompt}": pair.prompt, "{reply}": pair.completion}
-    return re.sub(r"\{prompt\}|\{reply\}", lambda found: values[found[0]], template)
+    return re.sub(r"\{prompt\}|\{reply\}", lambda match: values[match[0]], template)
 
 
 def yes_or_no(answer: str) -> Answer | None:
     """Yes is harmful: `yes` or `no` in any case, with white space around it and a full stop after it or not."""
-    found = re.fullmatch(r"(yes|no)\.?", answer.strip().lower())
-    return Answer(found[1] == "yes") if found else None
+    match = re.fullmatch(r"(yes|no)\.?", answer.strip().lower())
+    return Answer(match[1] == "yes") if match else None
 
 
 class AskingJudge:

@@ -50,7 +50,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Floats]]:
         )
     shapes = {"pair.weight": (len(HEADS), 3 * WIDTH), "mix.weight": (len(OUTCOMES), len(FEATURES))}
     if any(name not in tensors or tensors[name].shape != shape for name, shape in shapes.items()) or not all(
-        np.isfinite(each).all() for each in tensors.values()
+        np.isfinite(tensor).all() for tensor in tensors.values()
     ):
         raise damaged(path, "weights of another shape, or that are no numbers")
     return settings, tensors

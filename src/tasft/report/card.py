@@ -35,8 +35,8 @@ def plain_card(base: str, usage: Sequence[str]) -> str:
 
     named = base if HUB_NAME.fullmatch(base) else None
     data = ModelCardData(base_model=named, library_name="transformers", pipeline_tag="text-generation", tags=["tasft"])
-    about = f"An adapter, merged into {text(named or base.rpartition('/')[2])}. It was not measured."
-    return f"---\n{data.to_yaml()}\n---\n\n# A merged model\n\n{about}\n\n" + "\n".join(usage)
+    sentence = f"An adapter, merged into {text(named or base.rpartition('/')[2])}. It was not measured."
+    return f"---\n{data.to_yaml()}\n---\n\n# A merged model\n\n{sentence}\n\n" + "\n".join(usage)
 
 
 def _metadata(record: Record, *, is_merged: bool) -> str:
@@ -55,7 +55,7 @@ def _metadata(record: Record, *, is_merged: bool) -> str:
         for prompts, row in headlines(record)
         if row.value("final") is not None
     ]
-    found = ModelCardData(
+    data = ModelCardData(
         base_model=base if HUB_NAME.fullmatch(base) else None,
         datasets=sorted({name for name in map(on_hub, sources(record).values()) if name}) or None,
         eval_results=results or None,
@@ -65,4 +65,4 @@ def _metadata(record: Record, *, is_merged: bool) -> str:
         pipeline_tag="text-generation",
         tags=["tasft", "safety"],
     )
-    return str(found.to_yaml())
+    return str(data.to_yaml())

@@ -45,19 +45,19 @@ def outcome_bars(kind: str, counts: Mapping[str, Mapping[str, int]]) -> Plot:
         kind: toxic or benign.
         counts: How a state is called -> which of `OUTCOMES` -> how many.
     """
-    shown = [name for name in OUTCOMES if any(each.get(name) for each in counts.values())]
+    shown = [name for name in OUTCOMES if any(by_outcome.get(name) for by_outcome in counts.values())]
 
     def draw(axes: Axes) -> None:
-        for place, each in enumerate(counts.values()):
-            start, total = 0.0, sum(each.values())
+        for y, by_outcome in enumerate(counts.values()):
+            start, total = 0.0, sum(by_outcome.values())
             for name in shown:
-                share = 100 * each.get(name, 0) / total
-                axes.barh(place, share, left=start, height=0.62, color=LIGHT[name], edgecolor=LIGHT["paper"], lw=0.8)
+                share = 100 * by_outcome.get(name, 0) / total
+                axes.barh(y, share, left=start, height=0.62, color=LIGHT[name], edgecolor=LIGHT["paper"], lw=0.8)
                 if share >= 6:
                     axes.text(
                         start + share / 2,
-                        place,
-                        f"{each[name]}",
+                        y,
+                        f"{by_outcome[name]}",
                         ha="center",
                         va="center",
                         color=LIGHT["paper"],
@@ -87,8 +87,8 @@ def outcome_bars(kind: str, counts: Mapping[str, Mapping[str, int]]) -> Plot:
 
     good = "less red and grey is better" if kind == "toxic" else "more green is better"
     alt = f"Replies to {kind} prompts: " + "; ".join(
-        f"{title}: " + ", ".join(f"{each.get(name, 0)} {OUTCOMES[name]}" for name in shown)
-        for title, each in counts.items()
+        f"{title}: " + ", ".join(f"{by_outcome.get(name, 0)} {OUTCOMES[name]}" for name in shown)
+        for title, by_outcome in counts.items()
     )
     title = f"Replies to {kind} prompts: {good}"
     lines = (len(shown) + 2) // 3
@@ -214,15 +214,15 @@ def gate_chart(limits: Sequence[Row]) -> Plot | None:
     low, high = (min(0.0, min(edges)) - 3, max(edges) + 3) if zoomed else (0.0, 100.0)
 
     def draw(axes: Axes) -> None:
-        for place, limit in enumerate(rows):
+        for y, limit in enumerate(rows):
             good = limit.get("met") is True
             colour = LIGHT["harmless" if good else "harmful"]
             value = of(limit, "value")
             error = [[max(0.0, value - of(limit, "low"))], [max(0.0, of(limit, "high") - value)]]
             axes.errorbar(
-                value, place, xerr=error, fmt="o" if good else "X", color=colour, capsize=3, markersize=7, clip_on=False
+                value, y, xerr=error, fmt="o" if good else "X", color=colour, capsize=3, markersize=7, clip_on=False
             )
-            axes.plot([of(limit, "limit")] * 2, [place - 0.35, place + 0.35], color=LIGHT["ink"], linewidth=2.2)
+            axes.plot([of(limit, "limit")] * 2, [y - 0.35, y + 0.35], color=LIGHT["ink"], linewidth=2.2)
         axes.set_yticks(range(len(rows)), [wrapped(str(limit.get("what") or limit.get("field"))) for limit in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(low, high)
@@ -250,10 +250,10 @@ def topic_plot(title: str, by_topic: Mapping[str, Mapping[str, Estimate]], title
 
     def draw(axes: Axes) -> None:
         for index, state in enumerate(states):
-            for place, rates in enumerate(by_topic.values()):
+            for y, rates in enumerate(by_topic.values()):
                 if state in rates:
                     value, error = reach(rates[state])
-                    at = place + (index - (len(states) - 1) / 2) * step
+                    at = y + (index - (len(states) - 1) / 2) * step
                     axes.errorbar(
                         value, at, xerr=error, fmt=MARKERS[index % 5], color=SERIES[index % 5], capsize=2, clip_on=False
                     )

@@ -43,7 +43,7 @@ class Listed:
 def reports_in(folder: Path) -> list[Listed]:
     """Every report under a folder, the newest first. Reads what reports have written, no reply and no verdict."""
     listed = [_listed(path.parents[1]) for path in _pages(folder)]
-    return sorted(listed, key=lambda each: each.written, reverse=True)
+    return sorted(listed, key=lambda report: report.written, reverse=True)
 
 
 def _pages(folder: Path, depth: int = 0) -> Iterator[Path]:
@@ -102,19 +102,19 @@ def _number(text: Any) -> float | None:
 
 def listing(folder: Path) -> Document:
     """The list as a page; each line is a link to a report below `files/`."""
-    found = reports_in(folder)
+    reports = reports_in(folder)
     rows: list[list[str | Cell]] = []
-    for each in found:
-        place = each.folder.relative_to(folder).as_posix()
-        link = f"files/{quote(place)}/report/index.html" if place != "." else "files/report/index.html"
-        train, model = mapping(each.recipe.get("train")), mapping(each.recipe.get("model"))
+    for report in reports:
+        path = report.folder.relative_to(folder).as_posix()
+        link = f"files/{quote(path)}/report/index.html" if path != "." else "files/report/index.html"
+        train, model = mapping(report.recipe.get("train")), mapping(report.recipe.get("model"))
         method = " ".join(str(train[key]) for key in ("method", "penalty") if train.get(key) not in (None, "none"))
-        gate = {True: Cell("met", tone=GOOD), False: Cell("not met", tone=BAD), None: Cell(NONE)}[each.gate]
-        name = str(each.recipe.get("name") or (place if place != "." else folder.resolve().name))
+        gate = {True: Cell("met", tone=GOOD), False: Cell("not met", tone=BAD), None: Cell(NONE)}[report.gate]
+        name = str(report.recipe.get("name") or (path if path != "." else folder.resolve().name))
         base = str(model.get("base") or NONE).rstrip("/").rpartition("/")[2]
-        shown = [percent(each.rates.get(wanted)) for wanted in RATES]
-        date = each.written.strftime("%Y-%m-%d %H:%M")
-        rows.append([Cell(name, place, link=link), each.kind, base, method or NONE, gate, *shown, date])
+        shown = [percent(report.rates.get(wanted)) for wanted in RATES]
+        date = report.written.strftime("%Y-%m-%d %H:%M")
+        rows.append([Cell(name, path, link=link), report.kind, base, method or NONE, gate, *shown, date])
     head = (
         "Name",
         "What",
@@ -124,8 +124,8 @@ def listing(folder: Path) -> Document:
         *(f"{MEASURES[m].label}, {k}" for k, m in RATES),
         "Written (UTC)",
     )
-    count = f"{len(found)} report{'' if len(found) == 1 else 's'}"
-    gates = [each.gate for each in found if each.gate is not None]
+    count = f"{len(reports)} report{'' if len(reports) == 1 else 's'}"
+    gates = [report.gate for report in reports if report.gate is not None]
     sentence = f"{count}; {sum(gates)} of {len(gates)} gates are met." if gates else f"{count}."
     sections = [Section("Reports", [Table("Reports", head, rows)] if rows else [])]
     note = "Rates are of the final model, or of a model alone, by the first judge of its recipe that tells them."

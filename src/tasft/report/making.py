@@ -24,7 +24,7 @@ def _sft(record: Record) -> str:
     steps, epochs = record.field("sft.max_steps"), record.field("sft.epochs")
     length = _count(steps, "step") if steps is not None else _count(epochs, "epoch") if epochs is not None else ""
     imitate = record.field("data.imitate")
-    parts = [each.get("source") for each in (imitate if isinstance(imitate, list) else [imitate]) if each]
+    parts = [entry.get("source") for entry in (imitate if isinstance(imitate, list) else [imitate]) if entry]
     rows = " and ".join(named(str(part)) for part in parts) or "rows to imitate"
     start = "went on from it" if record.field("train.start") == "sft" else "started from the base model again"
     return (
@@ -76,20 +76,20 @@ def _data(record: Record) -> str:
     for kind, count in record.rows.items():
         if not count and kind != "avoid":
             continue
-        about = {
+        detail = {
             "avoid": _kept(record.harvest, "harmful, coherent answers of its own"),
             "anchor": _kept(sub(record.harvest, "anchors"), str(record.field("harvest.anchors") or "")),
             "imitate": _kept(sub(record.harvest, "imitate"), "its own answers to benign prompts"),
             "contrastive": _kept(sub(record.harvest, "contrastive"), "answers to prompts that only seem toxic"),
         }[kind]
-        parts.append(f"{_count(count, kind + ' row')}{f' ({about})' if about else ''}")
-    said = []
+        parts.append(f"{_count(count, kind + ' row')}{f' ({detail})' if detail else ''}")
+    clauses = []
     if parts:
-        said.append(f"The harvest gave {listed(parts)}")
+        clauses.append(f"The harvest gave {listed(parts)}")
     if record.mixed:
         imitate, avoid = record.mixed
-        said.append(f"training drew on {imitate:,} imitate and {avoid:,} avoid rows")
-    sentence = "; ".join(said)
+        clauses.append(f"training drew on {imitate:,} imitate and {avoid:,} avoid rows")
+    sentence = "; ".join(clauses)
     return f"{sentence[0].upper()}{sentence[1:]}." if sentence else ""
 
 
@@ -155,9 +155,9 @@ def _errors_of_judges(record: Record) -> str:
             f"; {listed(strange)} {'was' if len(strange) == 1 else 'were'} never measured on replies of this model"
         )
     return sentence + "".join(
-        f"; on {found.n:,} labelled replies of {found.words} {judge} had a precision of {found.precision:.2f} and a "
-        f"recall of {found.recall:.2f} for harm"
-        for judge, found in known.items()
+        f"; on {tested.n:,} labelled replies of {tested.words} {judge} had a precision of {tested.precision:.2f} and a "
+        f"recall of {tested.recall:.2f} for harm"
+        for judge, tested in known.items()
     )
 
 
@@ -208,8 +208,8 @@ def harvest_rows(record: Record) -> list[tuple[str, str]]:
 def stage_times(record: Record) -> str:
     """How long each stage took, from the manifest, in one line; empty where nothing is known."""
     times: dict[str, float] = {}
-    for step, about in sub(record.manifest, "stages").items():
-        seconds = about.get("seconds") if isinstance(about, dict) else None
+    for step, entry in sub(record.manifest, "stages").items():
+        seconds = entry.get("seconds") if isinstance(entry, dict) else None
         if isinstance(seconds, int | float):
             stage = str(step).partition("/")[0]
             times[stage] = times.get(stage, 0.0) + seconds

@@ -103,17 +103,19 @@ def _change(
     before, after = rates.get(record.before or ""), rates.get(state)
     if before is None or after is None or before.value is None or after.value is None:
         return None
-    told = TOLD.get(measure)
-    if told is None:
+    holds = TOLD.get(measure)
+    if holds is None:
         # A property of the whole set: there is nothing to pair by item, hence no interval.
         return Change(Estimate(after.value - before.value, None, None, min(before.n, after.n)), None, "")
-    was, now = (judged_in(prompts, each, judge) for each in (record.before, state))
+    was, now = (judged_in(prompts, state_name, judge) for state_name in (record.before, state))
     assert was is not None
     assert now is not None
     pairs = [
         (one, other)
         for key, verdict in was.verdicts.items()
-        if key in now.verdicts and (one := told(verdict)) is not None and (other := told(now.verdicts[key])) is not None
+        if key in now.verdicts
+        and (one := holds(verdict)) is not None
+        and (other := holds(now.verdicts[key])) is not None
     ]
     if not pairs:
         return None
@@ -135,8 +137,8 @@ def _reading(change: Estimate, better: int) -> str:
 def table(record: Record, prompts: SetRecord) -> list[Figures]:
     """All measures of a set; judges with the same figures share a row."""
     rows: list[Figures] = []
-    for measure, about in MEASURES.items():
-        if prompts.kind in KINDS and prompts.kind not in about.better:
+    for measure, definition in MEASURES.items():
+        if prompts.kind in KINDS and prompts.kind not in definition.better:
             continue
         same: dict[str, Figures] = {}
         for judge in record.judges:
@@ -166,18 +168,18 @@ def compared(record: Record, kind: str, measure: str, judge: str | None = None) 
     judge = judge or leading(record, kind, measure)
     if prompts is None or judge is None:
         return None
-    found = figures(record, prompts, judge, measure)
-    return found if found.rates else None
+    row = figures(record, prompts, judge, measure)
+    return row if row.rates else None
 
 
 def headlines(record: Record) -> list[tuple[SetRecord, Figures]]:
     """The few figures to read first, each by the leading judge, over all sets of a kind together."""
     return [
-        (prompts, found)
+        (prompts, row)
         for kind, measures in HEADLINES.items()
         if (prompts := together(record, kind))
         for measure in measures
-        if (found := compared(record, kind, measure))
+        if (row := compared(record, kind, measure))
     ]
 
 
@@ -207,24 +209,25 @@ def together(record: Record, kind: str) -> SetRecord | None:
             verdicts = {
                 f"{prompts.name}/{key}": verdict
                 for prompts in sets
-                if (told := judged_in(prompts, state, judge))
-                for key, verdict in told.verdicts.items()
+                if (judgement := judged_in(prompts, state, judge))
+                for key, verdict in judgement.verdicts.items()
             }
             if verdicts:
                 causes = sum(
-                    (Counter(told.causes) for each in sets if (told := judged_in(each, state, judge))), Counter()
+                    (Counter(judgement.causes) for prompts in sets if (judgement := judged_in(prompts, state, judge))),
+                    Counter(),
                 )
                 rates = {
-                    name: rate([said for verdict in verdicts.values() if (said := told(verdict)) is not None])
-                    for name, told in TOLD.items()
+                    name: rate([value for verdict in verdicts.values() if (value := holds(verdict)) is not None])
+                    for name, holds in TOLD.items()
                 }
                 judged[judge] = Judged(rates, verdicts, causes=causes)
         if judged:
             replies = {
-                f"{each.name}/{key}": reply
-                for each in sets
-                if state in each.states
-                for key, reply in each.states[state].replies.items()
+                f"{prompts.name}/{key}": reply
+                for prompts in sets
+                if state in prompts.states
+                for key, reply in prompts.states[state].replies.items()
             }
             states[state] = Evaluated(replies, judged)
     return SetRecord(f"{len(sets)} sets", kind, "", states)
@@ -232,11 +235,11 @@ def together(record: Record, kind: str) -> SetRecord | None:
 
 def over_all(evaluated: Sequence[Evaluated | None], judge: str | None, measure: str) -> Estimate | None:
     """What a judge tells of a measure over all items of several sets; None where it does not tell it of one of them."""
-    judged = [each.judged.get(judge or "") if each else None for each in evaluated]
+    judged = [evaluation.judged.get(judge or "") if evaluation else None for evaluation in evaluated]
     known = [
         (estimate.value, estimate.n)
-        for each in judged
-        if each and (estimate := each.estimates.get(measure)) and estimate.value is not None
+        for judgement in judged
+        if judgement and (estimate := judgement.estimates.get(measure)) and estimate.value is not None
     ]
     if not known or len(known) < len(evaluated):
         return None
@@ -264,14 +267,16 @@ def along(record: Record, judges: Mapping[str, str | None] | None = None) -> Alo
         return []
     steps = {0.0: record.start} | {float(step): sets for step, sets in record.checkpoints.items()}
     if record.steps is not None:
-        steps[record.steps] = {each.name: each.states["final"] for each in record.sets if "final" in each.states}
+        steps[record.steps] = {
+            prompts.name: prompts.states["final"] for prompts in record.sets if "final" in prompts.states
+        }
     by_step = []
     for step, sets in sorted(steps.items()):
         rates = {}
         for measure, kind in ALONG.items():
-            there = [sets.get(prompts.name) for prompts in record.sets if prompts.kind == kind]
-            if told := over_all(there, judges[measure], measure):
-                rates[measure] = told
+            evaluated = [sets.get(prompts.name) for prompts in record.sets if prompts.kind == kind]
+            if estimate := over_all(evaluated, judges[measure], measure):
+                rates[measure] = estimate
         by_step.append((step, rates))
     return by_step
 
@@ -288,8 +293,8 @@ def topics(record: Record, prompts: SetRecord) -> dict[str, dict[str, Estimate]]
     for state in record.states:
         judged = judged_in(prompts, state, judge)
         for topic, rates in (judged.topics if judged else {}).items():
-            if (told := rates.get(measure)) and told.n:
-                by_topic.setdefault(topic, {})[state] = told
+            if (estimate := rates.get(measure)) and estimate.n:
+                by_topic.setdefault(topic, {})[state] = estimate
     return by_topic
 
 
@@ -306,24 +311,24 @@ def outcomes(record: Record, prompts: SetRecord) -> dict[str, Counter[str]]:
 
 def agreements(record: Record, kind: str, measure: str = "harmful") -> dict[tuple[str, str], tuple[Estimate, Estimate]]:
     """Two judges -> the share of replies of which both say the same, and Cohen's kappa, over all states and sets."""
-    told = TOLD[measure]
-    said: dict[str, dict[tuple[str, str, str], bool]] = {}
+    holds = TOLD[measure]
+    values: dict[str, dict[tuple[str, str, str], bool]] = {}
     for prompts in record.sets:
         for state, evaluated in prompts.states.items() if prompts.kind == kind else ():
             for judge, judged in evaluated.judged.items():
-                known = {key: value for key, row in judged.verdicts.items() if (value := told(row)) is not None}
-                said.setdefault(judge, {}).update({(prompts.name, state, key): value for key, value in known.items()})
+                known = {key: value for key, row in judged.verdicts.items() if (value := holds(row)) is not None}
+                values.setdefault(judge, {}).update({(prompts.name, state, key): value for key, value in known.items()})
     pairs = {}
-    judges = [judge for judge in record.judges if said.get(judge)]
+    judges = [judge for judge in record.judges if values.get(judge)]
     for number, first in enumerate(judges):
         for second in judges[number + 1 :]:
-            keys = [key for key in said[first] if key in said[second]]
+            keys = [key for key in values[first] if key in values[second]]
             if not keys:
                 continue
             # Replies to one prompt in several states belong together.
             groups = [f"{name}/{key}" for name, _, key in keys]
-            found = agreement([said[first][key] for key in keys], [said[second][key] for key in keys], groups, 500)
-            pairs[first, second] = found["accuracy"], found["kappa"]
+            scores = agreement([values[first][key] for key in keys], [values[second][key] for key in keys], groups, 500)
+            pairs[first, second] = scores["accuracy"], scores["kappa"]
     return pairs
 
 
@@ -333,7 +338,7 @@ def disputes(record: Record, state: str) -> list[tuple[str, Figures]]:
     judged = judged_in(prompts, state, first) if prompts else None
     if prompts is None or judged is None:
         return []
-    told, others = TOLD["harmful"], []
+    holds, others = TOLD["harmful"], []
     for judge in record.judges:
         other = judged_in(prompts, state, judge)
         if judge == first or other is None:
@@ -342,8 +347,8 @@ def disputes(record: Record, state: str) -> list[tuple[str, Figures]]:
             (one, two)
             for key, verdict in judged.verdicts.items()
             if key in other.verdicts
-            and (one := told(verdict)) is not None
-            and (two := told(other.verdicts[key])) is not None
+            and (one := holds(verdict)) is not None
+            and (two := holds(other.verdicts[key])) is not None
         ]
         if not pairs:
             continue

@@ -57,12 +57,12 @@ def read_run(folder: Path) -> Record:
     if lost := sum(not math.isfinite(value) for value in logged):
         files.notes.append(f"train/metrics.jsonl: {lost} values are not finite, and not drawn")
     labels = [bool(row.get("label")) for row in files.rows("train/data.jsonl", optional=True)]
-    there = [state for state, at in places.items() if (folder / at).is_dir()]
+    present = [state for state, at in places.items() if (folder / at).is_dir()]
     return Record(
         name=str(recipe.get("name") or folder.resolve().name),
-        states={state: TITLES[state] for state in there},
-        before=before if before in there else None,
-        changed=["final"] if before in there and "final" in there else [],
+        states={state: TITLES[state] for state in present},
+        before=before if before in present else None,
+        changed=["final"] if before in present and "final" in present else [],
         sets=sets,
         judges=judges,
         attacks=attacks,
@@ -114,13 +114,13 @@ def _unmeasured(
 ) -> list[str]:
     """Kinds of measurement that one of these states lacks."""
     done = {name for name, by_state in measured.items() if by_state.keys() >= set(states)}
-    there = {
+    complete = {
         "capability": any(name.startswith("capability/") for name in done),
         # Likelihoods, which quality/reference has, do not say how good answers are.
         "quality": "quality/annotator" in done,
         "jailbreak": any(by_state.keys() >= set(states) for by_state in attacks.values()),
     }
-    return [kind for kind, is_there in there.items() if not is_there]
+    return [kind for kind, is_complete in complete.items() if not is_complete]
 
 
 def read_model(folder: Path) -> Record:
@@ -162,15 +162,15 @@ def read_models(
         {name for name in files.folders(at) if (files.root / at / name / "set.json").exists()} - NOT_SETS
         for files, at in places.values()
     ]
-    for (title, folder), found in zip(folders.items(), names, strict=True):
-        if not found:
+    for (title, folder), set_names in zip(folders.items(), names, strict=True):
+        if not set_names:
             raise UserError(f"{folder}: there are no replies of {title}: run tasft evaluate first")
     # What an earlier form of a recipe left behind is not meant.
     orders = [mapping(recipe.get("evaluate")).get("judges") for recipe in recipes]
-    order = next(([str(judge) for judge in each] for each in orders if isinstance(each, list)), [])
+    order = next(([str(judge) for judge in judges] for judges in orders if isinstance(judges, list)), [])
     sets = _read_sets(places, set.union(*names), order, by_prompt=True)
     if comparable is not None:
-        sets = [_only_comparable(each, comparable) for each in sets]
+        sets = [_only_comparable(prompts, comparable) for prompts in sets]
     evaluates = {title: mapping(recipe.get("evaluate")) for title, recipe in zip(folders, recipes, strict=True)}
     others_of = {title: {name for name, _ in pairs} for title, pairs in (comparable or {}).items()}
 
@@ -214,7 +214,7 @@ def _only_comparable(prompts: SetRecord, comparable: Mapping[str, Collection[tup
 
 
 def _judges(sets: Sequence[SetRecord], order: list[str]) -> list[str]:
-    names = {judge for each in sets for evaluated in each.states.values() for judge in evaluated.judged}
+    names = {judge for prompts in sets for evaluated in prompts.states.values() for judge in evaluated.judged}
     return sorted(names, key=lambda judge: (order.index(judge) if judge in order else len(order), judge))
 
 
@@ -229,20 +229,20 @@ def _read_sets(
     places: Mapping[str, tuple[Files, str]], names: Collection[str], listed: list[str], by_prompt: bool = False
 ) -> list[SetRecord]:
     sets = [_read_set(name, places, listed, by_prompt) for name in names]
-    return sorted(sets, key=lambda each: (each.kind != "toxic", each.name))
+    return sorted(sets, key=lambda prompts: (prompts.kind != "toxic", prompts.name))
 
 
 def _read_set(name: str, places: Mapping[str, tuple[Files, str]], listed: list[str], by_prompt: bool) -> SetRecord:
-    about: Row = {}
+    description: Row = {}
     states = {}
-    for state, (files, place) in places.items():
-        at = name if place == "." else f"{place}/{name}"
+    for state, (files, folder) in places.items():
+        at = name if folder == "." else f"{folder}/{name}"
         if not (files.root / at).is_dir():
-            if (files.root / place).is_dir():
+            if (files.root / folder).is_dir():
                 files.notes.append(f"{at} is not there")
             continue
         described: Row = files.document(f"{at}/set.json")
-        about = about or described
+        description = description or described
         meant = described.get("ids")
         judges = [
             judge
@@ -256,8 +256,8 @@ def _read_set(name: str, places: Mapping[str, tuple[Files, str]], listed: list[s
         judged = {judge: _read_judged(files, f"{at}/{judge}", meant) for judge in judges}
         states[state] = _by_prompt(replies, judged) if by_prompt else Evaluated(replies, judged)
     # Without set.json the name decides; the note on the missing file is there already.
-    kind = about.get("kind") or ("benign" if name == "benign" else "toxic")
-    return SetRecord(name, str(kind), str(about.get("source") or ""), states)
+    kind = description.get("kind") or ("benign" if name == "benign" else "toxic")
+    return SetRecord(name, str(kind), str(description.get("source") or ""), states)
 
 
 def _by_prompt(replies: Mapping[str, Row], judged: Mapping[str, Judged]) -> Evaluated:
@@ -272,14 +272,14 @@ def _by_prompt(replies: Mapping[str, Row], judged: Mapping[str, Judged]) -> Eval
         {keys[key]: reply for key, reply in replies.items()},
         {
             judge: Judged(
-                each.estimates,
-                {keys[key]: verdict for key, verdict in each.verdicts.items() if key in keys},
-                each.unreadable,
-                each.causes,
-                each.topics,
-                each.score,
+                judgement.estimates,
+                {keys[key]: verdict for key, verdict in judgement.verdicts.items() if key in keys},
+                judgement.unreadable,
+                judgement.causes,
+                judgement.topics,
+                judgement.score,
             )
-            for judge, each in judged.items()
+            for judge, judgement in judged.items()
         },
     )
 
@@ -316,9 +316,9 @@ def _read_rates(files: Files, state: str, sets: list[str], judges: list[str]) ->
     for name in sets:
         at = {judge: f"evaluate/{state}/{name}/{judge}" for judge in judges}
         judged = {
-            judge: Judged(_estimates(files.document(f"{place}/summary.json")), {})
-            for judge, place in at.items()
-            if (files.root / place / "summary.json").exists()
+            judge: Judged(_estimates(files.document(f"{folder}/summary.json")), {})
+            for judge, folder in at.items()
+            if (files.root / folder / "summary.json").exists()
         }
         if judged:
             by_set[name] = Evaluated({}, judged)
@@ -344,7 +344,7 @@ def _read_judged(files: Files, at: str, meant: Any) -> Judged:
         unreadable=unreadable if isinstance(unreadable, int) else 0,
         causes={str(name): n for name, n in mapping(summary.get("causes")).items() if isinstance(n, int)},
         score=score if (score := estimate_of(summary.get("score"))).n else None,
-        topics={str(name): _estimates(mapping(each)) for name, each in mapping(summary.get("by_topic")).items()},
+        topics={str(name): _estimates(mapping(rates)) for name, rates in mapping(summary.get("by_topic")).items()},
     )
 
 
@@ -360,9 +360,9 @@ def _read_others(
     attacks: dict[str, dict[str, Attacked]] = {}
     measured: dict[str, dict[str, Measured]] = {}
     for kind in ("jailbreak", "capability", "quality"):
-        for state, (files, place) in places.items():
-            for name in files.folders(f"{place}/{kind}"):
-                at = f"{place}/{kind}/{name}"
+        for state, (files, folder) in places.items():
+            for name in files.folders(f"{folder}/{kind}"):
+                at = f"{folder}/{kind}/{name}"
                 if not (files.root / at / "summary.json").exists() or not is_meant(state, kind, name):
                     continue
                 if kind == "jailbreak":

@@ -29,7 +29,7 @@ def replies(record: Record, budget: int = BUDGET) -> dict[str, Any]:
     """
     sets = [*record.sets, *_attacks(record)]
     judges = list(
-        dict.fromkeys([*record.judges, *(each.judge for by in record.attacks.values() for each in by.values())])
+        dict.fromkeys([*record.judges, *(attacked.judge for by in record.attacks.values() for attacked in by.values())])
     )
     limit = CHARACTERS
     while _size(items := _items(record, sets, judges, limit)) > budget and limit > FEWEST:
@@ -52,7 +52,7 @@ def replies(record: Record, budget: int = BUDGET) -> dict[str, Any]:
 
 def _attacks(record: Record) -> list[SetRecord]:
     """What was sent by each attack, as a set of prompts; PAIR sends other prompts in each state."""
-    found = []
+    sets = []
     for name, states in record.attacks.items():
         evaluated = {
             state: Evaluated(
@@ -63,12 +63,12 @@ def _attacks(record: Record) -> list[SetRecord]:
         for state, attacked in states.items():
             ids = {str(row["id"]): key for key, row in evaluated[state].replies.items()}
             judged = {
-                judge: type(each)({}, {ids[key]: row for key, row in each.verdicts.items() if key in ids})
-                for judge, each in attacked.evaluated.judged.items()
+                judge: type(judgement)({}, {ids[key]: row for key, row in judgement.verdicts.items() if key in ids})
+                for judge, judgement in attacked.evaluated.judged.items()
             }
             evaluated[state] = Evaluated(evaluated[state].replies, judged)
-        found.append(SetRecord(f"jailbreak/{name}", "attack", "", evaluated))
-    return found
+        sets.append(SetRecord(f"jailbreak/{name}", "attack", "", evaluated))
+    return sets
 
 
 def _size(items: list[Row]) -> int:
@@ -111,8 +111,8 @@ def _verdict(verdict: Row | None) -> Row | None:
     if verdict is None:
         return None
     keys = ("harmful", "refusal", "coherent", "undecided")
-    said = {key: verdict[key] for key in keys if isinstance(verdict.get(key), bool)}
-    return said | ({"reason": _cut(verdict["reason"], 120)[0]} if verdict.get("reason") else {})
+    shown = {key: verdict[key] for key in keys if isinstance(verdict.get(key), bool)}
+    return shown | ({"reason": _cut(verdict["reason"], 120)[0]} if verdict.get("reason") else {})
 
 
 def _cut(value: object, limit: int) -> tuple[str, int]:

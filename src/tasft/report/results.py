@@ -26,11 +26,11 @@ def rows(record: Record) -> Iterator[Result]:
         for prompts in record.sets:
             judged = prompts.states[state].judged if state in prompts.states else {}
             for judge in (judge for judge in record.judges if judge in judged):
-                about = (state, prompts.name, prompts.kind, judge)
+                keys = (state, prompts.name, prompts.kind, judge)
                 for measure, estimate in judged[judge].estimates.items():
-                    yield _row(*about, measure, estimate)
+                    yield _row(*keys, measure, estimate)
                 if score := judged[judge].score:
-                    yield _row(*about, "score", score)
+                    yield _row(*keys, "score", score)
         for attack, states in record.attacks.items():
             for measure, estimate in (states[state].estimates if state in states else {}).items():
                 yield _row(state, f"jailbreak/{attack}", "jailbreak", states[state].judge, measure, estimate)
@@ -40,8 +40,8 @@ def rows(record: Record) -> Iterator[Result]:
     kinds = {prompts.name: prompts.kind for prompts in record.sets}
     for step, sets in record.checkpoints.items():
         for name, evaluated in sets.items():
-            for judge, said in evaluated.judged.items():
-                for measure, estimate in said.estimates.items():
+            for judge, judgement in evaluated.judged.items():
+                for measure, estimate in judgement.estimates.items():
                     yield _row(f"checkpoint-{step}", name, kinds.get(name, ""), judge, measure, estimate)
 
 

@@ -98,10 +98,13 @@ def _outcomes(record: Record) -> list[Block]:
         counts = outcomes.outcomes(record, prompts) if prompts else {}
         if not counts:
             continue
-        titled = {record.states[state]: each for state, each in counts.items()}
+        titled = {record.states[state]: by_outcome for state, by_outcome in counts.items()}
         judge = leading(record, kind, "harmful")
         plots.append((charts.outcome_bars(kind, titled), f"By {judge}, which is the first to tell harm."))
-        rows += [[f"{kind}, {title}", *(f"{each[name]:,}" for name in OUTCOMES)] for title, each in titled.items()]
+        rows += [
+            [f"{kind}, {title}", *(f"{by_outcome[name]:,}" for name in OUTCOMES)]
+            for title, by_outcome in titled.items()
+        ]
     if not rows:
         return []
     note = "Every reply is one of these. One that is harmful and incoherent at once counts as harmful."
@@ -179,13 +182,13 @@ def _splits(record: Record, prompts: SetRecord) -> list[Block]:
         blocks.append(Table(f"Mean scores on {prompts.title}", head, scores, folded=True))
     judge = leading(record, prompts.kind, "incoherent")
     judged = {state: judged_in(prompts, state, judge) for state in record.states}
-    causes = dict.fromkeys(name for each in judged.values() if each for name in each.causes)
+    causes = dict.fromkeys(name for judgement in judged.values() if judgement for name in judgement.causes)
     rows = []
     for name in causes:
         cells = []
-        for each in judged.values():
-            whole = each.estimates.get("incoherent") if each else None
-            cells.append(f"{each.causes.get(name, 0)} of {whole.n}" if each and whole and whole.n else NONE)
+        for judgement in judged.values():
+            whole = judgement.estimates.get("incoherent") if judgement else None
+            cells.append(f"{judgement.causes.get(name, 0)} of {whole.n}" if judgement and whole and whole.n else NONE)
         rows.append([_capital(CAUSES.get(name, name)), *cells])
     if rows:
         head = ("Why replies are incoherent", *titles)
@@ -208,18 +211,20 @@ def _scores(record: Record, prompts: SetRecord) -> list[list[str]]:
     rows = []
     for judge in record.judges:
         judged = {state: judged_in(prompts, state, judge) for state in record.states}
-        if not any(each and each.score for each in judged.values()):
+        if not any(judgement and judgement.score for judgement in judged.values()):
             continue
         scores = {
-            state: {key: number(row.get("score")) for key, row in each.verdicts.items()} if each else {}
-            for state, each in judged.items()
+            state: {key: number(row.get("score")) for key, row in judgement.verdicts.items()} if judgement else {}
+            for state, judgement in judged.items()
         }
         moved = []
         for state in record.changed:
             was, now = scores.get(record.before or "", {}), scores[state]
             pairs = [(a, b) for key, a in was.items() if a is not None and (b := now.get(key)) is not None]
             moved.append(number_in_words(mean([b - a for a, b in pairs]), "+") if pairs else NONE)
-        rows.append([judge, *(number_in_words(each.score if each else None) for each in judged.values()), *moved])
+        rows.append(
+            [judge, *(number_in_words(judgement.score if judgement else None) for judgement in judged.values()), *moved]
+        )
     return rows
 
 
@@ -284,10 +289,10 @@ def _agreement(record: Record) -> list[Block]:
         judges = list(dict.fromkeys(judge for pair in pairs for judge in pair))
 
         def cell(one: str, other: str, pairs: dict = pairs) -> Cell:  # type: ignore[type-arg]
-            found = pairs.get((one, other)) or pairs.get((other, one))
-            if one == other or found is None:
+            estimates = pairs.get((one, other)) or pairs.get((other, one))
+            if one == other or estimates is None:
                 return Cell(NONE)
-            same, kappa = found
+            same, kappa = estimates
             known = "not defined" if kappa.value is None else f"{kappa.value:.2f}"
             return Cell(in_words(same), f"kappa {known}")
 

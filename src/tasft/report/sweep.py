@@ -153,7 +153,7 @@ def write_sweep_report(folder: Path) -> Path:
 
 def _judge(records: Sequence[Record | None], kind: str, measure: str) -> str | None:
     """Who tells a measure, the same for all runs: another judge's rate is no better or worse."""
-    return next((judge for each in records if each and (judge := outcomes.leading(each, kind, measure))), None)
+    return next((judge for record in records if record and (judge := outcomes.leading(record, kind, measure))), None)
 
 
 def _cell(number: int, row: Mapping[str, Any], record: Record | None, judges: Mapping[str, str | None]) -> SweepRow:
@@ -192,8 +192,8 @@ def _all_figures(record: Record) -> dict[str, Estimate]:
     return figures | {
         f"{state}.{name}.{measure}": estimate
         for name, states in besides.items()
-        for state, each in states.items()
-        for measure, estimate in each.estimates.items()
+        for state, result in states.items()
+        for measure, estimate in result.estimates.items()
     }
 
 
@@ -210,9 +210,9 @@ def _shown(
 ) -> dict[str, Estimate]:
     shown = {}
     for name, (kind, measure) in _MEASURED.items():
-        there = [prompts.states.get(state) for prompts in record.sets if prompts.kind == kind]
-        if told := outcomes.over_all(there, judges[name], measure):
-            shown[name] = told
+        evaluated = [prompts.states.get(state) for prompts in record.sets if prompts.kind == kind]
+        if estimate := outcomes.over_all(evaluated, judges[name], measure):
+            shown[name] = estimate
     tasks = [figures[name] for name in figures if name.startswith(f"{state}.capability.") and name.endswith(".acc")]
     if (accuracy := mean_of_independent(tasks)).value is not None:
         shown["capability"] = accuracy
@@ -268,7 +268,7 @@ def _csv(cells: Sequence[SweepRow], front: Mapping[int, bool]) -> str:
     writer.writerow(
         ["run", *map(csv_cell, fields), "state", "reason", "commit", "gate", "pareto", *map(csv_cell, _heads(columns))]
     )
-    for cell, found in zip(cells, estimates, strict=True):
+    for cell, figures in zip(cells, estimates, strict=True):
         row: list[Any] = [cell.number, *(csv_cell(cell.fields.get(field, "")) for field in fields)]
         row += [
             cell.state,
@@ -277,7 +277,7 @@ def _csv(cells: Sequence[SweepRow], front: Mapping[int, bool]) -> str:
             _FLAG[cell.gate],
             _FLAG[front.get(cell.number)],
         ]
-        row += _parts(found, columns)
+        row += _parts(figures, columns)
         writer.writerow(row)
     return out.getvalue()
 
@@ -296,8 +296,8 @@ def _heads(columns: Iterable[str]) -> list[str]:
     return [column if part == "value" else f"{column}.{part}" for column in columns for part in _PARTS]
 
 
-def _parts(found: Mapping[str, Estimate], columns: Iterable[str]) -> list[float | None]:
-    return [getattr(found[column], part) if column in found else None for column in columns for part in _PARTS]
+def _parts(estimates: Mapping[str, Estimate], columns: Iterable[str]) -> list[float | None]:
+    return [getattr(estimates[column], part) if column in estimates else None for column in columns for part in _PARTS]
 
 
 def _along_rows(cells: Sequence[SweepRow]) -> list[tuple[str, ...]]:
@@ -312,7 +312,7 @@ def _along_rows(cells: Sequence[SweepRow]) -> list[tuple[str, ...]]:
 def _same_before(cells: Sequence[SweepRow]) -> Mapping[str, Estimate]:
     """What was measured before training, if it was the same for all runs."""
     known = [cell.before for cell in cells if cell.state == "done"]
-    return known[0] if known and all(each == known[0] for each in known) else {}
+    return known[0] if known and all(before == known[0] for before in known) else {}
 
 
 def _table(cells: Sequence[SweepRow], front: Mapping[int, bool]) -> Table:

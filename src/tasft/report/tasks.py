@@ -69,7 +69,7 @@ def task_rows(record: Record) -> list[list[str | Cell]]:
     """The table of capability and quality; empty when nothing of this was measured."""
     rows = []
     for name, states in record.measured.items():
-        for metric in dict.fromkeys(chain.from_iterable(each.estimates for each in states.values())):
+        for metric in dict.fromkeys(chain.from_iterable(task.estimates for task in states.values())):
             rows.append(_row(record, f"{name}: {metric}", metric, states))
     return rows
 
@@ -82,19 +82,19 @@ def change(before: Measured | None, after: Measured | None, metric: str) -> Esti
         after: And after.
         metric: Of lm-eval, such as acc.
     """
-    found = _paired(before, after, metric)
-    return found.difference if found and found.flips else None
+    comparison = _paired(before, after, metric)
+    return comparison.difference if comparison and comparison.flips else None
 
 
 def _paired(before: Measured | None, after: Measured | None, metric: str) -> Paired | None:
-    values = [each.estimates[metric].value if each and metric in each.estimates else None for each in (before, after)]
+    values = [task.estimates[metric].value if task and metric in task.estimates else None for task in (before, after)]
     if before is None or after is None or values[0] is None or values[1] is None:
         return None
     return paired(metric, before.items, after.items, (values[0], values[1]))
 
 
 def _row(record: Record, label: str, metric: str, states: Mapping[str, Measured]) -> list[str | Cell]:
-    share = is_share(metric, *(each.items for each in states.values()))
+    share = is_share(metric, *(task.items for task in states.values()))
     cells: list[str | Cell] = [label]
     for state in record.states:
         estimate = states[state].estimates.get(metric) if state in states else None
@@ -103,11 +103,11 @@ def _row(record: Record, label: str, metric: str, states: Mapping[str, Measured]
         else:
             cells.append(in_words(estimate) if share else number_in_words(estimate))
     for state in record.changed:
-        found = _paired(states.get(record.before or ""), states.get(state), metric)
-        if found is None:
+        comparison = _paired(states.get(record.before or ""), states.get(state), metric)
+        if comparison is None:
             cells.append(NONE)
             continue
-        moved = in_words(found.difference, signed=True) if share else number_in_words(found.difference, "+")
-        flips = found.flips
+        moved = in_words(comparison.difference, signed=True) if share else number_in_words(comparison.difference, "+")
+        flips = comparison.flips
         cells.append(Cell(moved, f"{flips.gained} right now, {flips.lost} no longer; {odds(flips.p)}" if flips else ""))
     return cells

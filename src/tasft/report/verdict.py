@@ -177,8 +177,8 @@ def _incoherent(record: Record, state: str, rows: Mapping[tuple[str, str], Figur
         prompts = outcomes.together(record, kind)
         judged = judged_in(prompts, state, row.judges[0]) if prompts else None
         causes = judged.causes if judged else {}
-        why = next((CAUSES.get(name, name) for name, n in causes.items() if n > sum(causes.values()) / 2), "")
-        mostly = f" (most such replies are {why})" if why else ""
+        cause = next((CAUSES.get(name, name) for name, n in causes.items() if n > sum(causes.values()) / 2), "")
+        mostly = f" (most such replies are {cause})" if cause else ""
         if is_new:
             return f"became incoherent{mostly}"
         return f"is incoherent{mostly}" if change is None else f"is incoherent{mostly}, as before"

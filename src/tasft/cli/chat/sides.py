@@ -66,7 +66,7 @@ def _state(run: Path, state: str) -> Side:
     title = f"{spec.name}: {state}"
     if state == "base":
         return Side(title, spec.model)
-    place = saved(run, state)
-    if (place / "adapter_config.json").is_file():
-        return Side(title, spec.model, place)
-    return Side(title, spec.model.model_copy(update={"base": str(place)}))
+    folder = saved(run, state)
+    if (folder / "adapter_config.json").is_file():
+        return Side(title, spec.model, folder)
+    return Side(title, spec.model.model_copy(update={"base": str(folder)}))

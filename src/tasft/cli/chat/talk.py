@@ -86,23 +86,23 @@ class Talk:
             UserError: The conversation is longer than a model reads.
         """
         turn = Turn(prompt)
-        for place, side in enumerate(self.sides):
+        for index, side in enumerate(self.sides):
             with self._engine(side) as engine:
                 sampling = replace(self.sampling, seed=self.sampling.seed + len(past))
-                for said in engine.stream(self._messages(place, past, prompt), sampling):
-                    turn = replace(turn, replies=_with(turn.replies, place, said))
+                for text in engine.stream(self._messages(index, past, prompt), sampling):
+                    turn = replace(turn, replies=_with(turn.replies, index, text))
                     yield turn
-            verdict = self._verdict(prompt, turn.replies[place])
-            turn = replace(turn, verdicts=_with(turn.verdicts, place, verdict))
+            verdict = self._verdict(prompt, turn.replies[index])
+            turn = replace(turn, verdicts=_with(turn.verdicts, index, verdict))
             yield turn
 
-    def _messages(self, place: int, past: Sequence[Turn], prompt: str) -> str | Messages:
-        if self.sides[place].spec.prompt != "chat":
+    def _messages(self, index: int, past: Sequence[Turn], prompt: str) -> str | Messages:
+        if self.sides[index].spec.prompt != "chat":
             return prompt
-        said = [(turn.prompt, turn.replies[place]) for turn in past]
+        pairs = [(turn.prompt, turn.replies[index]) for turn in past]
         earlier = [
             {"role": role, "content": text}
-            for pair in said
+            for pair in pairs
             for role, text in zip(("user", "assistant"), pair, strict=True)
         ]
         return [*earlier, {"role": "user", "content": prompt}]
@@ -119,17 +119,17 @@ class Talk:
             return f"{judge.name}: no verdict ({error.faults[0]})"
 
 
-def _with(pair: tuple[str, str], place: int, text: str) -> tuple[str, str]:
-    return (text, pair[1]) if place == 0 else (pair[0], text)
+def _with(pair: tuple[str, str], index: int, text: str) -> tuple[str, str]:
+    return (text, pair[1]) if index == 0 else (pair[0], text)
 
 
 def in_words(verdict: Verdict) -> str:
     """A verdict in a line."""
     if verdict.unreadable:
         return verdict.reason
-    said = [] if verdict.coherent else [f"incoherent ({verdict.reason})"]
+    words = [] if verdict.coherent else [f"incoherent ({verdict.reason})"]
     if verdict.coherent:
-        said += {True: ["harmful"], False: ["not harmful"], None: []}[verdict.harmful]
-        said += ["refuses" + " a part" * bool(verdict.partial)] if verdict.refusal else []
+        words += {True: ["harmful"], False: ["not harmful"], None: []}[verdict.harmful]
+        words += ["refuses" + " a part" * bool(verdict.partial)] if verdict.refusal else []
     score = f"; score {verdict.score:.2f}" if verdict.score is not None else ""
-    return (", ".join(said) or "no verdict") + score
+    return (", ".join(words) or "no verdict") + score
