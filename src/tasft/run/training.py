@@ -38,7 +38,8 @@ def _common(recipe: Recipe, spec: Train, folder: Path) -> dict[str, Any]:
         UserError: The rows of a step cannot be shared evenly between the processes.
     """
     processes = ranks.world_size()
-    micro = spec.micro_batch_size or max(1, spec.batch_size // processes)
+    share = max(1, spec.batch_size // processes)
+    micro = min(spec.micro_batch_size or share, share)
     if spec.batch_size % (micro * processes):
         raise UserError(
             f"batch_size {spec.batch_size} is not a multiple of {micro} rows in each of {processes} processes: "

@@ -18,7 +18,7 @@ class Training(RowSettings):
     epochs: int | None = Field(None, ge=1, description="Passes over the imitate rows; or say max_steps.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; or say epochs.")
     batch_size: int = Field(8, ge=1, description="Rows in an optimizer step.")
-    micro_batch_size: int | None = Field(None, ge=1, description="Rows in a forward pass; null takes batch_size.")
+    micro_batch_size: int | None = Field(None, ge=1, description="Most rows in a forward pass; null takes batch_size.")
     learning_rate: Number = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up; linear decay follows.")
     padding_free: bool = Field(
@@ -37,7 +37,7 @@ class Training(RowSettings):
     def _check(self) -> "Training":
         if (self.epochs is None) == (self.max_steps is None):
             raise ValueError("say either epochs or max_steps")
-        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+        if self.batch_size % min(self.micro_batch_size or self.batch_size, self.batch_size):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
@@ -148,7 +148,7 @@ class Train(Training, AvoidSettings):
     def _check_step(self) -> "Train":
         if self.avoid_per_step is not None and self.avoid_per_step >= self.batch_size:
             raise ValueError(f"avoid_per_step {self.avoid_per_step} leaves no row to imitate in {self.batch_size}")
-        if self.method == "kto" and (self.micro_batch_size or self.batch_size) < 2:
+        if self.method == "kto" and min(self.micro_batch_size or self.batch_size, self.batch_size) < 2:
             raise ValueError("method kto compares the rows of a micro-batch: micro_batch_size must be at least 2")
         if self.rounds and (self.max_steps or 0) < self.rounds.count:
             raise ValueError(f"rounds share max_steps: give at least one step for each of {self.rounds.count}")
