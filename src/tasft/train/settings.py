@@ -165,8 +165,8 @@ class Train(Training, AvoidSettings):
         if self.rounds is None:
             return self
         assert self.max_steps is not None
-        each, rest = divmod(self.max_steps, self.rounds.count)
-        return self.model_copy(update={"max_steps": each + (rest if number == self.rounds.count else 0)})
+        share, rest = divmod(self.max_steps, self.rounds.count)
+        return self.model_copy(update={"max_steps": share + (rest if number == self.rounds.count else 0)})
 
     def unread(self) -> list[str]:
         """Fields that are set, and that the method does not read."""
