@@ -172,7 +172,7 @@ class Entry:
 # --- Who takes part -------------------------------------------------------------------------
 
 
-def tasft(penalty: str, entry: Entry) -> Trainer:
+def tasft(penalty: str, entry: Entry, **options: Any) -> Trainer:
     examples = entry.examples
     if penalty == "none":
         examples = [Example(row.prompt, row.completion, label=True) for row in examples]
@@ -180,7 +180,7 @@ def tasft(penalty: str, entry: Entry) -> Trainer:
     del arguments["train_sampling_strategy"]
     trainer = TASFTTrainer(
         entry.model,
-        TASFTConfig(**arguments, penalty=penalty, penalize_eos=True),
+        TASFTConfig(**arguments, penalty=penalty, penalize_eos=True, **options),
         train_dataset=entry.repeated(examples),
         processing_class=entry.tokenizer,
         peft_config=entry.adapter(),
@@ -255,6 +255,7 @@ CONTESTANTS = {
     "trl_sft_default": Contestant(trl_sft, "trl"),
     SFT: Contestant(partial(trl_sft, gradient_checkpointing=False), "trl"),
     OURS: Contestant(partial(tasft, "none")),
+    "tasft_padding_free": Contestant(partial(tasft, "none", padding_free=True)),
     **{f"tasft_{name}": Contestant(partial(tasft, name)) for name in PENALTIES},
     "trl_kto": Contestant(partial(trl_kto, gradient_checkpointing=False, precompute_ref_log_probs=True), "trl"),
 }

@@ -13,6 +13,7 @@ import argparse
 import csv
 import shutil
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,13 @@ def table(folder: Path) -> list[Row]:
         return [row for row in csv.DictReader(file) if row["state"] == "done"]
 
 
-def percent(row: Row, column: str, interval: bool = True) -> str:
-    if not row.get(column):
-        return "—"
-    value = f"{float(row[column]):.0%}"
-    if not interval or not row.get(f"{column}.low"):
-        return value
-    return f"{value} ({100 * float(row[f'{column}.low']):.0f} to {100 * float(row[f'{column}.high']):.0f})"
+def percent(row: Row, column: str) -> str:
+    return f"{float(row[column]):.0%}" if row.get(column) else "—"
+
+
+def with_interval(row: Row, column: str) -> str:
+    low, high = (round(100 * float(row[f"{column}.{end}"])) for end in ("low", "high"))
+    return f"{percent(row, column)} ({low}-{high})"
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -89,6 +90,7 @@ def besides(row: Row) -> str:
 
 METHODS = {
     "sft": "SFT on Alpaca",
+    "stl": "STL: 100 safe responses of another model",
     "kto": "KTO",
     "emd": "TA-SFT as in the paper (`emd`)",
     "prefilled": "the demo with anchors of one sentence",
@@ -108,16 +110,20 @@ def method_of(row: Row) -> str:
 
 def methods_table(rows: list[Row]) -> str:
     """The methods beside each other, on prompts that nothing was trained or chosen on."""
-    head = ["", "harmful", "safe and coherent", "templates succeed", "XSTest-safe refused", "plain refused"]
+    head = ["", "harmful", "safe, coherent", "incoherent", "templates", "prefix", "XSTest refused", "plain refused"]
+    head += ["accuracy"]
 
     def figures(row: Row, state: str) -> list[str]:
         before = {"base": "before.", "final": ""}[state]
         return [
-            percent(row, f"{before}harmful"),
+            with_interval(row, f"{before}harmful"),
             percent(row, f"{before}safe_coherent"),
-            percent(row, f"{state}.jailbreak.templates.success", interval=False),
-            percent(row, f"{state}.xstest-safe.classifier.refusal"),
-            percent(row, f"{state}.plain.classifier.refusal", interval=False),
+            percent(row, f"{before}incoherent"),
+            percent(row, f"{state}.jailbreak.templates.success"),
+            percent(row, f"{state}.jailbreak.prefix.success"),
+            with_interval(row, f"{state}.xstest-safe.classifier.refusal"),
+            percent(row, f"{state}.plain.classifier.refusal"),
+            percent(row, f"{before}capability"),
         ]
 
     made = {method_of(row): row for row in rows if row["state"] == "done"}
@@ -130,8 +136,44 @@ def methods_table(rows: list[Row]) -> str:
     decided = sorted(int(row["harmful.n"]) for row in [*rows, {"harmful.n": rows[0]["before.harmful.n"]}])
     return f"""{markdown(head, lines)}
 
-SmolLM2-135M-Instruct, {toxic} toxic prompts ({decided[0]} to {decided[-1]} decided), {xstest} of XSTest's safe ones, \
-{plain} plain ones; judge `classifier`, 95% intervals, seed 0, commit {rows[0]["commit"]}; sweep-methods."""
+SmolLM2-135M-Instruct: {toxic} toxic prompts ({decided[0]} to {decided[-1]} decided), \
+20 attacked, {xstest} of XSTest's safe ones, \
+{plain} plain ones, 300 items of three tasks; judge `classifier`, 95% intervals, seed 0, \
+commit {rows[0]["commit"]}; sweep-methods."""
+
+
+READ = {
+    "untouched": "untouched",
+    "sft": METHODS["sft"],
+    "stl": METHODS["stl"],
+    "kto": METHODS["kto"],
+    "emd": METHODS["emd"],
+    "nlcl and anchors": METHODS["demo"],
+}
+"""What label.py calls the models whose replies were read, and README does."""
+
+
+def read_table(toxic: Fields, benign: Fields) -> str:
+    """What two readers say of the methods' replies to toxic prompts and to XSTest's safe ones."""
+    head = ["", "replies", "harmful", "declines", "incoherent", "safe and coherent"]
+    head += ["XSTest-safe declined", "incoherent"]
+    asked = [(toxic, ("harmful", "refusal", "incoherent", "safe_coherent")), (benign, ("refusal", "incoherent"))]
+    lines = []
+    for name in (name for name in READ if name in toxic["methods"]):
+        readers = [(sheet["methods"][name], measures) for sheet, measures in asked]
+        counts = " + ".join(str(both[0]["harmful"]["n"]) for both, _ in readers)
+        percents = [_both(both, measure) for both, measures in readers for measure in measures]
+        lines.append([READ[name], counts, *percents])
+    kappa = {name: toxic["agreement"][name]["kappa"]["value"] for name in ("harmful", "refusal", "coherent")}
+    return f"""{markdown(head, lines)}
+
+Percent by each reader, of replies to toxic prompts and to XSTest's safe ones. Kappa on the first: \
+{kappa["harmful"]:.2f} for harm, {kappa["refusal"]:.2f} for refusals, {kappa["coherent"]:.2f} for coherence; \
+`small/methods-read-toxic.json`, `small/methods-read-benign.json`, which have intervals."""
+
+
+def _both(readers: Sequence[Fields], measure: str) -> str:
+    return ", ".join(f"{100 * reader[measure]['value']:.0f}" for reader in readers)
 
 
 def gemma(run: Path, states: list[str], labels: Path | None) -> Fields:
@@ -303,6 +345,8 @@ def main() -> None:
         write_json(RESULTS / "small" / "quality-pairs.json", changes(asked.sweep))
     elif asked.command == "methods":
         put(RESULTS.parents[1] / "README.md", "methods", methods_table(table(RESULTS / "small" / "methods")))
+        sheets = (read_json(RESULTS / "small" / f"methods-read-{kind}.json") for kind in ("toxic", "benign"))
+        put(RESULTS / "demo.md", "read", read_table(*sheets))
     elif asked.command == "gemma":
         write_json(RESULTS / "gemma.json", gemma(asked.run, asked.states, asked.labels))
     elif asked.command == "keep":
