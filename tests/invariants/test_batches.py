@@ -8,10 +8,11 @@ from conftest import CHAT, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
+    Lfm2Config,
     LlamaConfig,
     MambaConfig,
-    MambaForCausalLM,
     MistralConfig,
+    OPTConfig,
     Qwen3Config,
 )
 
@@ -121,21 +122,30 @@ def test_a_beginning_that_stands_once_changes_nothing(tmp_path, model, penalty):
     same(whole, gradient(subject, [rows[:4], rows[4:][::-1]]), atol=3e-7)
 
 
-@pytest.mark.parametrize("why", ["window", "eager", "state"])
-def test_rows_are_laid_out_as_the_model_keeps_them_apart(tmp_path, capsys, why):
+SHORT = {name: SHAPE[name] for name in ("hidden_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+HYBRID = {**SHAPE, "layer_types": ["conv", "full_attention"], "initializer_range": 0.15}
+READERS = {
+    "window": (lambda: MistralConfig(**SHAPE, sliding_window=256), "end_to_end"),  # Below max_length.
+    "eager": (lambda: MistralConfig(**SHAPE, attn_implementation="eager"), "end_to_end"),
+    "no positions": (lambda: OPTConfig(**SHORT, ffn_dim=48, num_attention_heads=4, num_hidden_layers=2), "padded"),
+    "convolutions": (lambda: Lfm2Config(**HYBRID), "padded"),
+    "states": (lambda: MambaConfig(**SHORT, num_hidden_layers=1), "padded"),
+}
+
+
+@pytest.mark.parametrize("name", [*READERS])
+def test_rows_are_laid_out_as_the_model_keeps_them_apart(tmp_path, capsys, name):
     rows = [replace(row, prompt=BEGINNING + row.prompt) for row in ROWS]
-    model = build("mistral")
-    if why == "window":
-        model.config.sliding_window = 256  # Below max_length.
-    elif why == "eager":  # It adds masks, so true and false are as good as none.
-        model.set_attn_implementation("eager")
-    else:
-        model = MambaForCausalLM(MambaConfig(vocab_size=len(TOKENIZER), hidden_size=32, num_hidden_layers=1)).double()
+    made, layout = READERS[name]
+    config = made()
+    config.vocab_size = len(TOKENIZER)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
     subject = TASFTTrainer(model, settings(tmp_path, padding_free=True), rows, processing_class=TOKENIZER)
     lengths = [len(row["input_ids"]) for row in subject.train_dataset]
-    shape = (len(rows), max(lengths)) if why == "state" else (1, sum(lengths))
+    shape = (len(rows), max(lengths)) if layout == "padded" else (1, sum(lengths))
     assert subject.data_collator(subject.train_dataset)["input_ids"].shape == shape
-    assert ("they are padded" in capsys.readouterr().err) == (why == "state")
+    assert ("they are padded" in capsys.readouterr().err) == (layout == "padded")
 
 
 @pytest.mark.parametrize("penalty", [*PENALTIES])

@@ -1,7 +1,8 @@
 """What a model in training is made of, and what it was at step 0, which penalties and the divergence look back to."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from tasft.core.errors import UserError
 from tasft.data.encode import Row
 from tasft.loss import IGNORE_INDEX, CostSpace, Head, Penalty, TokenSum, divergence, log_probability, margins, shift
+from tasft.models.generation import context_of
 from tasft.models.head import Tail, replaced_head
 from tasft.train.collate import Batch, Layout, collate
 from tasft.train.config import TASFTConfig
@@ -59,42 +61,54 @@ def final_states(model: Any, whole: Any, batch: Batch) -> Tensor:
     kept: list[Tensor] = []
     training = model.training
     model.eval()
-    with head_calls(whole, kept.append):
-        model(**model_inputs(batch))
-    model.train(training)
+    try:
+        with head_calls(whole, kept.append):
+            model(**model_inputs(batch))
+    finally:
+        model.train(training)
     return kept[0].flatten(0, 1)
 
 
-def readable(model: Any, ids: Sequence[int], layouts: Iterable[Layout]) -> Layout:
-    """The first of some layouts in which rows have the final states that they have one by one; else `padded`.
+_TRIED = 64
+"""Tokens of a beginning with which it is tried whether rows can share it: as many as are worth it."""
 
-    Models with states instead of attention read across rows, and some attention takes no mask. It is tried on two rows.
+
+def readable(model: Any, ids: Sequence[int], share: bool) -> Layout:
+    """The layout that saves most, of those in which rows have the final states that they have side by side.
+
+    Models with states instead of attention read across rows, and some take no mask. It is tried on two rows.
 
     Args:
         model: Not wrapped.
-        ids: Tokens to try it with.
-        layouts: In order of preference.
+        ids: Tokens to try it with, more than one.
+        share: Whether `shared` will do.
     """
-    begin = [*ids] * (64 // len(ids) + 1)  # Long enough to be worth sharing.
+    begin = [*ids] * -(-_TRIED // len(ids))
+    # Other attention takes a mask for something else, or reads beyond what it has on a GPU.
+    takes_masks = getattr(model.config.get_text_config(), "_attn_implementation", None) == "sdpa"
+    share = share and takes_masks and len(begin) + len(ids) <= (context_of(model) or math.inf)
+    if not _alike(model, [], ids, "end_to_end"):
+        return "padded"
+    # Rows that have too little in common to share lie end to end all the same.
+    return "shared" if share and _alike(model, begin, ids, "shared") else "end_to_end"
 
-    def rows(before: list[int]) -> Rows:
-        both = [[*before, *ids], [*before, *reversed(ids)]]
-        return [
-            {"input_ids": row, "labels": [IGNORE_INDEX] * (len(row) - 1) + row[-1:], "avoid": False} for row in both
-        ]
 
-    def last(layout: Layout, before: list[int]) -> Tensor:
-        batch = {name: part.to(model.device) for name, part in collate(rows(before), 0, layout).items()}
-        return final_states(model, model, batch)[-len(ids) :].float()
-
-    for layout in layouts:
-        before = begin if layout == "shared" else []
-        wanted = last("padded", before)
-        tolerance = max(1e-3, 8 * torch.finfo(model.dtype).eps)
-        with suppress(Exception):  # Those of every architecture.
-            if (last(layout, before) - wanted).abs().max() <= tolerance * wanted.abs().max():
-                return layout
-    return "padded"
+def _alike(model: Any, before: list[int], ids: Sequence[int], layout: Layout) -> bool:
+    """Whether the second of two rows that begin alike has the same final states in a layout as side by side."""
+    # What precedes the second row's own tokens must not be what they come after.
+    rows = [
+        {"input_ids": row, "labels": [IGNORE_INDEX] * (len(row) - 1) + row[-1:], "avoid": False}
+        for row in ([*before, *reversed(ids)], [*before, *ids])
+    ]
+    try:
+        padded, other = (
+            final_states(model, model, {name: part.to(model.device) for name, part in batch.items()})[-len(ids) :]
+            for batch in (collate(rows, 0), collate(rows, 0, layout))
+        )
+    except Exception:  # Those of every architecture.
+        return False
+    tolerance = max(1e-4, 8 * torch.finfo(padded.dtype).eps)
+    return bool((other.float() - padded.float()).abs().max() <= tolerance * padded.float().abs().max())
 
 
 def refuse_adapted_head(model: Any) -> None:
@@ -131,7 +145,7 @@ class KnowsItsStart(FiniteSteps):
     args: TASFTConfig
     penalty: Penalty | None
     _tail: Tail
-    _starts: dict[str, list[tuple[Batch, Tensor]]]
+    _starts: dict[str, list[tuple[Rows, Tensor]]]
     _kept_space: CostSpace | None = None
     _start_head: Head | None = None
 
@@ -188,9 +202,9 @@ class KnowsItsStart(FiniteSteps):
                 model(**model_inputs(batch))
         model.train(training)
 
-    def _batches(self, rows: Rows) -> Iterator[Batch]:
+    def _parts(self, rows: Rows) -> Iterator[Rows]:
         size = self.args.eval_batch_size
-        return (self.data_collator(rows[start : start + size]) for start in range(0, len(rows), size))
+        return (rows[start : start + size] for start in range(0, len(rows), size))
 
     def _add_reference(self, rows: Any) -> None:
         """What the penalty needs of the reference for each avoid row, from the model as it is now, at step 0."""
@@ -216,25 +230,26 @@ class KnowsItsStart(FiniteSteps):
                     # A beginning that stood once, in the first row, has no label.
                     row[name] = [0.0] * (len(row["input_ids"]) - len(row_values)) + row_values
 
-        self._look(self._batches(avoid), keep)
+        self._look(map(self.data_collator, self._parts(avoid)), keep)
 
-    def _remember_start(self, rows: Any) -> list[tuple[Batch, Tensor]]:
-        """Batches of the first imitate rows to evaluate on, with the hidden states at step 0 where they count."""
+    def _remember_start(self, rows: Any) -> list[tuple[Rows, Tensor]]:
+        """The first imitate rows to evaluate on, by batches, with the hidden states at step 0 where they count."""
         if not isinstance(rows, list) or not self.args.kl_rows:
             return []
         imitate = [row for row in rows if not row["avoid"]][: self.args.kl_rows]
-        start: list[tuple[Batch, Tensor]] = []
+        before: list[Tensor] = []
 
         def keep(hidden: Tensor, batch: Batch) -> None:
             counts = shift(batch["labels"]).flatten() != IGNORE_INDEX
-            start.append((batch, hidden.flatten(0, 1)[counts].clone()))
+            before.append(hidden.flatten(0, 1)[counts].clone())
 
-        self._look(self._batches(imitate), keep)
+        parts = list(self._parts(imitate))
+        self._look(map(self.data_collator, parts), keep)
         head = self._head()
         if head.weight.requires_grad:
             bias = None if head.bias is None else head.bias.detach().clone()
             self._start_head = replace(head, weight=head.weight.detach().clone(), bias=bias)
-        return start
+        return list(zip(parts, before, strict=True))
 
     def _divergence(self, names: Iterable[str] | None = None) -> float | None:
         """Mean KL from the model at step 0 on evaluation sets, by default all, in nats per token; None without rows."""
@@ -249,5 +264,5 @@ class KnowsItsStart(FiniteSteps):
             earlier = self._start_head or head
             sums.append(divergence(hidden.flatten(0, 1), head, labels, before=next(before), head_before=earlier))
 
-        self._look((batch for batch, _ in start), measure)
+        self._look((self.data_collator(rows) for rows, _ in start), measure)
         return float(sum(part.total for part in sums)) / int(sum(part.count for part in sums))

@@ -74,7 +74,8 @@ class TASFTTrainer(KnowsItsStart):
     Logged, in training and evaluation: `imitate_nll`, `penalty`, `retain` (nats per token); on avoid tokens `emd`,
     `entropy` (nats) and `top1` (largest probability); `kl` (nats per token), of this model from the model at step 0. In
     training also tokens of each kind, `tokens_per_s` and `peak_mib`. `emd`, `entropy`, `top1` and `kl` are those of the
-    logged step, the others means since the last log. `eval_loss` is always the sum of the terms, each times its weight.
+    logged step, the others means since the last log. A beginning that is shared counts once in `tokens_per_s`.
+    `eval_loss` is always the sum of the terms, each times its weight.
 
     Args:
         model: Causal language model, or the name of one.
@@ -162,8 +163,7 @@ class TASFTTrainer(KnowsItsStart):
             self._tail = learn_tail(whole, question)
             if args.padding_free:
                 # Rows of a stream are looked at in batches, where they must be whole.
-                once = isinstance(rows, list) and args.max_length <= looks_back(whole)
-                layout = readable(whole, question, ("shared", "end_to_end") if once else ("end_to_end",))
+                layout = readable(whole, question, isinstance(rows, list) and args.max_length <= looks_back(whole))
                 if layout == "padded" and args.process_index == 0:
                     print(
                         "the model does not keep rows apart that are laid end to end: they are padded", file=sys.stderr
