@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from tasft.models.generation import check_rows, fit_padding, looks_back
 from tasft.models.head import learn_tail
 from tasft.models.load import load_model, load_tokenizer
 from tasft.train.arguments import refuse_unheeded
-from tasft.train.collate import Batch, collate
+from tasft.train.collate import Batch, Layout, collate
 from tasft.train.config import TASFTConfig
 from tasft.train.lower import LowerLayers, lower_layers
 from tasft.train.metrics import MetricsFile, peak_mib
@@ -159,16 +160,10 @@ class TASFTTrainer(KnowsItsStart):
         self._since = time.monotonic()
         self._evaluated: str | None = None
         with self._whole_model(), self.model.disable_adapter() if args.untouched else nullcontext():
-            whole, question = self.accelerator.unwrap_model(self.model), tokenizer(_QUESTION).input_ids
-            self._tail = learn_tail(whole, question)
+            question = tokenizer(_QUESTION).input_ids
+            self._tail = learn_tail(self.accelerator.unwrap_model(self.model), question)
             if args.padding_free:
-                # Rows of a stream are looked at in batches, where they must be whole.
-                layout = readable(whole, question, isinstance(rows, list) and args.max_length <= looks_back(whole))
-                if layout == "padded" and args.process_index == 0:
-                    print(
-                        "the model does not keep rows apart that are laid end to end: they are padded", file=sys.stderr
-                    )
-                self.data_collator = partial(collate, pad_token_id=tokenizer.pad_token_id, layout=layout)
+                self.data_collator = partial(self.data_collator, layout=self._layout(question))
             if self.penalty is not None:
                 self._space()  # now: a head that is trained will be another once a checkpoint is loaded
             for encoded in (rows, *sets.values()):
@@ -195,6 +190,16 @@ class TASFTTrainer(KnowsItsStart):
             for row in rows:
                 row.pop("retain", None)
         return [row for row in rows if self.penalty is not None or not row["avoid"]], report
+
+    def _layout(self, question: Sequence[int]) -> Layout:
+        """How the rows of a micro-batch lie without padding, if the model keeps them apart."""
+        whole = self.accelerator.unwrap_model(self.model)
+        # Rows of a stream are looked at in batches, where they must be whole.
+        share = isinstance(self.train_dataset, list) and self.args.max_length <= looks_back(whole)
+        layout = readable(whole, question, share)
+        if layout == "padded" and self.args.process_index == 0:
+            print("the model does not keep rows apart that are laid end to end: they are padded", file=sys.stderr)
+        return layout
 
     # --- One step ----------------------------------------------------------------------------
 
