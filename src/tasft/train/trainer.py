@@ -163,7 +163,8 @@ class TASFTTrainer(KnowsItsStart):
             question = tokenizer(_QUESTION).input_ids
             self._tail = learn_tail(self.accelerator.unwrap_model(self.model), question)
             if args.padding_free:
-                self.data_collator = partial(self.data_collator, layout=self._layout(question))
+                pad, layout = tokenizer.pad_token_id, self._layout(question)
+                self.data_collator = partial(collate, pad_token_id=pad, layout=layout)
             if self.penalty is not None:
                 self._space()  # now: a head that is trained will be another once a checkpoint is loaded
             for encoded in (rows, *sets.values()):
