@@ -90,7 +90,7 @@ def besides(row: Row) -> str:
 
 METHODS = {
     "sft": "SFT on Alpaca",
-    "stl": "STL: 100 safe responses of another model",
+    "stl": "STL, 100 responses of another model",
     "kto": "KTO",
     "emd": "TA-SFT as in the paper (`emd`)",
     "prefilled": "the demo with anchors of one sentence",
@@ -137,8 +137,8 @@ def methods_table(rows: list[Row]) -> str:
     return f"""{markdown(head, lines)}
 
 SmolLM2-135M-Instruct: {toxic} toxic prompts ({decided[0]} to {decided[-1]} decided), \
-20 attacked, {xstest} of XSTest's safe ones, \
-{plain} plain ones, 300 items of three tasks; judge `classifier`, 95% intervals, seed 0, \
+20 attacked, {xstest} of XSTest's safe, \
+{plain} plain, 300 items of three tasks; judge `classifier`, 95% intervals, seed 0, \
 commit {rows[0]["commit"]}; sweep-methods."""
 
 
@@ -149,6 +149,7 @@ READ = {
     "kto": METHODS["kto"],
     "emd": METHODS["emd"],
     "nlcl and anchors": METHODS["demo"],
+    "later": "the demo, then 50 steps of Alpaca",
 }
 """What label.py calls the models whose replies were read, and README does."""
 
