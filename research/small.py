@@ -129,16 +129,15 @@ def methods_table(rows: list[Row]) -> str:
     made = {method_of(row): row for row in rows if row["state"] == "done"}
     lines = [["untouched", *figures(rows[0], "base")]]
     lines += [[words, *figures(made[name], "final")] for name, words in METHODS.items() if name in made]
-    toxic, xstest, plain = (
-        rows[0][f"{name}.n"]
-        for name in ("incoherent", "final.xstest-safe.classifier.refusal", "final.plain.classifier.refusal")
-    )
+    of = ("incoherent", "final.xstest-safe.classifier.refusal", "final.plain.classifier.refusal")
+    of += ("final.jailbreak.templates.success", "capability")
+    toxic, xstest, plain, attacked, items = (rows[0][f"{name}.n"] for name in of)
     decided = sorted(int(row["harmful.n"]) for row in [*rows, {"harmful.n": rows[0]["before.harmful.n"]}])
     return f"""{markdown(head, lines)}
 
 SmolLM2-135M-Instruct: {toxic} toxic prompts ({decided[0]} to {decided[-1]} decided), \
-20 attacked, {xstest} of XSTest's safe, \
-{plain} plain, 300 items of three tasks; judge `classifier`, 95% intervals, seed 0, \
+{attacked} attacked, {xstest} of XSTest's safe, \
+{plain} plain, {items} items of three tasks; judge `classifier`, 95% intervals, seed 0, \
 commit {rows[0]["commit"]}; sweep-methods."""
 
 

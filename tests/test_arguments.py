@@ -95,6 +95,11 @@ def test_an_argument_that_a_later_transformers_adds_is_refused_until_it_is_known
         trainer(tmp_path, weight_decay=0.1)
 
 
+def test_masks_are_not_counted_where_rows_lie_end_to_end(tmp_path):
+    with pytest.raises(UserError, match=r"include_num_input_tokens_seen='non_padding' counts masks, .*; use all$"):
+        trainer(tmp_path, padding_free=True, include_num_input_tokens_seen="non_padding")
+
+
 @pytest.mark.parametrize("name", ["split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler"])
 def test_what_accelerate_would_do_to_batches_is_refused_by_name(tmp_path, name):
     value = name in ("split_batches", "dispatch_batches")

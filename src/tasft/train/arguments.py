@@ -89,7 +89,9 @@ def refuse_unheeded(args: TrainingArguments, parameters: Mapping[str, Any]) -> N
         reason = REFUSED.get(field.name, f"transformers {transformers_version} has it and this tasft does not know it")
         faults.append(f"{field.name}={getattr(args, field.name)!r:.60} has no effect here: {reason}; leave it out")
     if getattr(args, "padding_free", False) and args.include_num_input_tokens_seen == "non_padding":
-        faults.append("include_num_input_tokens_seen='non_padding' counts masks, which rows end to end have none of")
+        faults.append(
+            "include_num_input_tokens_seen='non_padding' counts masks, which rows end to end have none of; use all"
+        )
     usual = type(args.accelerator_config)()
     for name, reason in _ACCELERATOR.items():
         value = getattr(args.accelerator_config, name)

@@ -20,7 +20,7 @@ _FILLERS = {"labels": IGNORE_INDEX, "avoid": False, "retain": False, "segments":
     ("margins", "reference"), 0.0
 )
 
-_WORTH = 64  # Tokens that are saved where a beginning stands once, for which a mask of all by all is made.
+WORTH = 64  # Tokens that are saved where a beginning stands once, for which a mask of all by all is made.
 
 
 def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, layout: Layout = "padded") -> Batch:
@@ -70,7 +70,7 @@ def _shared(rows: Sequence[dict[str, Any]]) -> int:
     labels = [[label != IGNORE_INDEX for label in row["labels"]] for row in rows]
     asked = min(counts.index(True) if any(counts) else len(counts) for counts in labels)
     shared = max(0, min(common_beginning([list(row["input_ids"]) for row in rows]), asked - 1))
-    return shared if shared * (len(rows) - 1) >= _WORTH else 0
+    return shared if shared * (len(rows) - 1) >= WORTH else 0
 
 
 def _mask(segments: Tensor, shared: int) -> Tensor:

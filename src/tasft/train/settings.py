@@ -33,11 +33,16 @@ class Training(RowSettings):
         [], description="Trackers that get figures, no texts: tensorboard, trackio, wandb or others of transformers."
     )
 
+    @property
+    def rows_together(self) -> int:
+        """Rows in a forward pass of one process."""
+        return min(self.micro_batch_size or self.batch_size, self.batch_size)
+
     @model_validator(mode="after")
     def _check(self) -> "Training":
         if (self.epochs is None) == (self.max_steps is None):
             raise ValueError("say either epochs or max_steps")
-        if self.batch_size % min(self.micro_batch_size or self.batch_size, self.batch_size):
+        if self.batch_size % self.rows_together:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
@@ -148,7 +153,7 @@ class Train(Training, AvoidSettings):
     def _check_step(self) -> "Train":
         if self.avoid_per_step is not None and self.avoid_per_step >= self.batch_size:
             raise ValueError(f"avoid_per_step {self.avoid_per_step} leaves no row to imitate in {self.batch_size}")
-        if self.method == "kto" and min(self.micro_batch_size or self.batch_size, self.batch_size) < 2:
+        if self.method == "kto" and self.rows_together < 2:
             raise ValueError("method kto compares the rows of a micro-batch: micro_batch_size must be at least 2")
         if self.rounds and (self.max_steps or 0) < self.rounds.count:
             raise ValueError(f"rounds share max_steps: give at least one step for each of {self.rounds.count}")

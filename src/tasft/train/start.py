@@ -17,7 +17,7 @@ from tasft.data.encode import Row
 from tasft.loss import IGNORE_INDEX, CostSpace, Head, Penalty, TokenSum, divergence, log_probability, margins, shift
 from tasft.models.generation import context_of
 from tasft.models.head import Tail, replaced_head
-from tasft.train.collate import Batch, Layout, collate
+from tasft.train.collate import WORTH, Batch, Layout, collate
 from tasft.train.config import TASFTConfig
 from tasft.train.finite import FiniteSteps
 
@@ -69,10 +69,6 @@ def final_states(model: Any, whole: Any, batch: Batch) -> Tensor:
     return kept[0].flatten(0, 1)
 
 
-_TRIED = 64
-"""Tokens of a beginning with which it is tried whether rows can share it: as many as are worth it."""
-
-
 def readable(model: Any, ids: Sequence[int], share: bool) -> Layout:
     """The layout that saves most, of those in which rows have the final states that they have side by side.
 
@@ -83,7 +79,7 @@ def readable(model: Any, ids: Sequence[int], share: bool) -> Layout:
         ids: Tokens to try it with, more than one.
         share: Whether `shared` will do.
     """
-    begin = [*ids] * -(-_TRIED // len(ids))
+    begin = [*ids] * -(-WORTH // len(ids))
     # Other attention takes a mask for something else, or reads beyond what it has on a GPU.
     takes_masks = getattr(model.config.get_text_config(), "_attn_implementation", None) == "sdpa"
     share = share and takes_masks and len(begin) + len(ids) <= (context_of(model) or math.inf)
