@@ -8,12 +8,14 @@ from architectures import made_tiny
 from conftest import tiny_model, tiny_tokenizer
 from test_encode import one, spans, thinker
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, TopPLogitsWarper
+from transformers import DynamicCache, Gemma3TextConfig, GenerationConfig, PreTrainedTokenizerFast, TopPLogitsWarper
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from tasft.core.errors import UserError
 from tasft.data.rows import Example, Prompt
 from tasft.data.template import THOUGHTS, Writer, answer_in, decoded, special_tokens
 from tasft.evaluate.safety import answer
+from tasft.models.cache import ROOM, RoomyLayer, make_room
 from tasft.models.engine import Reply, Sampling, requests_for, thoughts
 from tasft.models.generation import context_of, end_tokens, from_nucleus, overruled
 from tasft.models.load import add_lora
@@ -426,3 +428,50 @@ def test_a_whole_distribution_is_a_nucleus_too_and_a_generator_repeats_it():
     one, other = (from_nucleus(scores, 1.0, torch.Generator().manual_seed(1)) for _ in range(2))
     assert one.equal(other)
     assert one.shape == (3,)
+
+
+def test_a_cache_with_room_holds_what_transformers_own_does_and_moves_nothing():
+    torch.manual_seed(0)
+    ours, theirs = RoomyLayer(), DynamicLayer()
+
+    def both(width, rows=1):
+        new = torch.randn(2, rows, 2, width, 4)
+        for layer in (ours, theirs):
+            shown = layer.update(*new)
+            assert shown[0] is layer.keys
+            assert shown[1] is layer.values
+        return ours.keys.data_ptr()
+
+    def same():
+        torch.testing.assert_close(ours.keys, theirs.keys, rtol=0, atol=0)
+        torch.testing.assert_close(ours.values, theirs.values, rtol=0, atol=0)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+
+    places = [both(5)] + [both(1) for _ in range(ROOM)]
+    assert len(set(places)) == 1
+    assert both(1) != places[0]  # The room is used up.
+    same()
+    for layer in (ours, theirs):
+        layer.batch_repeat_interleave(3)
+    both(2, rows=3)
+    same()
+    for layer in (ours, theirs):
+        layer.reorder_cache(torch.tensor([2, 0]))
+    both(1, rows=2)
+    same()
+    for layer in (ours, theirs):
+        layer.crop(-4)
+    both(1, rows=2)
+    same()
+    for layer in (ours, theirs):
+        layer.reset()
+    both(3)
+    same()
+
+
+def test_only_layers_that_grow_with_every_token_get_room():
+    config = Gemma3TextConfig(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
+    cache = DynamicCache(config=config)
+    make_room(cache)
+    assert [type(layer) for layer in cache.layers] == [DynamicSlidingWindowLayer, RoomyLayer]
+    make_room(None)

@@ -24,6 +24,7 @@ from tasft.core.errors import UserError
 from tasft.data.rows import Messages
 from tasft.data.settings import PromptFormat
 from tasft.data.template import Writer, decoded, encode_prompt
+from tasft.models.cache import make_room
 from tasft.models.engine import Reply, Request, Sampling, derived_seed
 from tasft.models.generation import (
     answers_together,
@@ -425,6 +426,7 @@ def _shrinking(
     pad = generation_config.pad_token_id
     output = input_ids.new_full((len(input_ids), generation_config.max_length), pad)
     indices = torch.arange(len(input_ids), device=input_ids.device)  # In `output`, of each row that is left.
+    make_room(state.get("past_key_values"))
     ended = torch.zeros_like(indices, dtype=torch.bool)
     inputs = first_inputs(model, input_ids, state, shared)
     step = 1 if state["use_cache"] else None
