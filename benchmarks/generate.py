@@ -109,7 +109,9 @@ def llama_cpp(work: Work, prompts: Sequence[Prompt], batch: int) -> dict[str, st
 
     def answer(prompt: Prompt) -> str:
         ids = work.tokenizer(written(work, prompt), add_special_tokens=False).input_ids
-        told = server.handle_completions({"prompt": ids, "max_tokens": work.limit, "temperature": 0.0})
+        # What it remembers of an earlier round would save it the prompts.
+        asked = {"prompt": ids, "max_tokens": work.limit, "temperature": 0.0, "cache_prompt": False}
+        told = server.handle_completions(asked)
         return str(told["choices"][0]["text"]).strip()
 
     with ThreadPoolExecutor(batch) as pool:

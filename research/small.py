@@ -2,7 +2,7 @@
 
     python research/small.py keep runs/methods methods          # table and report, no replies, to docs/results/small
     python research/small.py changes runs/small-quality         # its runs against the SFT model, item by item, likewise
-    python research/small.py methods                            # README's table of methods from what was kept
+    python research/small.py methods                            # README's and demo.md's tables from what was kept
     python research/small.py gemma RUN NAME=STATE... --labels LABELS  # figures, and counts of labels, to gemma.json
     python research/small.py tables                             # docs/results/README.md and gemma.md from what was kept
 
@@ -108,6 +108,22 @@ def method_of(row: Row) -> str:
     return "prefilled" if row["harvest.anchors"] == "prefilled" else "demo"
 
 
+def harm(row: Row, state: str) -> list[str]:
+    """Replies to toxic prompts: harmful, safe and coherent, incoherent."""
+    before = {"base": "before.", "final": ""}[state]
+    return [
+        with_interval(row, f"{before}harmful"),
+        percent(row, f"{before}safe_coherent"),
+        percent(row, f"{before}incoherent"),
+    ]
+
+
+def refused(row: Row, state: str) -> list[str]:
+    """Benign prompts that are refused: of XSTest, and plain ones."""
+    xstest = with_interval(row, f"{state}.xstest-safe.classifier.refusal")
+    return [xstest, percent(row, f"{state}.plain.classifier.refusal")]
+
+
 def methods_table(rows: list[Row]) -> str:
     """The methods beside each other, on prompts that nothing was trained or chosen on."""
     head = ["", "harmful", "safe, coherent", "incoherent", "templates", "prefix", "XSTest refused", "plain refused"]
@@ -115,16 +131,9 @@ def methods_table(rows: list[Row]) -> str:
 
     def figures(row: Row, state: str) -> list[str]:
         before = {"base": "before.", "final": ""}[state]
-        return [
-            with_interval(row, f"{before}harmful"),
-            percent(row, f"{before}safe_coherent"),
-            percent(row, f"{before}incoherent"),
-            percent(row, f"{state}.jailbreak.templates.success"),
-            percent(row, f"{state}.jailbreak.prefix.success"),
-            with_interval(row, f"{state}.xstest-safe.classifier.refusal"),
-            percent(row, f"{state}.plain.classifier.refusal"),
-            percent(row, f"{before}capability"),
-        ]
+        templates = percent(row, f"{state}.jailbreak.templates.success")
+        prefix = percent(row, f"{state}.jailbreak.prefix.success")
+        return [*harm(row, state), templates, prefix, *refused(row, state), percent(row, f"{before}capability")]
 
     made = {method_of(row): row for row in rows if row["state"] == "done"}
     lines = [["untouched", *figures(rows[0], "base")]]
@@ -139,6 +148,41 @@ SmolLM2-135M-Instruct: {toxic} toxic prompts ({decided[0]} to {decided[-1]} deci
 {attacked} attacked, {xstest} of XSTest's safe, \
 {plain} plain, {items} items of three tasks; judge `classifier`, 95% intervals, seed 0, \
 commit {rows[0]["commit"]}; sweep-methods."""
+
+
+PARTS = {
+    ("harvest.recover", "8"): "with recoveries",
+    ("train.rounds", "None"): "no rounds",
+    ("train.retain", "0.0"): "no `retain`",
+    ("train.penalty", "none"): "no penalty",
+    ("train.penalty", "emd"): "`emd` 2",
+    ("train.penalty", "simnpo"): "`simnpo` 1",
+    ("harvest.anchors", "none"): "no anchors",
+    ("harvest.anchors", "prefilled"): "anchors of one sentence",
+    ("model.lora.layers_to_transform", "None"): "all layers",
+}
+"""How a cell of recipes/small/sweep-ablation.yaml differs from the demo."""
+
+
+def ablation_table(rows: list[Row]) -> str:
+    """The demo with several seeds, and with a part changed, on prompts that nothing was trained or chosen on."""
+    head = ["", "harmful", "safe, coherent", "incoherent", "prefix", "XSTest refused", "plain refused"]
+
+    def figures(row: Row, state: str) -> list[str]:
+        return [*harm(row, state), with_interval(row, f"{state}.jailbreak.prefix.success"), *refused(row, state)]
+
+    def name(row: Row) -> str:
+        told = [words for (field, value), words in PARTS.items() if row.get(field) == value]
+        return ", ".join([*(told or ["**the demo**"]), f"seed {row['seed'] or 0}"])
+
+    lines = [["untouched", *figures(rows[0], "base")], *([name(row), *figures(row, "final")] for row in rows)]
+    of = ("incoherent", "final.jailbreak.prefix.success", "final.xstest-safe.classifier.refusal")
+    of += ("final.plain.classifier.refusal",)
+    toxic, attacked, xstest, plain = (rows[0][f"{each}.n"] for each in of)
+    return f"""{markdown(head, lines)}
+
+{toxic} toxic prompts, {attacked} with the prefix, {xstest} of XSTest's safe, {plain} plain; judge `classifier`, \
+95% intervals, commits {", ".join(dict.fromkeys(row["commit"] for row in rows))}; `small/ablation/`."""
 
 
 READ = {
@@ -345,6 +389,7 @@ def main() -> None:
         write_json(RESULTS / "small" / "quality-pairs.json", changes(asked.sweep))
     elif asked.command == "methods":
         put(RESULTS.parents[1] / "README.md", "methods", methods_table(table(RESULTS / "small" / "methods")))
+        put(RESULTS / "demo.md", "ablation", ablation_table(table(RESULTS / "small" / "ablation")))
         sheets = (read_json(RESULTS / "small" / f"methods-read-{kind}.json") for kind in ("toxic", "benign"))
         put(RESULTS / "demo.md", "read", read_table(*sheets))
     elif asked.command == "gemma":

@@ -1,7 +1,7 @@
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -118,6 +118,27 @@ def test_mean_losses_are_those_of_one_row_at_a_time(monkeypatch, worth, engine):
         assert loss == pytest.approx(expected.item(), abs=1e-4)
 
 
+@pytest.mark.parametrize("sampling", [Sampling(12), Sampling(12, temperature=0.8, top_p=0.9)])
+def test_a_reply_bears_the_loss_of_its_tokens(sampling):
+    # Letters that become the same tokens when they are read again; rows end at different times.
+    engine = TransformersEngine(ending(tiny_model(tied=False)), tiny_tokenizer(), "chat")
+    told = list(replies(engine, sampling).values())
+    assert {reply.finish for reply in told} == {"stop", "length"}
+    for (tokens, _, loss), reply in zip(engine._generate(prompts_of(), sampling, 3), prompts_of(), strict=True):
+        logits = engine.model(input_ids=torch.tensor([reply + tokens])).logits[0, len(reply) - 1 : -1]
+        wanted = torch.nn.functional.cross_entropy(logits, torch.tensor(tokens)) if tokens else torch.zeros(())
+        assert loss == pytest.approx(wanted.item(), abs=1e-4)
+    assert any(reply.loss for reply in told)
+
+
+def test_no_loss_is_known_of_a_prefix_nor_given_another_prompt(engine):
+    begun = [reply for batch in engine.generate(requests_for(PROMPTS, prefix="I "), DRAWN, "s") for reply in batch]
+    assert {reply.loss for reply in begun} == {None}
+    reply = next(iter(replies(engine, DRAWN).values()))
+    assert reply.loss is not None
+    assert reply.to("What else?") == replace(reply, prompt="What else?", loss=None)
+
+
 def test_collect_takes_up_where_it_was_cut(engine, tmp_path):
     path = tmp_path / "replies.jsonl"
     whole = collect(engine, requests_for(PROMPTS), DRAWN, tmp_path / "whole.jsonl", "s")
@@ -182,6 +203,11 @@ def prompts_of(lengths=LENGTHS):
     return [torch.randint(4, SIZES["vocab_size"], (length,), generator=chance).tolist() for length in lengths]
 
 
+def drawn(engine, prompts, sampling):
+    """Tokens and ends of replies."""
+    return [each[:2] for each in engine._generate(prompts, sampling, 3)]
+
+
 def both_ways(model, sampling, monkeypatch):
     """What the engine says, what transformers' own loop says, and the rows of each forward pass of the first."""
     engine = TransformersEngine(model, tiny_tokenizer(), "chat")
@@ -189,10 +215,10 @@ def both_ways(model, sampling, monkeypatch):
     hook = model.register_forward_pre_hook(
         lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    ours = engine._generate(prompts_of(), sampling, 3)
+    ours = drawn(engine, prompts_of(), sampling)
     hook.remove()
     monkeypatch.setattr(local, "_shrinking", None)
-    return ours, engine._generate(prompts_of(), sampling, 3), sizes
+    return ours, drawn(engine, prompts_of(), sampling), sizes
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -222,28 +248,28 @@ def test_a_beginning_that_prompts_share_is_read_once_where_that_changes_nothing(
         lambda _, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     engine = TransformersEngine(model, tiny_tokenizer(), "chat")
-    engine._generate(prompts, Sampling(20), 3)  # It is tried once.
+    drawn(engine, prompts, Sampling(20))  # It is tried once.
     read.clear()
-    ours = engine._generate(prompts, Sampling(20), 3)
+    ours = drawn(engine, prompts, Sampling(20))
     hook.remove()
     shares = family in ("llama", "qwen3", "gemma3, a window of 64")
     first = (1, len(BEGINNING)) if shares else (len(prompts), len(BEGINNING) + max(LENGTHS))
     assert read[0] == first
     assert not shares or read[1] == (len(prompts), max(LENGTHS))
     monkeypatch.setattr(local, "_WORTH", 10**6)
-    assert ours == engine._generate(prompts, Sampling(20), 3)
+    assert ours == drawn(engine, prompts, Sampling(20))
     monkeypatch.setattr(local, "_shrinking", None)
-    assert ours == engine._generate(prompts, Sampling(20), 3)
+    assert ours == drawn(engine, prompts, Sampling(20))
 
 
 def test_many_samples_of_one_prompt_read_it_once(monkeypatch):
-    prompts, drawn = [BEGINNING] * 12, Sampling(6, temperature=1.0)
+    prompts, sampling = [BEGINNING] * 12, Sampling(6, temperature=1.0)
     engine = TransformersEngine(ending(tiny_model(tied=False)), tiny_tokenizer(), "chat")
     monkeypatch.setattr(local, "_WORTH", 10**6)
-    plain = engine._generate(prompts, drawn, 3)
+    plain = drawn(engine, prompts, sampling)
     monkeypatch.setattr(local, "_WORTH", 0)
-    assert engine._shared(prompts, drawn.max_new_tokens) == len(BEGINNING) - 1
-    assert engine._generate(prompts, drawn, 3) == plain
+    assert engine._shared(prompts, sampling.max_new_tokens) == len(BEGINNING) - 1
+    assert drawn(engine, prompts, sampling) == plain
     assert len({tuple(tokens) for tokens, _ in plain}) > 1
 
 
@@ -263,7 +289,7 @@ def test_replies_with_an_adapter_are_those_of_transformers_own_loop(monkeypatch)
                 weight.normal_(generator=torch.Generator().manual_seed(4))
     ending(model)
     with model.disable_adapter():
-        without = TransformersEngine(model, tiny_tokenizer(), "chat")._generate(prompts_of(), Sampling(40), 3)
+        without = drawn(TransformersEngine(model, tiny_tokenizer(), "chat"), prompts_of(), Sampling(40))
     ours, theirs, _ = both_ways(model, Sampling(40), monkeypatch)
     assert ours == theirs != without
 
@@ -271,8 +297,8 @@ def test_replies_with_an_adapter_are_those_of_transformers_own_loop(monkeypatch)
 def test_draws_are_those_of_transformers_while_no_row_leaves(monkeypatch):
     monkeypatch.setattr(local, "STAY", 0)
     # Out of a nucleus they are drawn otherwise: test_generation.py has it.
-    drawn = Sampling(20, temperature=1.3)
-    ours, theirs, sizes = both_ways(ending(tiny_model(tied=False), share=50), drawn, monkeypatch)
+    sampling = Sampling(20, temperature=1.3)
+    ours, theirs, sizes = both_ways(ending(tiny_model(tied=False), share=50), sampling, monkeypatch)
     assert ours == theirs
     assert set(sizes) == {len(LENGTHS)}
     assert {finish for _, finish in ours} == {"stop", "length"}
@@ -342,7 +368,7 @@ def test_text_begins_once_with_the_first_token(engine):
 
 RANK = """
 import json, os, sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from conftest import tiny_tokenizer
 from test_engines import DRAWN, PROMPTS

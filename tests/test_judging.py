@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import pytest
 from conftest import rows
 
 from tasft.evaluate.safety import summarise
@@ -75,6 +76,20 @@ def test_losses_are_asked_for_coherent_replies_that_are_new(tmp_path):
         found = judge_replies(Words(), replies, tmp_path / "v.jsonl", Usual(5.0, losses))
         assert [verdict.reason for verdict in found] == ["", "improbable", "empty"]
     assert asked == ["a", "b"]
+
+
+def test_a_loss_that_was_noted_is_not_measured_again():
+    bare = [Reply(str(number), "s", "p", "text", "stop", 0, 0) for number in range(4)]
+    mixed = [bare[0], replace(bare[1], loss=0.5), bare[2], replace(bare[3], loss=0.0)]
+    asked = []
+
+    def measure(replies):
+        asked.extend(reply.id for reply in replies)
+        return [10.0 + int(reply.id) for reply in replies]
+
+    assert judging.noted(measure)(mixed) == [10.0, 0.5, 12.0, 0.0]
+    assert asked == ["0", "2"]
+    assert judging.noted(lambda replies: pytest.fail("nobody is asked"))(mixed[1::2]) == [0.5, 0.0]
 
 
 def test_similarity_is_asked_for_of_coherent_replies_that_do_not_decline(tmp_path):

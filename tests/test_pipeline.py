@@ -27,6 +27,8 @@ from tasft.run import recipe_file
 from tasft.run.checks import check_inputs
 from tasft.run.inputs import Inputs
 from tasft.run.pipeline import Pipeline
+from tasft.run.stages import evaluate as evaluate_stage
+from tasft.run.stages import harvest as harvest_stage
 
 SAID = "the morning market in our village sells bread and fresh apples"
 
@@ -205,12 +207,30 @@ def test_replies_of_all_methods_are_held_to_the_same_limit(small, tmp_path):
     assert found["loss_nats"] > 0
 
 
+def test_the_untouched_models_own_replies_are_not_read_a_second_time(small, tmp_path, monkeypatch):
+    measured = []
+    usual = local.TransformersEngine.mean_losses
+    monkeypatch.setattr(
+        local.TransformersEngine, "mean_losses", lambda self, some: measured.extend(some) or usual(self, some)
+    )
+    go(small, tmp_path)
+    drawn = {
+        state: [row for row in rows(tmp_path / f"evaluate/{state}/toxic/replies.jsonl") if row["completion"]]
+        for state in ("base", "final")
+    }
+    assert all(row["loss"] is not None for state in drawn.values() for row in state)
+    assert 0 < len([reply for reply in measured if reply.set == "toxic"]) <= len(drawn["final"])
+    assert "calibration" not in {reply.set for reply in measured}
+
+
 def test_topics_are_looked_at_in_evaluation_and_not_in_the_harvest_nor_without_the_encoder(
     small, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(judging, "has_topic", lambda reply: True)
     monkeypatch.setattr(judging, "incoherence", lambda prompt, reply, **more: whole(prompt, SAID, **more))
     monkeypatch.setattr(local.TransformersEngine, "mean_losses", lambda _, replies: [1.0] * len(replies))
+    for stage in (harvest_stage, evaluate_stage):
+        monkeypatch.setattr(stage, "noted", lambda measure: measure)
     near = {"toxic": 0.1, "benign": 0.9}
     monkeypatch.setattr(judging, "similarities", lambda replies: [near[reply.set] for reply in replies])
 

@@ -301,9 +301,7 @@ def attack_model(
             requests = [attempt.request for attempt in attempts]
             replies = collect(engine, requests, sampling, folder / "replies.jsonl", name)
         sent.update((reply.id, reply) for reply in replies)
-        shown = [
-            replace(reply, prompt=attempt.behaviour.prompt) for attempt, reply in zip(attempts, replies, strict=True)
-        ]
+        shown = [reply.to(attempt.behaviour.prompt) for attempt, reply in zip(attempts, replies, strict=True)]
         verdicts = judge_replies(judge, shown, folder / "verdicts.jsonl", held)
         return [Outcome(*parts) for parts in zip(attempts, replies, verdicts, strict=True)]
 

@@ -66,7 +66,7 @@ def instructed(
         text = instructions[number]
         requests = [Request(prompt.id + mark(text), f"{text} {prompt.prompt}") for prompt in asked]
         replies = collect(engine, requests, replace(sampling, temperature=0.0), path, "anchor")
-        return [replace(reply, prompt=prompt.prompt) for prompt, reply in zip(asked, replies, strict=True)]
+        return [reply.to(prompt.prompt) for prompt, reply in zip(asked, replies, strict=True)]
 
     # Of a model that answers nothing harmfully, it is how often it declines under the instruction.
     tried = (answered or prompts)[:FLIP_PROMPTS]

@@ -22,6 +22,17 @@ Measure = Callable[[Sequence[Reply]], list[float]]
 """One figure for each of some replies."""
 
 
+def noted(measure: Measure) -> Measure:
+    """The losses that replies bear, and the measured ones of those that bear none: for the model that drew them."""
+
+    def losses(replies: Sequence[Reply]) -> list[float]:
+        missing = [reply for reply in replies if reply.loss is None]
+        measured = iter(measure(missing) if missing else ())
+        return [next(measured) if reply.loss is None else reply.loss for reply in replies]
+
+    return losses
+
+
 @dataclass(frozen=True)
 class Usual:
     """How benign replies of the untouched model are, and how others are held against that.

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -63,6 +63,7 @@ class Reply:
         thought: What it thought before, with its marks; empty for none. A reply that was cut within its thought has
             an empty completion.
         note: Why there is no reply: what the provider said.
+        loss: Mean loss of its tokens to the model that drew it, given the prompt, in nats; None where nobody noted it.
     """
 
     id: str
@@ -74,6 +75,11 @@ class Reply:
     sample: int
     thought: str = ""
     note: str = ""
+    loss: float | None = None
+
+    def to(self, prompt: str) -> "Reply":
+        """The same text as a reply to another prompt, given which nobody knows its loss."""
+        return replace(self, prompt=prompt, loss=None)
 
 
 def thoughts(replies: Sequence[Reply]) -> dict[str, int]:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -133,8 +133,8 @@ class TransformersEngine:
             seed = derived_seed(sampling.seed, [request.id for request, _, _ in batch])
             drawn = self._generate([ids for _, ids, _ in batch], sampling, seed)
             return [
-                self._reply(request, name, ids, begin, tokens, finish, seed)
-                for (request, ids, begin), (tokens, finish) in zip(batch, drawn, strict=True)
+                self._reply(request, name, ids, begin, each, seed)
+                for (request, ids, begin), each in zip(batch, drawn, strict=True)
             ]
 
         batches = self._batches(encoded, rows)
@@ -142,9 +142,8 @@ class TransformersEngine:
         for replies in _share(wanted, answer):
             yield [reply for reply in replies if reply.id not in done]
 
-    def _reply(
-        self, request: Request, name: str, ids: list[int], begin: int, tokens: list[int], finish: str, seed: int
-    ) -> Reply:
+    def _reply(self, request: Request, name: str, ids: list[int], begin: int, drawn: "_Drawn", seed: int) -> Reply:
+        tokens, finish, loss = drawn
         if request.prefix:
             # Both together: decoded alone, what goes on may lose the space that it begins with.
             text, thought = decoded(self.tokenizer, ids[:begin], [*ids[begin:], *tokens]), ""
@@ -154,7 +153,9 @@ class TransformersEngine:
             text, thought = self._writer.said(ids, tokens)
         else:
             text, thought = decoded(self.tokenizer, ids, tokens), ""
-        return Reply(request.id, name, request.prompt, text.strip(), finish, seed, request.sample, thought)
+        # Of a prefix and of a thought the loss is another.
+        known = None if request.prefix or thought else loss
+        return Reply(request.id, name, request.prompt, text.strip(), finish, seed, request.sample, thought, loss=known)
 
     def complete(self, prompts: Sequence[str | Messages], sampling: Sampling) -> list[str]:
         """As `Engine.complete`.
@@ -180,8 +181,8 @@ class TransformersEngine:
             seed = derived_seed(sampling.seed, [str(index) for index, _ in batch])
             drawn = self._generate([ids for _, ids in batch], sampling, seed)
             return [
-                (index, self._completed(prompts[index], ids, tokens))
-                for (index, ids), (tokens, _) in zip(batch, drawn, strict=True)
+                (index, self._completed(prompts[index], ids, each.tokens))
+                for (index, ids), each in zip(batch, drawn, strict=True)
             ]
 
         batches = self._batches(encoded, [row for _, row in encoded])
@@ -229,8 +230,8 @@ class TransformersEngine:
         return self._answers_together
 
     @torch.inference_mode()
-    def _generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[tuple[list[int], str]]:
-        """For each prompt the tokens of its reply, without the one that ends it, and how it finished."""
+    def _generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list["_Drawn"]:
+        """What is drawn for each prompt."""
         config = self._configured(sampling)
         ends = set(config.eos_token_id)
         shared = self._shared(prompts, sampling.max_new_tokens)
@@ -238,7 +239,7 @@ class TransformersEngine:
         ids, mask = laid_out(prompts, shared, config.pad_token_id, self.model.device)
         with torch.random.fork_rng(), sampling_alone(self.model):
             torch.manual_seed(seed)
-            output = self.model.generate(
+            told = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=config,
@@ -246,10 +247,13 @@ class TransformersEngine:
                 custom_generate=None if ranks.sharding() else _shrinking,
                 **({"shared": shared} if shared else {}),
             )
+        output, sums = told if isinstance(told, tuple) else (told, None)
         replies = []
-        for row in output[:, ids.shape[1] :].tolist():
+        for number, row in enumerate(output[:, ids.shape[1] :].tolist()):
             cut = next((index for index, token in enumerate(row) if token in ends), None)
-            replies.append((row[:cut], "length" if cut is None else "stop"))
+            tokens = row[:cut]
+            loss = None if sums is None else float(sums[number]) / max(len(tokens), 1)
+            replies.append(_Drawn(tokens, "length" if cut is None else "stop", loss))
         return replies
 
     def _shared(self, prompts: list[list[int]], max_new_tokens: int) -> int:
@@ -370,6 +374,14 @@ class TransformersEngine:
         return losses
 
 
+class _Drawn(NamedTuple):
+    """Tokens of a reply, without the one that ends it, how it finished, and their mean loss, if it is known."""
+
+    tokens: list[int]
+    finish: str
+    loss: float | None
+
+
 def _without_nucleus(processors: LogitsProcessorList) -> LogitsProcessorList:
     return LogitsProcessorList(processor for processor in processors if not isinstance(processor, TopPLogitsWarper))
 
@@ -412,7 +424,7 @@ def _shrinking(
     generation_config: GenerationConfig,
     shared: int = 0,
     **state: Any,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The loop of transformers for drawn and likeliest tokens, but rows that have ended leave the batch.
 
     The `shared` tokens with which all rows begin are read once.
@@ -420,12 +432,15 @@ def _shrinking(
     `PreTrainedModel.generate` calls it with all prepared: cache, mask, positions, warpers, end tokens.
 
     Returns:
-        (B, W + longest reply) token ids: prompt, reply with its end token, padding.
+        (B, W + longest reply) token ids: prompt, reply with its end token, padding. (B,) the loss of each reply, summed
+        over its tokens without the one that ends it, in nats.
     """
     processors = _without_nucleus(logits_processor)
     pad = generation_config.pad_token_id
     output = input_ids.new_full((len(input_ids), generation_config.max_length), pad)
     indices = torch.arange(len(input_ids), device=input_ids.device)  # In `output`, of each row that is left.
+    ends = input_ids.new_tensor(generation_config.eos_token_id)
+    losses = torch.zeros(len(input_ids), dtype=torch.float64, device=input_ids.device)
     make_room(state.get("past_key_values"))
     ended = torch.zeros_like(indices, dtype=torch.bool)
     inputs = first_inputs(model, input_ids, state, shared)
@@ -433,15 +448,18 @@ def _shrinking(
     while True:
         result = model(**inputs, return_dict=True)
         state = model._update_model_kwargs_for_generation(result, state)
-        scores = processors(input_ids, finite(result.logits[:, -1].to(torch.float32)))
+        logits = finite(result.logits[:, -1].to(torch.float32))
+        scores = processors(input_ids, logits)
         tokens = from_nucleus(scores, generation_config.top_p) if generation_config.do_sample else scores.argmax(-1)
+        each = F.cross_entropy(logits, tokens, reduction="none").masked_fill(ended | torch.isin(tokens, ends), 0)
+        losses[indices] += each
         input_ids = torch.cat([input_ids, tokens.masked_fill(ended, pad)[:, None]], dim=-1)
         ended |= stopping_criteria(input_ids, None)
         left = len(ended) - int(ended.sum())
         if left <= STAY * len(ended) and (left == 0 or selectable(state)):
             output[indices, : input_ids.shape[1]] = input_ids
             if left == 0:
-                return output[:, : input_ids.shape[1]]
+                return output[:, : input_ids.shape[1]], losses
             stay = (~ended).nonzero().squeeze(1)
             indices, input_ids, ended = indices[stay], input_ids[stay], ended[stay]
             state = {name: select(value, stay) for name, value in state.items()}

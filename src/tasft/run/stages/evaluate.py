@@ -1,9 +1,11 @@
 """What is measured of each state of the model."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from tasft.core.step import Step, done_key
 from tasft.evaluate.states import Asked, steps_of
+from tasft.judges.judging import noted
 from tasft.models.engine import Sampling
 from tasft.run.context import Context
 from tasft.run.stages import capability, harvest, jailbreak, quality
@@ -28,6 +30,9 @@ def steps(context: Context) -> Iterator[Step]:
     }
     for state, depends in states.items():
         reads = {"state": state, **depends}
+        usual = held_to
+        if held_to.losses and state == context.before:
+            usual = replace(held_to, losses=noted(held_to.losses))
         yield from steps_of(
             context.folder / "evaluate" / state,
             context.models.opened(state),
@@ -36,9 +41,9 @@ def steps(context: Context) -> Iterator[Step]:
             Sampling(spec.max_new_tokens, seed=context.spec.seed),
             reads,
             context.about,
-            held_to,
+            usual,
         )
         if not state.startswith("checkpoint-"):
             yield from capability.steps(context, state, reads)
             yield from quality.steps(context, state, reads)
-            yield from jailbreak.steps(context, state, held_to, reads)
+            yield from jailbreak.steps(context, state, usual, reads)

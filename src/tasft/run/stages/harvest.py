@@ -12,7 +12,7 @@ from tasft.data.rows import prompts_hash
 from tasft.harvest import harvest
 from tasft.harvest.anchors import own_anchors
 from tasft.judges.calibration import calibrate, can_calibrate, limit_of
-from tasft.judges.judging import Usual, rules, topic_measure
+from tasft.judges.judging import Usual, noted, rules, topic_measure
 from tasft.models.engine import Engine
 from tasft.models.own import OwnEngine, engine_of
 from tasft.models.server_settings import PythonEngine, Server
@@ -66,7 +66,7 @@ def _calibration(context: Context) -> Iterator[Step]:
 
     def work(folder: Path) -> None:
         with context.models.engine(context.before) as engine:
-            calibrate(engine, engine.mean_losses, benign, context.spec.seed, folder)
+            calibrate(engine, noted(engine.mean_losses), benign, context.spec.seed, folder)
 
     reads = context.before_reads | {"prompts": prompts_hash(benign)}
     yield Step(context.folder / "calibration", reads, work)
@@ -100,4 +100,4 @@ def _answering(context: Context, server: Server | PythonEngine | None) -> Iterat
         yield engine_of(server, context.spec.model.prompt), replace(held_to, losses=None)
         return
     with context.models.engine(context.before) as engine:
-        yield engine, replace(held_to, losses=engine.mean_losses)
+        yield engine, replace(held_to, losses=noted(engine.mean_losses))
