@@ -119,23 +119,42 @@ def test_mean_losses_are_those_of_one_row_at_a_time(monkeypatch, worth, engine):
 
 
 @pytest.mark.parametrize("sampling", [Sampling(12), Sampling(12, temperature=0.8, top_p=0.9)])
-def test_a_reply_bears_the_loss_of_its_tokens(sampling):
-    # Letters that become the same tokens when they are read again; rows end at different times.
-    engine = TransformersEngine(ending(tiny_model(tied=False)), tiny_tokenizer(), "chat")
-    told = list(replies(engine, sampling).values())
-    assert {reply.finish for reply in told} == {"stop", "length"}
-    for (tokens, _, loss), reply in zip(engine._generate(prompts_of(), sampling, 3), prompts_of(), strict=True):
-        logits = engine.model(input_ids=torch.tensor([reply + tokens])).logits[0, len(reply) - 1 : -1]
-        wanted = torch.nn.functional.cross_entropy(logits, torch.tensor(tokens)) if tokens else torch.zeros(())
-        assert loss == pytest.approx(wanted.item(), abs=1e-4)
-    assert any(reply.loss for reply in told)
+def test_a_reply_bears_the_loss_that_is_measured_of_it(sampling):
+    engine = TransformersEngine(tiny_model(tied=False), tiny_tokenizer(), "chat")
+    # Letters that are the same tokens however they come together.
+    others = torch.full((SIZES["vocab_size"],), -1e4)
+    others[engine.tokenizer.convert_tokens_to_ids(["!", "a"])] = 0
+    engine.model.get_output_embeddings().register_forward_hook(lambda *args: args[2] + others)
+    requests = requests_for(PROMPTS, samples=4)
+    told = [reply for batch in engine.generate(requests, sampling, "s") for reply in batch]
+    bare = [replace(reply, loss=None) for reply in told]
+    compared = [
+        (reply.loss, measured)
+        for reply, measured in zip(told, engine.mean_losses(bare), strict=True)
+        if reply.loss is not None
+    ]
+    assert len(compared) == len(told)
+    assert len({round(measured, 4) for _, measured in compared}) > 5
+    assert [loss for loss, _ in compared] == pytest.approx([measured for _, measured in compared], abs=1e-4)
+
+
+def test_a_reply_that_is_not_read_as_the_tokens_that_were_drawn_bears_no_loss(engine):
+    request = requests_for(PROMPTS)[0]
+    ids = engine._ids(request.prompt, "")
+
+    def loss(*tokens):
+        return engine._reply(request, "s", ids, len(ids), local._Drawn(list(tokens), "length", 2.0), 0).loss
+
+    word = engine.tokenizer("no", add_special_tokens=False).input_ids
+    assert loss(*word) == 2.0
+    assert loss(*word, engine.tokenizer.pad_token_id) is None  # A mark that is not shown.
+    assert loss(*engine.tokenizer("no \n", add_special_tokens=False).input_ids) is None
 
 
 def test_no_loss_is_known_of_a_prefix_nor_given_another_prompt(engine):
     begun = [reply for batch in engine.generate(requests_for(PROMPTS, prefix="I "), DRAWN, "s") for reply in batch]
     assert {reply.loss for reply in begun} == {None}
-    reply = next(iter(replies(engine, DRAWN).values()))
-    assert reply.loss is not None
+    reply = Reply("a", "s", "What?", "Water.", "stop", 0, 0, loss=1.5)
     assert reply.to("What else?") == replace(reply, prompt="What else?", loss=None)
 
 
@@ -368,7 +387,7 @@ def test_text_begins_once_with_the_first_token(engine):
 
 RANK = """
 import json, os, sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from conftest import tiny_tokenizer
 from test_engines import DRAWN, PROMPTS
@@ -426,10 +445,14 @@ def test_processes_share_the_work_and_all_have_the_same_as_one(tiny, engine, tmp
     assert 0 < first["passes"] < len(passes)
     assert first["passes"] + second["passes"] == len(passes)
     for told in (first, second):
-        assert told["here"] == [asdict(reply) for reply in here]
+        assert told["here"] == [asdict(reply) | {"loss": pytest.approx(reply.loss)} for reply in here]
         assert told["there"] == [asdict(reply) for reply in there]
         assert told["texts"] == texts
         assert told["losses"] == pytest.approx(losses)
-    assert (tmp_path / "here.jsonl").read_text() == (tmp_path / "alone.jsonl").read_text()
+    shared, alone = (
+        [json.loads(line) | {"loss": None} for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("here.jsonl", "alone.jsonl")
+    )
+    assert shared == alone
     rows = [json.loads(line) for line in (tmp_path / "there.jsonl").read_text().splitlines()]
     assert sorted(rows, key=lambda row: row["id"]) == sorted(first["there"], key=lambda row: row["id"])

@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import forked
@@ -213,14 +214,19 @@ def test_the_untouched_models_own_replies_are_not_read_a_second_time(small, tmp_
     monkeypatch.setattr(
         local.TransformersEngine, "mean_losses", lambda self, some: measured.extend(some) or usual(self, some)
     )
+    noting = local.TransformersEngine._reply
+    monkeypatch.setattr(
+        local.TransformersEngine, "_reply", lambda self, *drawn: replace(noting(self, *drawn), loss=1.0)
+    )
     go(small, tmp_path)
-    drawn = {
-        state: [row for row in rows(tmp_path / f"evaluate/{state}/toxic/replies.jsonl") if row["completion"]]
-        for state in ("base", "final")
+    again = {(reply.set, reply.id, reply.completion) for reply in measured}
+    final = {
+        (row["set"], row["id"], row["completion"]) for row in rows(tmp_path / "evaluate/final/toxic/replies.jsonl")
     }
-    assert all(row["loss"] is not None for state in drawn.values() for row in state)
-    assert 0 < len([reply for reply in measured if reply.set == "toxic"]) <= len(drawn["final"])
-    assert "calibration" not in {reply.set for reply in measured}
+    assert again & final
+    for path in ("calibration", "harvest", "evaluate/base/toxic", "evaluate/base/benign"):
+        told = {(row["set"], row["id"], row["completion"]) for row in rows(tmp_path / path / "replies.jsonl")}
+        assert not told & (again - final)
 
 
 def test_topics_are_looked_at_in_evaluation_and_not_in_the_harvest_nor_without_the_encoder(

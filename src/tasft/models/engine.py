@@ -63,7 +63,8 @@ class Reply:
         thought: What it thought before, with its marks; empty for none. A reply that was cut within its thought has
             an empty completion.
         note: Why there is no reply: what the provider said.
-        loss: Mean loss of its tokens to the model that drew it, given the prompt, in nats; None where nobody noted it.
+        loss: Mean loss of its tokens, without the one that ends it, to the model that drew it, given the prompt, in
+            nats. None where nobody noted it, or where the text is not read as the tokens that were drawn.
     """
 
     id: str

@@ -153,9 +153,11 @@ class TransformersEngine:
             text, thought = self._writer.said(ids, tokens)
         else:
             text, thought = decoded(self.tokenizer, ids, tokens), ""
-        # Of a prefix and of a thought the loss is another.
-        known = None if request.prefix or thought else loss
-        return Reply(request.id, name, request.prompt, text.strip(), finish, seed, request.sample, thought, loss=known)
+        text = text.strip()
+        # Whoever reads the reply must find the very tokens that were drawn: no thought, no mark that is not shown.
+        same = loss is not None and self._written(request.prompt, text) == ([*ids, *tokens], len(ids))
+        shown = loss if same else None
+        return Reply(request.id, name, request.prompt, text, finish, seed, request.sample, thought, loss=shown)
 
     def complete(self, prompts: Sequence[str | Messages], sampling: Sampling) -> list[str]:
         """As `Engine.complete`.
@@ -247,12 +249,12 @@ class TransformersEngine:
                 custom_generate=None if ranks.sharding() else _shrinking,
                 **({"shared": shared} if shared else {}),
             )
-        output, sums = told if isinstance(told, tuple) else (told, None)
+        output, sums = (told[0], told[1].tolist()) if isinstance(told, tuple) else (told, None)
         replies = []
         for number, row in enumerate(output[:, ids.shape[1] :].tolist()):
             cut = next((index for index, token in enumerate(row) if token in ends), None)
             tokens = row[:cut]
-            loss = None if sums is None else float(sums[number]) / max(len(tokens), 1)
+            loss = None if sums is None else sums[number] / max(len(tokens), 1)
             replies.append(_Drawn(tokens, "length" if cut is None else "stop", loss))
         return replies
 

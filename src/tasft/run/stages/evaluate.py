@@ -31,7 +31,8 @@ def steps(context: Context) -> Iterator[Step]:
     for state, depends in states.items():
         reads = {"state": state, **depends}
         usual = held_to
-        if held_to.losses and state == context.before:
+        if state == context.before:
+            assert held_to.losses
             usual = replace(held_to, losses=noted(held_to.losses))
         yield from steps_of(
             context.folder / "evaluate" / state,
