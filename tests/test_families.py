@@ -20,6 +20,7 @@ from tasft.core.errors import UserError
 from tasft.data.encode import Encoding, encode_rows
 from tasft.data.rows import Example
 from tasft.data.template import Writer
+from tasft.models import local
 from tasft.models.engine import Request, Sampling
 from tasft.models.generation import end_tokens
 from tasft.models.load import load_tokenizer
@@ -249,7 +250,7 @@ def test_replies_go_on_from_prefixes_as_rows_do(family, style):
         begun, _ = Writer(tokenizer, style).reply("Name a colour.", prefix)
         assert whole[: len(begun)] == begun
         rest = whole[len(begun) :]
-        engine._generate = lambda *_, rest=rest: [(rest, "stop")]
+        engine._generate = lambda *_, rest=rest: [local._Drawn(rest, "stop", None)]
         (reply,) = next(engine.generate([Request("a", "Name a colour.", prefix)], Sampling(4), "s"))
         assert reply.completion == "Blue, I think. It is a list."
         assert reply.thought == ""

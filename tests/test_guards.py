@@ -30,6 +30,7 @@ from tasft.judges.base import SHOWN_CHARACTERS, unreadable
 from tasft.judges.guards import GUARDS, read_llama_guard, read_qwen3guard, read_wildguard
 from tasft.judges.judging import judge_replies
 from tasft.judges.questions import AskingJudge, fill
+from tasft.models import local
 from tasft.models.engine import Reply
 from tasft.models.load import load_tokenizer
 from tasft.models.local import TransformersEngine
@@ -163,7 +164,9 @@ def test_raw_prompts_begin_with_the_tokenizers_first_token(tmp_path, monkeypatch
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "<|system|>"}))
     read = []
     monkeypatch.setattr(
-        TransformersEngine, "_generate", lambda self, ids, *_: read.extend(ids) or [("", "stop") for _ in ids]
+        TransformersEngine,
+        "_generate",
+        lambda self, ids, *_: read.extend(ids) or [local._Drawn([], "stop", None) for _ in ids],
     )
     load_judge("g", {"g": JudgeSettings(kind="wildguard", model=folder)}).judge([PAIR])
     assert read[0][0] == first
