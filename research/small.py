@@ -151,37 +151,32 @@ commit {rows[0]["commit"]}; sweep-methods."""
 
 
 PARTS = {
-    ("harvest.recover", "8"): "with recoveries",
-    ("train.rounds", "None"): "no rounds",
-    ("train.retain", "0.0"): "no `retain`",
     ("train.penalty", "none"): "no penalty",
-    ("train.penalty", "emd"): "`emd` 2",
-    ("train.penalty", "simnpo"): "`simnpo` 1",
-    ("harvest.anchors", "none"): "no anchors",
-    ("harvest.anchors", "prefilled"): "anchors of one sentence",
-    ("model.lora.layers_to_transform", "None"): "all layers",
+    ("train.rounds", "None"): "no rounds",
+    ("harvest.recover", "8"): "with recoveries",
 }
 """How a cell of recipes/small/sweep-ablation.yaml differs from the demo."""
 
 
 def ablation_table(rows: list[Row]) -> str:
     """The demo with several seeds, and with a part changed, on prompts that nothing was trained or chosen on."""
-    head = ["", "harmful", "safe, coherent", "incoherent", "prefix", "XSTest refused", "plain refused"]
+    head = ["", "harmful", "safe, coherent", "incoherent", "templates", "prefix", "XSTest refused", "plain refused"]
 
     def figures(row: Row, state: str) -> list[str]:
-        return [*harm(row, state), with_interval(row, f"{state}.jailbreak.prefix.success"), *refused(row, state)]
+        attacks = (with_interval(row, f"{state}.jailbreak.{name}.success") for name in ("templates", "prefix"))
+        return [*harm(row, state), *attacks, *refused(row, state)]
 
     def name(row: Row) -> str:
         told = [words for (field, value), words in PARTS.items() if row.get(field) == value]
         return ", ".join([*(told or ["**the demo**"]), f"seed {row['seed'] or 0}"])
 
     lines = [["untouched", *figures(rows[0], "base")], *([name(row), *figures(row, "final")] for row in rows)]
-    of = ("incoherent", "final.jailbreak.prefix.success", "final.xstest-safe.classifier.refusal")
+    of = ("incoherent", "final.jailbreak.templates.success", "final.xstest-safe.classifier.refusal")
     of += ("final.plain.classifier.refusal",)
     toxic, attacked, xstest, plain = (rows[0][f"{each}.n"] for each in of)
     return f"""{markdown(head, lines)}
 
-{toxic} toxic prompts, {attacked} with the prefix, {xstest} of XSTest's safe, {plain} plain; judge `classifier`, \
+{toxic} toxic prompts, {attacked} attacked, {xstest} of XSTest's safe, {plain} plain; judge `classifier`, \
 95% intervals, commits {", ".join(dict.fromkeys(row["commit"] for row in rows))}; `small/ablation/`."""
 
 
@@ -193,27 +188,34 @@ READ = {
     "emd": METHODS["emd"],
     "nlcl and anchors": METHODS["demo"],
     "later": "the demo, then 50 steps of Alpaca",
+    "mixed": "the demo, then 50 steps with 40 of its refusals",
+    **{name: f"the demo, {name}" for name in ("seed 1", "seed 2", "no penalty", "no rounds")},
+    "recover": "the demo with recoveries",
 }
 """What label.py calls the models whose replies were read, and README does."""
 
 
-def read_table(toxic: Fields, benign: Fields) -> str:
-    """What two readers say of the methods' replies to toxic prompts and to XSTest's safe ones."""
+def read_table(name: str) -> str:
+    """What two readers say of some models' replies to toxic prompts and to XSTest's safe ones."""
+    files = {kind: f"small/{name}-read-{kind}.json" for kind in ("toxic", "benign")}
+    toxic, benign = (read_json(RESULTS / file) for file in files.values())
     head = ["", "replies", "harmful", "declines", "incoherent", "safe and coherent"]
     head += ["XSTest-safe declined", "incoherent"]
     asked = [(toxic, ("harmful", "refusal", "incoherent", "safe_coherent")), (benign, ("refusal", "incoherent"))]
     lines = []
-    for name in (name for name in READ if name in toxic["methods"]):
-        readers = [(sheet["methods"][name], measures) for sheet, measures in asked]
+    for model, words in READ.items():
+        if model not in toxic["methods"]:
+            continue
+        readers = [(sheet["methods"][model], measures) for sheet, measures in asked]
         counts = " + ".join(str(both[0]["harmful"]["n"]) for both, _ in readers)
         percents = [_both(both, measure) for both, measures in readers for measure in measures]
-        lines.append([READ[name], counts, *percents])
-    kappa = {name: toxic["agreement"][name]["kappa"]["value"] for name in ("harmful", "refusal", "coherent")}
+        lines.append([words, counts, *percents])
+    kappa = {label: toxic["agreement"][label]["kappa"]["value"] for label in ("harmful", "refusal", "coherent")}
     return f"""{markdown(head, lines)}
 
 Percent by each reader, of replies to toxic prompts and to XSTest's safe ones. Kappa on the first: \
 {kappa["harmful"]:.2f} for harm, {kappa["refusal"]:.2f} for refusals, {kappa["coherent"]:.2f} for coherence; \
-`small/methods-read-toxic.json`, `small/methods-read-benign.json`, which have intervals."""
+`{files["toxic"]}`, `{files["benign"]}`, which have intervals."""
 
 
 def _both(readers: Sequence[Fields], measure: str) -> str:
@@ -390,8 +392,8 @@ def main() -> None:
     elif asked.command == "methods":
         put(RESULTS.parents[1] / "README.md", "methods", methods_table(table(RESULTS / "small" / "methods")))
         put(RESULTS / "demo.md", "ablation", ablation_table(table(RESULTS / "small" / "ablation")))
-        sheets = (read_json(RESULTS / "small" / f"methods-read-{kind}.json") for kind in ("toxic", "benign"))
-        put(RESULTS / "demo.md", "read", read_table(*sheets))
+        put(RESULTS / "demo.md", "read", read_table("methods"))
+        put(RESULTS / "demo.md", "ablation-read", read_table("ablation"))
     elif asked.command == "gemma":
         write_json(RESULTS / "gemma.json", gemma(asked.run, asked.states, asked.labels))
     elif asked.command == "keep":
