@@ -65,10 +65,13 @@ def sweep(
     out: Annotated[Path | None, typer.Option("--out", help="Default runs/<name>.", show_default=False)] = None,
     ray: Annotated[
         str | None,
-        typer.Option("--ray", metavar="ADDRESS", help="Run the cells on a Ray cluster, such as auto."),
+        typer.Option(
+            "--ray", metavar="ADDRESS", help="Run cells side by side by Ray: local, or a cluster, such as auto."
+        ),
     ] = None,
     gpus_per_task: Annotated[
-        float | None, typer.Option("--gpus-per-task", min=0, help="With --ray: GPUs of a cell, default 0.")
+        float | None,
+        typer.Option("--gpus-per-task", min=0, help="With --ray: GPUs of a cell; default 1 if there are any."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only check all, list the cells, and say what there is to do.")
@@ -96,7 +99,7 @@ def sweep(
             from tasft.run import sweep as sweeps
 
             with resumable():
-                outcomes = sweeps.go(grid, cells, folder, ray, gpus_per_task or 0.0)
+                outcomes = sweeps.go(grid, cells, folder, ray, gpus_per_task)
             failed = [outcome for outcome in outcomes if outcome.reason]
             gates = [outcome.gate for outcome in outcomes if outcome.gate is not None]
             result = {"folder": str(folder), **provenance.read_json(folder / "sweep.json")}

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tasft.core import provenance
@@ -217,7 +218,7 @@ def check_cells(cells: Sequence[SweepCell]) -> list[str]:
 
 
 def go(
-    sweep: Sweep, cells: Sequence[SweepCell], folder: Path, ray: str | None = None, gpus: float = 0.0
+    sweep: Sweep, cells: Sequence[SweepCell], folder: Path, ray: str | None = None, gpus: float | None = None
 ) -> list[CellOutcome]:
     """Run the cells that are not done; one that fails does not keep the others from being run.
 
@@ -226,15 +227,21 @@ def go(
         cells: Its cells.
         folder: Of the sweep: `cells/` are run folders, `shared/` holds what they have in common, `sweep.json` says how
             each ended.
-        ray: Address of a Ray cluster whose nodes see the folder; None runs one cell after the other here.
-        gpus: GPUs of a cell there, also a part of one.
+        ray: Address of a Ray cluster whose nodes see the folder, `local` for one of this machine alone; None runs one
+            cell after the other here.
+        gpus: GPUs of a cell there, also a part of one; None is 1, and 0 where the cluster has no GPU.
 
     Returns:
         How each cell ended.
 
     Raises:
-        UserError: The folder holds something else, another process is at work in it, or the cluster is not reached.
+        UserError: The folder holds something else, another process is at work in it, the cluster is not reached, or
+            this machine has fewer GPUs than a cell is to have.
     """
+    if ray and find_spec("ray") is None:
+        raise UserError("--ray needs Ray: pip install '.[ray]'")
+    if ray == "local" and gpus and gpus > (there := torch.accelerator.device_count()):
+        raise UserError(f"--gpus-per-task {gpus:g}: this machine has {there} GPUs")
     _refuse_other(sweep, folder)
     folder = folder.resolve()
     with provenance.private(), provenance.lock(folder):
@@ -370,19 +377,18 @@ def _ending(code: int | None) -> str:
 
 
 def _on_ray(
-    cells: Sequence[SweepCell], folder: Path, address: str, gpus: float
+    cells: Sequence[SweepCell], folder: Path, address: str, gpus: float | None
 ) -> Iterator[tuple[SweepCell, CellOutcome]]:
     """As tasks of a cluster, those that draw what others share first; as they end."""
-    if find_spec("ray") is None:
-        raise UserError("--ray needs Ray: pip install '.[ray]'")
     import ray
 
     try:
         ray.init(address=address)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"--ray {address}: no cluster is reached there ({_line(str(error))})") from None
+    wanted = min(1.0, ray.cluster_resources().get("GPU", 0.0)) if gpus is None else gpus
     # A process for each task, so that no memory is held for the next. Ray starts one again when its node dies.
-    task = ray.remote(max_calls=1, max_retries=RETRIES, num_gpus=gpus, scheduling_strategy="SPREAD")(_work)
+    task = ray.remote(max_calls=1, max_retries=RETRIES, num_gpus=wanted, scheduling_strategy="SPREAD")(_work)
 
     def outcomes(cells: Sequence[SweepCell], untrained: bool) -> Iterator[tuple[SweepCell, CellOutcome]]:
         running = {task.remote(cell.spec, folder / cell.folder, Path.cwd(), untrained): cell for cell in cells}
