@@ -9,7 +9,7 @@ import yaml
 from conftest import WORDS, tiny_model, tiny_tokenizer
 from conftest import rows as read
 from peft import LoraConfig, PeftModel, get_peft_model
-from running import go
+from running import PROMPTS, go
 from tokenizers.processors import TemplateProcessing
 
 from tasft.core.errors import UserError
@@ -18,6 +18,7 @@ from tasft.data.rows import Example
 from tasft.loss import IGNORE_INDEX
 from tasft.run import recipe_file
 from tasft.run.inputs import Inputs
+from tasft.run.pipeline import Pipeline
 from tasft.train import baselines, settings
 from tasft.train.baselines import kto_rows, kto_trainer, kto_weights, safe_instead
 from tasft.train.trainer import TASFTConfig, TASFTTrainer
@@ -426,6 +427,42 @@ def test_fields_that_a_method_does_not_read_are_noted(small):
 def test_unread_fields_are_fields():
     for names in settings.UNREAD.values():
         assert set(names) <= set(settings.Train.model_fields)
+
+
+OTHER = {
+    "penalty": "emd",
+    "penalty_weight": 2.0,
+    "avoid_per_step": 2,
+    "cost_space": "input",
+    "center": True,
+    "penalize_eos": True,
+    "beta": 0.5,
+    "normalization": "shared",
+    "sampling": "uniform",
+    "padding_free": True,
+    "kl_rows": 3,
+    "monitor": None,
+    "retain": 1.0,
+    "retain_nll": True,
+    "rounds": {"count": 2},
+}
+
+
+@pytest.mark.parametrize("method", ["sft", "stl", "kto"])
+def test_a_field_that_a_method_does_not_read_changes_nothing(method, small, tmp_path, monkeypatch):
+    monkeypatch.setattr("tasft.run.stages.train.provenance.file_hash", str)  # Of rows that are not harvested here.
+    answers = [{"instruction": prompt, "output": "No."} for prompt in PROMPTS["toxic"]]
+    (tmp_path / "safe.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    usual = [f"train.method={method}", f"data.imitate={{source: {tmp_path}/safe.jsonl}}"]
+    usual += [f"data.safe_responses={{source: {tmp_path}/safe.jsonl}}"] if method == "stl" else []
+
+    def trainings(overrides):
+        run = Pipeline(recipe_file.load(str(small), [*usual, *overrides]), tmp_path / "run")
+        return [(step.folder, step.key) for step in run.steps("train")]
+
+    others = [f"train.{name}={json.dumps(value)}" for name, value in OTHER.items() if name in settings.UNREAD[method]]
+    assert len(others) == len(settings.UNREAD[method]) - 1  # own_penalty goes with penalty.
+    assert trainings(others) == trainings([])
 
 
 def test_an_adapter_that_was_saved_by_kto_is_one_that_any_stage_loads(tmp_path):

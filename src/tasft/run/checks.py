@@ -148,7 +148,7 @@ def _method(inputs: Inputs) -> None:
 
 
 def _parts(inputs: Inputs) -> None:
-    train, harvest = inputs.spec.train, inputs.spec.harvest
+    train, harvest = inputs.spec.train.heeded(), inputs.spec.harvest
 
     def penalty() -> None:
         if train.own_penalty:

@@ -86,7 +86,7 @@ def _work(run: Pipeline, stage: str) -> str:
         return _harvest(run)
     if stage == "train":
         imitate, avoid, most = _trained_on(run)
-        train = spec.train
+        train = spec.train.heeded()
         # Avoid rows come beside imitate rows, as many in each step as the recipe says, or in the share of the data.
         total, size = (
             (imitate, train.batch_size - train.avoid_per_step) if train.avoid_per_step else (imitate + avoid, None)
@@ -125,7 +125,7 @@ def _trained_on(run: Pipeline) -> tuple[int, int, bool]:
 
 def _looks(run: Pipeline) -> str:
     """What is asked between rounds."""
-    rounds, harvest = run.spec.train.rounds, run.spec.harvest
+    rounds, harvest = run.spec.train.heeded().rounds, run.spec.harvest
     if rounds is None or harvest is None:
         return ""
     toxic, benign = len(run.inputs.toxic), min(rounds.benign, len(run.inputs.benign))

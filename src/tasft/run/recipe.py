@@ -303,9 +303,10 @@ class Recipe(Settings):
                     )
 
     def _training(self) -> Iterator[str]:
-        if self.train.retain and self.model.lora is None:
+        train = self.train.heeded()
+        if train.retain and self.model.lora is None:
             yield "train.retain compares with the model without its adapter: give model.lora"
-        if self.train.rounds and self.train.method == "tasft":
+        if train.rounds:
             if self.model.lora is None:
                 yield "train.rounds go on from the adapter of the round before: give model.lora"
             if self.data.benign_prompts is None or self.harvest is None or not self.harvest.self_imitate:
@@ -313,7 +314,7 @@ class Recipe(Settings):
                     "train.rounds ask the model's own answers again: give data.benign_prompts and harvest.self_imitate"
                 )
         for name in ("retain", "rounds"):
-            if getattr(self.train, name) and self.sft is not None:
+            if getattr(train, name) and self.sft is not None:
                 yield (
                     f"train.{name} keeps to model.base, but the SFT model answers the prompts: make it in a run of its "
                     "own (train.method: sft), tasft export that, and name the folder as model.base, without an sft "

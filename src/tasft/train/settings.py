@@ -151,15 +151,16 @@ class Train(Training, AvoidSettings):
 
     @model_validator(mode="after")
     def _check_step(self) -> "Train":
-        if self.avoid_per_step is not None and self.avoid_per_step >= self.batch_size:
-            raise ValueError(f"avoid_per_step {self.avoid_per_step} leaves no row to imitate in {self.batch_size}")
+        read = self.heeded()
+        if read.avoid_per_step is not None and read.avoid_per_step >= self.batch_size:
+            raise ValueError(f"avoid_per_step {read.avoid_per_step} leaves no row to imitate in {self.batch_size}")
         if self.method == "kto" and self.rows_together < 2:
             raise ValueError("method kto compares the rows of a micro-batch: micro_batch_size must be at least 2")
-        if self.rounds and (self.max_steps or 0) < self.rounds.count:
-            raise ValueError(f"rounds share max_steps: give at least one step for each of {self.rounds.count}")
-        if self.retain and self.normalization == "paper":
+        if read.rounds and (self.max_steps or 0) < read.rounds.count:
+            raise ValueError(f"rounds share max_steps: give at least one step for each of {read.rounds.count}")
+        if read.retain and read.normalization == "paper":
             raise ValueError("retain is not of the paper: normalization paper leaves no place for it")
-        if (self.penalty == "python") != (self.own_penalty is not None):
+        if (read.penalty == "python") != (read.own_penalty is not None):
             raise ValueError("penalty python and own_penalty go together: own_penalty: {target: mypkg.losses:mine}")
         if self.method == "kto" and self.turns == "all":
             raise ValueError("method kto scores one reply a row: say turns: last")
@@ -175,4 +176,9 @@ class Train(Training, AvoidSettings):
 
     def unread(self) -> list[str]:
         """Fields that are set, and that the method does not read."""
-        return [name for name in UNREAD[self.method] if getattr(self, name) != Train.model_fields[name].default]
+        read = self.heeded()
+        return [name for name in UNREAD[self.method] if getattr(self, name) != getattr(read, name)]
+
+    def heeded(self) -> "Train":
+        """What the method goes by: fields that it does not read have their defaults."""
+        return self.model_copy(update={name: Train.model_fields[name].default for name in UNREAD[self.method]})

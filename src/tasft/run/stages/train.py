@@ -26,13 +26,13 @@ def steps(context: Context) -> Iterator[Step]:
     Of several rounds the earlier ones fill `rounds/N/train/adapter`, and the look at what each has learned
     `rounds/N/look`, whose rows the later ones learn too.
     """
-    spec = context.spec.train
+    spec = context.spec.train.heeded()
     reads = context.training_reads | {
         "start": context.before_reads if spec.start == "sft" else None,
         "train": spec.model_dump(exclude=NO_MATTER),
         "rows": {path.name: provenance.file_hash(path) for path in harvest.files(context)},
     }
-    if spec.own_penalty and spec.method == "tasft":
+    if spec.own_penalty:
         reads["own_penalty"] = own_penalty(spec.own_penalty).version
     if context.inputs.safe:
         reads["safe"] = provenance.content_hash([row.row() for row in context.inputs.safe])
@@ -70,7 +70,7 @@ def _rows(paths: list[Path]) -> list[Example]:
 
 
 def _train(context: Context, number: int, folder: Path) -> None:
-    spec = context.spec.train
+    spec = context.spec.train.heeded()
     rows = rows_of(context, number)
     if ranks.is_first():
         provenance.write_jsonl(folder / "data.jsonl", (row.row() for row in rows))
@@ -79,7 +79,7 @@ def _train(context: Context, number: int, folder: Path) -> None:
 
 
 def _look(context: Context, number: int, reads: dict[str, Any]) -> Step:
-    spec, drawn = context.spec.train.rounds, context.spec.harvest
+    spec, drawn = context.spec.train.heeded().rounds, context.spec.harvest
     assert spec is not None
     assert drawn is not None
     judge = context.inputs.judge(drawn.judge)
