@@ -19,6 +19,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from conftest import tiny_model, tiny_tokenizer
 from huggingface_hub import HfApi, ModelCard
 from loopback import Handler, Loopback
 from peft import LoraModel
@@ -26,6 +27,7 @@ from running import go, small_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer
 from typer.testing import CliRunner
 
+from tasft.cli.chat.sides import sides_of
 from tasft.cli.main import app
 from tasft.core.errors import UserError
 from tasft.data.rows import Prompt
@@ -160,13 +162,8 @@ def test_a_model_trained_in_full_is_exported_without_an_adapter(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_rounding_of_half_precision_is_no_fault(run, tiny, tmp_path, dtype):
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    spec = yaml.safe_load((copy / "recipe.yaml").read_text())
-    spec["model"]["dtype"] = dtype
-    (copy / "recipe.yaml").write_text(yaml.safe_dump(spec))
-    done = export(copy, tmp_path / "out")
+def test_rounding_of_half_precision_is_no_fault(tiny, tmp_path, dtype):
+    done = export(write_run(tmp_path, tiny, f"model.dtype={dtype}"), tmp_path / "out")
     assert 1e-4 < done.difference < exports.LIMITS[dtype] * done.largest
     assert AutoModelForCausalLM.from_pretrained(done.folder).dtype == getattr(torch, dtype)
 
@@ -266,6 +263,30 @@ def test_what_is_no_finished_run_is_named(run, tmp_path):
     with pytest.raises(UserError, match="run `tasft evaluate"):
         export(copy, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("model.base={other}", "model.base"),
+        ("train.penalty_weight=7", "train.penalty_weight"),
+        ("model.lora.r=4", "lora.r"),
+        ("model.prompt=alpaca", "model.prompt"),
+    ],
+)
+def test_a_training_by_another_recipe_than_the_folder_has_by_now_is_neither_exported_nor_talked_to(
+    run, tmp_path, change, named
+):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    tiny_model(seed=1, tied=False).save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    go(copy / "recipe.yaml", copy, change.format(other=tmp_path / "other"), stages=("harvest",))
+    with pytest.raises(UserError, match=f"was trained with other {named} than .*recipe.yaml says now: tasft run"):
+        export(copy, tmp_path / "out")
+    with pytest.raises(UserError, match=f"other {named}"):
+        sides_of(str(copy), None)
+    assert not (tmp_path / "out").exists()
 
 
 # --- The hub ---------------------------------------------------------------------------------

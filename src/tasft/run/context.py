@@ -1,11 +1,13 @@
 """What every stage of a run is given."""
 
+import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tasft.core import provenance, ranks
-from tasft.models.load import fingerprint
+from tasft.core.errors import UserError
+from tasft.models.load import fingerprint, saved
 from tasft.run.inputs import Inputs
 from tasft.run.recipe import Recipe
 from tasft.run.resident import Resident
@@ -39,6 +41,33 @@ class Context:
     def before(self) -> str:
         """The state that safety training is compared with: it answered the toxic prompts."""
         return "sft" if self.spec.sft else "base"
+
+    def trained(self, state: str) -> Path:
+        """The folder with the weights of a state: sft, final, or a checkpoint of train.
+
+        Raises:
+            UserError: It is not there, or it was trained by another recipe than that of the run.
+        """
+        folder = self.folder / ("sft" if state == "sft" else "train")
+        was = (provenance.read_json(folder / "begun.json") or {}).get("reads", {})
+        settings = {"lora": self.spec.model.lora, "sft": self.spec.sft, "train": self.spec.train.heeded()}
+        dumped = {part: found.model_dump(exclude=NO_MATTER) for part, found in settings.items() if found}
+        now = json.loads(json.dumps(self.base_reads | dumped))
+        others = [
+            f"{part}.{name}"
+            for part in ("model", *dumped)
+            for name, value in now[part].items()
+            # An earlier version may have had fewer fields.
+            if (was.get(part) or {}).get(name, value) != value
+        ]
+        if was.get("weights", now["weights"]) != now["weights"]:
+            others.append("model.base")
+        if others:
+            raise UserError(
+                f"{folder} was trained with other {', '.join(others)} than {self.folder / 'recipe.yaml'} says now: "
+                f"tasft run {self.folder} trains it anew"
+            )
+        return saved(self.folder, state)
 
     # What results depend on, as JSON: parts of the keys of steps.
 

@@ -25,10 +25,11 @@ from tasft.core.step import done_key
 from tasft.data.settings import PromptFormat
 from tasft.data.template import ALPACA, encode_prompt
 from tasft.models.generation import end_tokens, fit_padding
-from tasft.models.load import attach_adapter, base_of, load_model, load_tokenizer, saved, sketch
+from tasft.models.load import attach_adapter, base_of, load_model, load_tokenizer, sketch
 from tasft.report import write_card, write_plain_card
 from tasft.report.read import read_run
 from tasft.run import gate, recipe_file
+from tasft.run.context import Context
 from tasft.run.recipe import Gate, Model
 
 # What the logits are compared on; no word of a run's data.
@@ -93,7 +94,7 @@ def export(run: Path, target: Path, name: str | None = None, ungated: bool = Fal
     with provenance.lock(run):
         spec = recipe_file.load(str(run))
         besides = {name for name in ("capability", "quality", "jailbreak") if getattr(spec.evaluate, name) is not None}
-        trained = _trained(run, besides | set(spec.evaluate.sets))
+        trained = _trained(Context(spec, run), besides | set(spec.evaluate.sets))
         if spec.gate is not None and not ungated:
             _require_gate(run, spec.gate)
         return _placed(spec.model, trained, target, name, partial(write_card, run))
@@ -159,8 +160,9 @@ def _open_to_all(folder: Path) -> None:
         path.chmod(0o666 & ~mask)
 
 
-def _trained(run: Path, asked: set[str]) -> Path:
+def _trained(context: Context, asked: set[str]) -> Path:
     """Adapter or weights of a finished training, whose figures are those of the card."""
+    run = context.folder
     key = done_key(run / "train")
     if key is None:
         raise UserError(f"{run}: its training is not done: run tasft run {run}")
@@ -174,7 +176,7 @@ def _trained(run: Path, asked: set[str]) -> Path:
             f"{run / 'evaluate' / 'final'}: {', '.join(sorted(stale))} is of an earlier training, and the card "
             f"would give it for this one: run tasft run {run}"
         )
-    return saved(run, "final")
+    return context.trained("final")
 
 
 def _written(

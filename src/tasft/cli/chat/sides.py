@@ -5,9 +5,10 @@ from pathlib import Path
 
 from tasft.core.errors import UserError
 from tasft.data.settings import PromptFormat
-from tasft.models.load import base_of, saved
+from tasft.models.load import base_of
 from tasft.models.precision import fastest
 from tasft.run import recipe_file
+from tasft.run.context import Context
 from tasft.run.recipe import Model
 
 
@@ -66,7 +67,7 @@ def _state(run: Path, state: str) -> Side:
     title = f"{spec.name}: {state}"
     if state == "base":
         return Side(title, spec.model)
-    folder = saved(run, state)
+    folder = Context(spec, run).trained(state)
     if (folder / "adapter_config.json").is_file():
         return Side(title, spec.model, folder)
     return Side(title, spec.model.model_copy(update={"base": str(folder)}))
