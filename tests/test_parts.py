@@ -2,6 +2,7 @@
 
 import re
 import sys
+import textwrap
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -98,6 +99,29 @@ def test_a_penalty_of_ones_own_that_is_ours_gives_our_sums(here):
         own.fn(hidden, head, labels, segments=segments).total,
         PENALTIES["nlcl"].fn(hidden, head, labels, segments=segments).total,
     )
+
+
+def test_another_writer_of_prompts_that_only_seem_toxic_writes_anew(here, tiny):
+    recipe = small_recipe(here, tiny)
+    recipe["harvest"] |= {"contrastive": {"words": 1, "per_word": 2, "engine": {"target": "mine:one"}}}
+    Path("mine.yaml").write_text(yaml.safe_dump(recipe))
+    says = """
+    def {name}(prompts, sampling):
+        return ["The {name} forbidden question?" for prompt in prompts]
+    """
+    code = "".join(textwrap.dedent(says.format(name=name)) for name in ("one", "two"))
+    Path("mine.py").write_text(code)
+
+    def written(*overrides):
+        Pipeline(recipe_file.load("mine.yaml", overrides), Path("run")).go(("harvest",))
+        found = [row["completion"] for row in rows(Path("run/harvest/replies.jsonl")) if row["set"].startswith("contrast")]
+        return len(found), set(found)
+
+    assert written() == (2, {"The one forbidden question?"})
+    assert written("harvest.contrastive.engine.target=mine:two") == (2, {"The two forbidden question?"})
+    Path("mine.py").write_text(code.replace("The two", "By now the two"))
+    del sys.modules["mine"]
+    assert written("harvest.contrastive.engine.target=mine:two") == (2, {"By now the two forbidden question?"})
 
 
 def test_an_engine_of_ones_own_answers_each_request_whatever_was_done_before(here):

@@ -1,6 +1,7 @@
 """An engine of one's own."""
 
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 from tasft.core.errors import UserError
 from tasft.core.parts import Own
@@ -16,6 +17,13 @@ TOGETHER = 32
 def engine_of(settings: Server | PythonEngine, prompt_format: PromptFormat = "chat") -> "ServerEngine | OwnEngine":
     """Who answers, as a recipe says it."""
     return OwnEngine(settings) if isinstance(settings, PythonEngine) else ServerEngine(settings, prompt_format)
+
+
+def decided_by(settings: Server | PythonEngine | None) -> dict[str, Any] | None:
+    """What replies depend on of who answers, as JSON; wherever a server is, its model is the same."""
+    if isinstance(settings, PythonEngine):
+        return OwnEngine(settings).decides()
+    return settings.model_dump(include={"model", "body"}) if settings else None
 
 
 class OwnEngine:

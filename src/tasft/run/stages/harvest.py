@@ -14,7 +14,7 @@ from tasft.harvest.anchors import own_anchors
 from tasft.judges.calibration import calibrate, can_calibrate, limit_of
 from tasft.judges.judging import Usual, noted, rules, topic_measure
 from tasft.models.engine import Engine
-from tasft.models.own import OwnEngine, engine_of
+from tasft.models.own import decided_by, engine_of
 from tasft.models.server_settings import PythonEngine, Server
 from tasft.run.context import Context
 from tasft.run.recipe import Harvest
@@ -30,10 +30,9 @@ def steps(context: Context) -> Iterator[Step]:
     drawn = {
         name: getattr(spec, name) for name in ("samples", "temperature", "top_p", "max_new_tokens", "benign_tokens")
     }
-    engine = spec.engine and spec.engine.model_dump(include={"model", "body"})
-    if isinstance(spec.engine, PythonEngine):
-        engine = OwnEngine(spec.engine).decides()
-    keeps = context.before_reads | {"draw": drawn, "engine": engine, "prompts": prompts}
+    keeps = context.before_reads | {"draw": drawn, "engine": decided_by(spec.engine), "prompts": prompts}
+    if spec.contrastive and spec.contrastive.engine:
+        keeps["writer"] = decided_by(spec.contrastive.engine)
     reads = keeps | {"harvest": spec.model_dump(), "judge": rules(context.inputs.judge(spec.judge))}
     if spec.own_anchors:
         reads["own_anchors"] = own_anchors(spec.own_anchors).version

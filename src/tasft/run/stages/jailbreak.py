@@ -14,6 +14,7 @@ from tasft.evaluate.settings import Jailbreak, JailbreakPair
 from tasft.judges import Judge
 from tasft.judges.judging import Usual, rules
 from tasft.models.engine import Sampling
+from tasft.models.own import decided_by
 from tasft.models.server import ServerEngine
 from tasft.run.context import Context
 
@@ -53,8 +54,10 @@ def _attacks(context: Context, wanted: Jailbreak, judge: Judge) -> Iterator[tupl
         texts = context.inputs.templates
         yield jailbreak.Templates(texts, placeholder), [provenance.content_hash(texts), placeholder]
     if wanted.pair is not None:
-        who = wanted.pair.attacker and wanted.pair.attacker.model_dump(include={"model", "body"})
-        yield _pair(context, wanted.pair, judge), wanted.pair.model_dump() | {"attacker": who}
+        yield (
+            _pair(context, wanted.pair, judge),
+            wanted.pair.model_dump() | {"attacker": decided_by(wanted.pair.attacker)},
+        )
 
 
 def _pair(context: Context, spec: JailbreakPair, judge: Judge) -> jailbreak.PairAttack:
