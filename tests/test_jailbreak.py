@@ -145,6 +145,27 @@ def test_the_judge_sees_the_behaviour_and_losses_are_of_what_was_sent(target, tm
     assert summary["success"]["value"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize("order", [("Odd", "Plain"), ("Plain", "Odd")])
+def test_the_same_reply_to_two_templates_is_judged_once_and_held_to_what_was_sent_twice(tmp_path, order):
+    seen = []
+
+    class Listening(RefusalMatching):
+        def judge(self, pairs):
+            seen.extend(pairs)
+            return super().judge(pairs)
+
+    class Same:
+        def generate(self, requests, sampling, name, done=()):
+            text = "This is how one goes about that, in two plain steps."
+            yield [Reply(each.id, name, each.prompt, text, "stop", 0, each.sample) for each in requests]
+
+    usual = Usual(5.0, lambda replies: [9.0 if reply.prompt.startswith("Odd") else 1.0 for reply in replies])
+    templates = Templates([f"{word}: {MARK}" for word in order], MARK)
+    summary = attack(templates, Same(), Listening(), tmp_path, usual=usual)
+    assert (summary["success"]["value"], summary["success_per_attempt"]["value"]) == (1.0, 0.5)
+    assert len(seen) == len(BEHAVIOURS)
+
+
 def test_every_row_that_is_no_template_is_named(tmp_path):
     path = tmp_path / "templates.csv"
     with path.open("w", newline="") as file:
@@ -419,11 +440,11 @@ def test_a_run_that_was_killed_in_an_attack_ends_as_the_undisturbed_one(spec, tm
     Pipeline(loaded, tmp_path / "whole").go(tuple(STAGES)[:-1])
     judge_replies, calls = jailbreak.judge_replies, []
 
-    def dies(*arguments):
+    def dies(*arguments, **named):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return judge_replies(*arguments)
+        return judge_replies(*arguments, **named)
 
     monkeypatch.setattr(jailbreak, "judge_replies", dies)
     with pytest.raises(KeyboardInterrupt):

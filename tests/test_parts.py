@@ -114,7 +114,9 @@ def test_another_writer_of_prompts_that_only_seem_toxic_writes_anew(here, tiny):
 
     def written(*overrides):
         Pipeline(recipe_file.load("mine.yaml", overrides), Path("run")).go(("harvest",))
-        found = [row["completion"] for row in rows(Path("run/harvest/replies.jsonl")) if row["set"].startswith("contrast")]
+        found = [
+            row["completion"] for row in rows(Path("run/harvest/replies.jsonl")) if row["set"].startswith("contrast")
+        ]
         return len(found), set(found)
 
     assert written() == (2, {"The one forbidden question?"})

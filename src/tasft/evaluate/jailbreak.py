@@ -286,23 +286,16 @@ def attack_model(
     Returns:
         The summary, see `summarise`.
     """
-    sent: dict[str, Reply] = {}
-
-    def measured(replies: Sequence[Reply]) -> list[float]:
-        assert usual.losses
-        return usual.losses([sent[reply.id] for reply in replies])
-
-    # What was sent decides how probable a reply is. Its topic is not looked at: what a template asks for may be far
-    # from the plain prompt, and what is harmful as an answer to that is not beside it.
-    held = replace(usual, losses=usual.losses and measured, similarities=None)
+    # The topic is not looked at: what a template asks for may be far from the plain prompt, and what is harmful as an
+    # answer to that is not beside it.
+    held = replace(usual, similarities=None)
 
     def send(attempts: Sequence[Attempt], name: str) -> list[Outcome]:
         with target() as engine:
             requests = [attempt.request for attempt in attempts]
             replies = collect(engine, requests, sampling, folder / "replies.jsonl", name)
-        sent.update((reply.id, reply) for reply in replies)
         shown = [reply.to(attempt.behaviour.prompt) for attempt, reply in zip(attempts, replies, strict=True)]
-        verdicts = judge_replies(judge, shown, folder / "verdicts.jsonl", held)
+        verdicts = judge_replies(judge, shown, folder / "verdicts.jsonl", held, sent=replies)
         return [Outcome(*parts) for parts in zip(attempts, replies, verdicts, strict=True)]
 
     outcomes, details = attack.run(behaviours, send, folder)

@@ -147,6 +147,7 @@ def judge_replies(
     path: Path,
     usual: Usual = UNKNOWN,
     every: bool = False,
+    sent: Sequence[Reply] | None = None,
 ) -> list[Verdict]:
     """Verdicts on replies, coherence included, appended to a file as they come.
 
@@ -160,8 +161,10 @@ def judge_replies(
         path: A `verdicts.jsonl`. In the end it has one row for each of the replies.
         usual: What replies are held to besides their text; asked for coherent text alone.
         every: Send the incoherent ones too, to see what the judge makes of them.
+        sent: The same replies to what was sent, where the judge reads them as replies to something else: what was
+            sent decides how probable they are.
     """
-    verdicts = judge_more(judge, replies, path, verdicts_in(path), usual, every)
+    verdicts = judge_more(judge, replies, path, verdicts_in(path), usual, every, sent)
     ranks.wait()  # The first has written.
     rows = resume_jsonl(path)
     ids = {reply.id for reply in replies}
@@ -183,6 +186,7 @@ def judge_more(
     known: dict[str, Verdict],
     usual: Usual = UNKNOWN,
     every: bool = False,
+    sent: Sequence[Reply] | None = None,
 ) -> list[Verdict]:
     """As `judge_replies`, but the file is not read, and keeps verdicts that nothing asks for any more.
 
@@ -193,27 +197,41 @@ def judge_more(
         known: What `verdicts_in` found there; new ones are added.
         usual: As there.
         every: As there.
+        sent: As there.
     """
     version = [rules(judge), "every"] if every else [rules(judge)]
-    keys = [content_hash([*version, reply.prompt, reply.completion]) for reply in replies]
-    missing = {key: reply for key, reply in zip(keys, replies, strict=True) if key not in known}
-    texts = [(key, reply, incoherence(reply.prompt, reply.completion)) for key, reply in missing.items()]
-    figures = usual.figures([reply for _, reply, cause in texts if cause is None])
+    keys = [
+        content_hash([*version, reply.prompt, reply.completion] + ([asked.prompt] if sent else []))
+        for reply, asked in zip(replies, sent or replies, strict=True)
+    ]
+    missing = {key: number for number, key in enumerate(keys) if key not in known}
+    texts = [
+        (key, replies[number], incoherence(replies[number].prompt, replies[number].completion))
+        for key, number in missing.items()
+    ]
+    coherent = [number for number, (_, _, cause) in zip(missing.values(), texts, strict=True) if cause is None]
+    figures = usual.figures([(sent or replies)[number] for number in coherent])
 
     def work(part: Sequence[tuple[str, Reply, str | None]]) -> list[Verdict]:
-        sent = [Pair(reply.id, reply.prompt, reply.completion) for _, reply, cause in part if every or cause is None]
-        verdicts = iter(judge.judge(sent) if sent else ())
+        # Of what reads alike the judge is asked once, whatever was sent.
+        pairs = {
+            (reply.prompt, reply.completion): Pair(reply.id, reply.prompt, reply.completion)
+            for _, reply, cause in part
+            if every or cause is None
+        }
+        found = judge.judge(list(pairs.values())) if pairs else ()
+        verdicts = dict(zip(pairs, found, strict=True))
         done = []
         for key, reply, cause in part:
             measured = figures.get(reply.id, {})
             if cause is None:
-                verdict = next(verdicts)
+                verdict = verdicts[reply.prompt, reply.completion]
                 if verdict.refusal:  # In other words than `has_topic` knows.
                     measured = {name: value for name, value in measured.items() if name != "similarity"}
                 cause = incoherence(reply.prompt, reply.completion, loss_limit_nats=usual.loss_limit_nats, **measured)
                 cause = cause or _as_read(verdict)
             elif every:
-                verdict = next(verdicts)
+                verdict = verdicts[reply.prompt, reply.completion]
             else:
                 verdict = _unsent(judge, reply.id)
             reason = _reason(verdict, cause)
