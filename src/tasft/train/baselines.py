@@ -2,11 +2,14 @@
 
 import random
 from collections.abc import Sequence
+from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tasft.core.errors import UserError
@@ -15,8 +18,12 @@ from tasft.data.encode import Encoding, Row, encode_rows
 from tasft.data.rows import Example
 from tasft.loss import IGNORE_INDEX
 from tasft.models.generation import fit_padding
+from tasft.models.head import Tail, learn_tail
 from tasft.train.finite import FiniteSteps
 from tasft.train.metrics import MetricsFile
+from tasft.train.start import QUESTION, head_calls, refuse_adapted_head
+
+CHUNK = 32768  # Tokens of the vocabulary that TRL takes at a time.
 
 BETA = 0.1
 """How dear distance from the reference is to KTO, as its authors and TRL have it."""
@@ -96,6 +103,44 @@ def require_kto() -> None:
     require("trl")
 
 
+def _score_by(tail: Tail, model: PreTrainedModel) -> None:
+    """Have TRL's losses read the output head of a model that it has prepared as the model does itself.
+
+    TRL knows what a model does to the products of its head by the names of its settings, which are not all; and without
+    Triton it makes logits of padding and prompts too.
+    """
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    whole = model.forward
+
+    @wraps(whole)
+    def forward(*args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        if not fused_lm_head or labels is None:
+            return whole(*args, labels=labels, **kwargs)
+        states: list[Tensor] = []
+        with head_calls(model, states.append):
+            outputs = whole(*args, **kwargs)
+        head, said = tail.head(model), labels[:, 1:]
+        counted = said != IGNORE_INDEX
+        wanted = ("log_probs", "entropy", "mean_logits") if torch.is_grad_enabled() else ("log_probs",)
+        values = ChunkedLogProbFunction.apply(
+            *(states[0][:, :-1][counted], head.weight, head.bias, said[counted]),
+            *(1.0, CHUNK, head.softcap, head.scale, wanted),
+        )
+        log_probs, entropy, _, mean_logits, _ = (
+            None if value is None else value.new_zeros(said.shape).masked_scatter(counted, value) for value in values
+        )
+        return FusedCausalLMOutput(
+            log_probs=log_probs,
+            entropy=entropy,
+            mean_logits=mean_logits,
+            aux_loss=getattr(outputs, "aux_loss", None),
+        )
+
+    model.forward = forward
+
+
 class _Metrics(MetricsFile):
     """TRL's measures under its own names, but for two that mean something else in ours."""
 
@@ -130,7 +175,7 @@ def kto_trainer(
         The trainer, and what became of the rows. `kto.json` in its folder has the counts and weights.
 
     Raises:
-        UserError: A kind of rows is missing, or rows have weights.
+        UserError: A kind of rows is missing, rows have weights, or the logits are not made from the output head alone.
 
     Source: Ethayarajh et al. 2024 (arXiv 2402.01306), Eq. 7.
     """
@@ -145,6 +190,11 @@ def kto_trainer(
             # TRL's would put an end token behind replies that were cut, and find other tokens where texts meet.
             return dataset
 
+        def _precompute_ref_logps(self, *arguments: Any) -> Any:
+            # The first thing that reads the head, once it is prepared.
+            _score_by(tail, loaded.get_base_model() if isinstance(loaded, PeftModel) else loaded)
+            return super()._precompute_ref_logps(*arguments)
+
         def _send_telemetry(self) -> None:
             pass
 
@@ -152,6 +202,8 @@ def kto_trainer(
             pass
 
     fit_padding(loaded, tokenizer)
+    refuse_adapted_head(loaded)
+    tail = learn_tail(loaded, tokenizer(QUESTION).input_ids)
     encoded, report = encode_rows(rows, tokenizer, encoding)
     if not report.imitate or not report.avoid:
         raise UserError(f"train.method kto needs desirable and undesirable rows: {report}")

@@ -23,6 +23,9 @@ from tasft.train.finite import FiniteSteps
 
 Rows = list[Row]
 
+QUESTION = "What is a compost heap?"
+"""What a model is asked to see how its logits are made from its output head."""
+
 REFERENCE = frozenset({"margins", "reference"})
 """What penalties need of the model at step 0, one number for each token."""
 

@@ -42,6 +42,7 @@ from tasft.train.metrics import MetricsFile, peak_mib
 from tasft.train.penalties import penalty_of
 from tasft.train.sampler import FilledSampler, StratifiedSampler, UniformSampler
 from tasft.train.start import (
+    QUESTION,
     REFERENCE,
     KnowsItsStart,
     Rows,
@@ -57,9 +58,6 @@ from tasft.train.stream import RowStream
 require("transformers")
 
 _TERMS = ("imitate_nll", "penalty", "retain")
-
-_QUESTION = "What is a compost heap?"
-"""What the model is asked to see how its logits are made from its output head."""
 
 
 class TASFTTrainer(KnowsItsStart):
@@ -160,7 +158,7 @@ class TASFTTrainer(KnowsItsStart):
         self._since = time.monotonic()
         self._evaluated: str | None = None
         with self._whole_model(), self.model.disable_adapter() if args.untouched else nullcontext():
-            question = tokenizer(_QUESTION).input_ids
+            question = tokenizer(QUESTION).input_ids
             self._tail = learn_tail(self.accelerator.unwrap_model(self.model), question)
             if args.padding_free:
                 pad, layout = tokenizer.pad_token_id, self._layout(question)
