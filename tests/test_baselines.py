@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 import yaml
+from architectures import made_tiny
 from conftest import WORDS, tiny_model, tiny_tokenizer
 from conftest import rows as read
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -164,6 +165,42 @@ def test_the_reference_is_the_model_at_step_0(tmp_path, start):
         with model.disable_adapter():
             assert abs(row["ref_logps"] - log_probability(model, ids, begin)) > 0.1
     assert list(model.peft_config) == ["default"]
+
+
+@needs_trl
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma2", "granite", "cohere", "falcon_h1", "recurrent_gemma", "modernbert-decoder"]
+)
+def test_log_probabilities_are_the_models_own_whatever_it_does_to_its_logits(tmp_path, family):
+    others = {"cls_token_id": 0, "sep_token_id": 0} if family == "modernbert-decoder" else {}
+    model = made_tiny(family, **others)
+    trainer = made(tmp_path, model)
+    for row in trainer.train_dataset.select(range(3)):
+        ids, begin = row["prompt_ids"] + row["completion_ids"], len(row["prompt_ids"])
+        assert row["ref_logps"] == pytest.approx(log_probability(model, ids, begin), rel=1e-4, abs=1e-3)
+
+    # Two rows of unlike length, in training as before it.
+    rows = [trainer.train_dataset[0], trainer.train_dataset[1]]
+    batch = trainer.data_collator(rows)
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)
+    read = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    weight = model.get_input_embeddings().weight
+
+    def gradient(log_probs):
+        return torch.autograd.grad(log_probs.sum(), weight)[0]
+
+    logits = model(**read, use_cache=False).logits[:, :-1].log_softmax(-1)
+    own = logits.gather(-1, batch["input_ids"][:, 1:, None])[..., 0] * (labels[:, 1:] != IGNORE_INDEX)
+    held = model(**read, labels=labels, fused_lm_head=True).log_probs
+    torch.testing.assert_close(held, own, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(gradient(held), gradient(own), rtol=1e-3, atol=1e-3)
+
+
+@needs_trl
+def test_an_adapter_on_the_output_head_is_refused_by_kto_too(tmp_path):
+    settings = LoraConfig(r=2, lora_dropout=0.0, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    with pytest.raises(UserError, match="the adapter is on the output head"):
+        made(tmp_path, get_peft_model(tiny_model(tied=False), settings))
 
 
 @needs_trl

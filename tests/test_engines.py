@@ -14,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    GPTNeoConfig,
     Lfm2Config,
     LlamaConfig,
     MistralConfig,
@@ -200,6 +201,19 @@ FAMILIES = {
     "qwen3": Qwen3Config(**SIZES, head_dim=8),
     "mistral, a window of 6": MistralConfig(**SIZES, sliding_window=6),
     "gemma3, windows of 8 and none": Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=8, layer_types=IN_TURN),
+    # Wider than what the sharing of a beginning is tried on.
+    "gpt-neo, windows of 40 and none": GPTNeoConfig(
+        vocab_size=SIZES["vocab_size"],
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=40,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=0,
+    ),
     "lfm2, convolutions": Lfm2Config(**SIZES, layer_types=["conv", "full_attention", "conv", "full_attention"]),
     "rwkv, a state of its own": RwkvConfig(
         vocab_size=SIZES["vocab_size"], hidden_size=32, num_hidden_layers=2, bos_token_id=0, eos_token_id=0

@@ -38,6 +38,13 @@ def end_tokens(
     return sorted({tokenizer.eos_token_id, *taught, *([named] if isinstance(named, int) else named or ())})
 
 
+# What configurations call the tokens that a layer sees: most, Llama 4, GPT-Neo, RecurrentGemma, and others.
+_WINDOWS = (
+    *("sliding_window", "attention_chunk_size", "window_size", "attention_window_size"),
+    *("sliding_window_size", "local_attention"),
+)
+
+
 def context_of(model: PreTrainedModel) -> int | None:
     """How many tokens a model reads, with or without weights; None where it sets no limit."""
     text = model.config.get_text_config()
@@ -56,7 +63,7 @@ def context_of(model: PreTrainedModel) -> int | None:
 def looks_back(model: PreTrainedModel) -> float:
     """How many tokens the layer that sees least looks back over; infinity where all see everything."""
     text = model.config.get_text_config()
-    return min(getattr(text, name, None) or math.inf for name in ("sliding_window", "attention_chunk_size"))
+    return min(size for name in _WINDOWS if isinstance(size := getattr(text, name, None) or math.inf, int | float))
 
 
 def fit_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
