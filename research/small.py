@@ -4,6 +4,7 @@
     python research/small.py changes runs/small-quality         # its runs against the SFT model, item by item, likewise
     python research/small.py methods                            # README's and demo.md's tables from what was kept
     python research/small.py gemma RUN NAME=STATE... --labels LABELS  # figures, and counts of labels, to gemma.json
+    python research/small.py gemma RUN NAME=STATE... --as gemma-kto   # to gemma-kto.json
     python research/small.py tables                             # docs/results/README.md and gemma.md from what was kept
 
 Figures are kept, replies are not.
@@ -30,6 +31,9 @@ from tasft.evaluate.results import compare
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 KEPT = ("sweep.json", "table.csv", "report/report.md")
+
+GEMMA = ("gemma", "gemma-kto")
+"""Sheets of docs/results/gemma.md: replies to each were judged by another version of the judge."""
 
 TOPICS = 12  # XSTest has ten types in each half.
 
@@ -254,8 +258,9 @@ def together(rates: Fields, judge: str, measure: str) -> str:
     return shown(asdict(rate_of(sum(counts), sum(each["n"] for each in found))))
 
 
-def gemma_tables(found: Fields) -> dict[str, str]:
+def gemma_tables(sheet: str) -> dict[str, str]:
     """Marker in docs/results/gemma.md -> the table that stands there."""
+    found = read_json(RESULTS / f"{sheet}.json")
     judge = found["recipe"]["evaluate"]["judges"][0]
     models = [(each["name"], each["rates"]) for each in found["models"]]
     figures, counts = [], []
@@ -280,9 +285,9 @@ def gemma_tables(found: Fields) -> dict[str, str]:
         "XSTest-safe incoherent",
     ]
     return {
-        "gemma-grid": markdown(head, figures),
-        "gemma-counts": markdown(["", "I-Malicious", "I-CoNa", "I-Controversial", "HarmfulQ"], counts),
-        "gemma-labels": markdown(["", *answers], labels),
+        f"{sheet}-grid": markdown(head, figures),
+        f"{sheet}-counts": markdown(["", "I-Malicious", "I-CoNa", "I-Controversial", "HarmfulQ"], counts),
+        f"{sheet}-labels": markdown(["", *answers], labels),
     }
 
 
@@ -384,6 +389,7 @@ def main() -> None:
     base_model.add_argument("run", type=Path, help="In which all was trained.")
     base_model.add_argument("states", nargs="+", help="NAME=RUN/evaluate/STATE")
     base_model.add_argument("--labels", type=Path, help="A sheet that label.py has unblinded.")
+    base_model.add_argument("--as", dest="name", choices=GEMMA, default=GEMMA[0])
     commands.add_parser("tables")
     commands.add_parser("methods")
     asked = parser.parse_args()
@@ -395,14 +401,15 @@ def main() -> None:
         put(RESULTS / "demo.md", "read", read_table("methods"))
         put(RESULTS / "demo.md", "ablation-read", read_table("ablation"))
     elif asked.command == "gemma":
-        write_json(RESULTS / "gemma.json", gemma(asked.run, asked.states, asked.labels))
+        write_json(RESULTS / f"{asked.name}.json", gemma(asked.run, asked.states, asked.labels))
     elif asked.command == "keep":
         keep(asked.sweep, asked.name)
     else:
         for name, text in tables().items():
             put(RESULTS / "README.md", name, text)
-        for name, text in gemma_tables(read_json(RESULTS / "gemma.json")).items():
-            put(RESULTS / "gemma.md", name, text)
+        for sheet in GEMMA:
+            for name, text in gemma_tables(sheet).items():
+                put(RESULTS / "gemma.md", name, text)
 
 
 if __name__ == "__main__":
