@@ -332,7 +332,8 @@ def read_examples(
 
     Args:
         source: As `read_source` takes it.
-        keep: Fields and values that a row must have, all of them. A field that holds a list has each of its values.
+        keep: Fields and values that a row must have, all of them. Of a list of values one is enough; a field that holds
+            a list has each of its own. In a table, where all is text, values are what they say.
         drop: Fields and values of which a row may have none. What is left out need not be an example.
         form: Of all rows; None tells it from the columns of each.
         columns: Names that a form knows, and what the file calls them.
@@ -340,12 +341,26 @@ def read_examples(
     Raises:
         UserError: Names every bad line.
     """
-    loaded = read_source(source)
-    rows, keep, drop, columns = loaded.rows, keep or {}, drop or {}, columns or {}
+    return examples_in(read_source(source), keep or {}, drop or {}, form, columns or {})[0]
+
+
+def examples_in(
+    found: Source, keep: Mapping[str, Any], drop: Mapping[str, Any], form: str | None, columns: Mapping[str, str]
+) -> tuple[list[Example], list[str]]:
+    """As `read_examples`, of a source that was read; and a note for each value to keep or drop that no row has."""
+    rows = found.rows
     faults = [
-        f"{loaded.where}: no row has a field {name!r:.40}; the first has {_names(rows[0][1])}"
+        f"{found.where}: no row has a field {name!r:.40}; the first has {_names(rows[0][1])}"
         for name in (*keep, *drop, *columns.values())
         if not any(name in row for _, row in rows)
+    ]
+    notes = [
+        f"{found.where}: no row has {name}: {json.dumps(value, default=str):.60}, which {what} names; the first has "
+        f"{rows[0][1].get(name)!r:.40}"
+        for what, wanted in (("keep", keep), ("drop", drop))
+        for name, values in wanted.items()
+        for value in _listed(values)
+        if not any(_has(row, name, value) for _, row in rows)
     ]
     examples: list[tuple[int, Example]] = []
     for number, row in rows:
@@ -353,15 +368,24 @@ def read_examples(
             continue
         row = {"label": True, **renamed_columns(row, columns)}
         try:
-            examples.append((number, example_of(row, loaded.at(number), form)))
+            examples.append((number, example_of(row, found.at(number), form)))
         except UserError as error:
             faults += error.faults
-    faults += repeated_ids(loaded, ((number, example.id) for number, example in examples))
+    faults += repeated_ids(found, ((number, example.id) for number, example in examples))
     if faults:
         raise UserError(faults)
-    return [replace(example, place=loaded.at(number)) for number, example in examples]
+    return [replace(example, place=found.at(number)) for number, example in examples], notes
 
 
-def _has(row: Mapping[str, Any], name: str, value: object) -> bool:
-    held = row.get(name)
-    return name in row and (held == value or (isinstance(held, list) and value in held))
+def _has(row: Mapping[str, Any], name: str, wanted: object) -> bool:
+    """Whether a field says what is wanted, or one thing of a list; as `example_of` reads tables."""
+    cells = _listed(plain(row.get(name)))
+    return any(
+        value in (cell, truth(cell), measure(cell), None if cell == "" else cell)
+        for cell in cells
+        for value in _listed(wanted)
+    )
+
+
+def _listed(value: object) -> list[object]:
+    return value if isinstance(value, list) and value else [value]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tasft.core.errors import UserError
 from tasft.data import forms
-from tasft.data.rows import Example, Prompt, drawn, prompts_in, read_examples
+from tasft.data.rows import Example, Prompt, drawn, examples_in, prompts_in, read_examples
 from tasft.data.sets import KNOWN
 from tasft.data.sources import differences_of, parts_of, read_source, source_hash
 from tasft.evaluate.jailbreak import read_templates
@@ -33,8 +33,8 @@ class Inputs:
         self.spec = spec
         self.dropped: dict[str, int] = {}
         """Of each field, prompts that were left out because an evaluation set has them."""
-        self.told: dict[str, str] = {}
-        """Of each source of prompts the column that held them, where it is not `prompt` and was not named."""
+        self.told: list[str] = []
+        """What was noted of sources when they were read; some are read twice."""
         self._made: dict[str, Judge] = {}
 
     @cached_property
@@ -100,13 +100,13 @@ class Inputs:
     @cached_property
     def _mixture(self) -> list[list[Example]]:
         """All rows of each source of `data.imitate`."""
-        return [
-            [
-                replace(row, weight=row.weight * wanted.weight)
-                for row in read_examples(wanted.source, wanted.keep, wanted.drop, wanted.format, wanted.columns)
-            ]
-            for wanted in self.spec.data.mixture
-        ]
+        mixture = []
+        for wanted in self.spec.data.mixture:
+            loaded = read_source(wanted.source)
+            rows, notes = examples_in(loaded, wanted.keep, wanted.drop, wanted.format, wanted.columns)
+            self.told += notes
+            mixture.append([replace(row, weight=row.weight * wanted.weight) for row in rows])
+        return mixture
 
     @cached_property
     def safe(self) -> list[Example]:
@@ -162,7 +162,7 @@ class Inputs:
         loaded = read_source(source, self.spec.data.data_dir)
         prompts, column = prompts_in(loaded)
         if column not in ("prompt", loaded.column):
-            self.told[source] = f"{source}: {len(prompts):,} prompts of the column {column!r}"
+            self.told.append(f"{source}: {len(prompts):,} prompts of the column {column!r}")
         return prompts
 
     @cached_property
@@ -254,7 +254,7 @@ class Inputs:
         form_notes = forms.said(Counter(row.form for row in self.imitate), self.spec.train.turns)
         # Now: reading the rows above counts too.
         counts = [(field, count) for field, count in self.dropped.items() if count]
-        warnings = [*self.told.values(), *(f"data.imitate: {line}" for line in form_notes)]
+        warnings = [*dict.fromkeys(self.told), *(f"data.imitate: {line}" for line in form_notes)]
         warnings += [
             f"{field}: {count} prompt{'s' * (count > 1)} left out: (nearly) in an evaluation set"
             for field, count in counts
