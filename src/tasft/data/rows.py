@@ -12,7 +12,7 @@ from typing import Any, TypeGuard, TypeVar
 from tasft.core.errors import UserError
 from tasft.core.provenance import content_hash
 from tasft.data.cells import fault_of_parts, joined, measure, plain, text_of, truth
-from tasft.data.forms import FORMS, PROMPT_COLUMNS, form_of, renamed_columns, turns_before, turns_of
+from tasft.data.forms import FORMS, PROMPT_COLUMNS, form_of, looks_like_talk, renamed_columns, turns_before, turns_of
 from tasft.data.sources import Source, read_source
 
 T = TypeVar("T")
@@ -141,6 +141,8 @@ def prompts_in(found: Source) -> tuple[list[Prompt], str]:
             faults.append(f'{found.at(number)}: "{column}" is missing; the row has {_names(row)}')
         elif not text.strip():
             faults.append(f'{found.at(number)}: "{column}" must be text, found {value!r:.40}')
+        elif looks_like_talk(value):
+            faults.append(f'{found.at(number)}: "{column}" {UNREAD}')
         elif not _is_whole(text):
             faults.append(f'{found.at(number)}: "{column}" {HALF}')
         else:
@@ -167,6 +169,7 @@ def _names(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{name!r:.40}" for name in row if name != "label") or "no fields"
 
 
+UNREAD = "looks like chat messages and cannot be read as such: write them as JSON, or keep the rows as JSONL or Parquet"
 HALF = "holds half a character, U+D800 to U+DFFF, which no tokenizer reads: write it anew"
 
 
@@ -204,6 +207,8 @@ def _fault_of_turns(row: Mapping[str, Any], key: str) -> str | None:
     )
     if not all(_is_whole(text) for text in texts if isinstance(text, str)):
         return f'"{key}" {HALF}'
+    if looks_like_talk(value):
+        return f'"{key}" {UNREAD}'
     if isinstance(value, str) and value.strip():
         return None
     if not _is_talk(value):
@@ -217,7 +222,7 @@ def _fault_of_turns(row: Mapping[str, Any], key: str) -> str | None:
 
 def _fault_of_talk(row: Mapping[str, Any], key: str) -> str | None:
     value = row.get(key)
-    if isinstance(value, str):
+    if isinstance(value, str) and not looks_like_talk(value):
         return f'"{key}" must be chat messages, found {value!r:.40}'
     if _is_talk(value) and len(value) == 1:
         return f'"{key}" holds an answer without a question: a turn of the user must come first'

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tasft.core.errors import UserError
+from tasft.data.forms import looks_like_talk
 from tasft.data.rows import Prompt
 from tasft.data.sources import read_source
 
@@ -37,7 +38,7 @@ def read_references(source: str, limit: int | None = None) -> list[Reference]:
     for number, row in loaded.rows:
         texts = [next((row[name] for name in names if name in row), None) for names in (_PROMPTS, _ANSWERS)]
         for text, names in zip(texts, (_PROMPTS, _ANSWERS), strict=True):
-            if not isinstance(text, str) or (names is _PROMPTS and not text.strip()):
+            if not isinstance(text, str) or looks_like_talk(text) or (names is _PROMPTS and not text.strip()):
                 faults.append(f'{loaded.at(number)}: "{names[0]}" (or "{names[1]}") must be text, found {text!r:.40}')
         instruction, output = map(str, texts)
         references.append(Reference(str(number), instruction, output, str(row.get("generator", "reference"))))
