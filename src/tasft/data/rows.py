@@ -20,6 +20,16 @@ T = TypeVar("T")
 Messages = list[dict[str, Any]]
 
 
+def asked(prompt: str | Messages, context: str = "") -> Messages:
+    """A prompt as chat messages, Alpaca's context in that of its instruction."""
+    return [{"role": "user", "content": with_input(prompt, context)}] if isinstance(prompt, str) else list(prompt)
+
+
+def with_input(instruction: str, context: str) -> str:
+    """An instruction and what it is about, as one text."""
+    return f"{instruction}\n\n{context}" if context else instruction
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt to be answered, with what its file says of it."""
@@ -71,6 +81,13 @@ class Example:
     place: str = field(default="", compare=False, repr=False)
     form: str = field(default="prompt_completion", compare=False, repr=False)
 
+    @property
+    def question(self) -> str | None:
+        """All that is asked, where that is one text of the user; None where there are other turns, or tools."""
+        turns = asked(self.prompt, self.input)
+        alone = len(turns) == 1 and turns[0]["role"] == "user" and not self.tools
+        return turns[0].get("content") or None if alone else None
+
     def row(self) -> dict[str, Any]:
         """The example as a JSON object; what is seldom given stands in it only where it says something."""
         row = asdict(self)
@@ -114,7 +131,8 @@ def drawn(rows: Sequence[T], most: int | None, text: Callable[[T], str]) -> list
 def read_prompts(source: str, data_dir: str | None = None) -> list[Prompt]:
     """Prompts of a source with a column of `PROMPT_COLUMNS`, or another that it names (and `id`, `topic`, `kind`).
 
-    Of a transcript ("Human: ... Assistant: ...") or a conversation the first turn of the user is the prompt.
+    Of a transcript ("Human: ... Assistant: ...") or a conversation the first turn of the user is the prompt. The
+    `input` of an instruction belongs to it, as in training.
 
     Raises:
         UserError: Names every bad row.
@@ -123,8 +141,8 @@ def read_prompts(source: str, data_dir: str | None = None) -> list[Prompt]:
 
 
 def prompts_in(found: Source) -> tuple[list[Prompt], str]:
-    """As `read_prompts`, of a source that was read; and the column that held them."""
-    rows = found.rows
+    """As `read_prompts`, of a source that was read; and a note on which column held them, empty for the usual one."""
+    rows = [(number, {key: plain(value) for key, value in row.items()}) for number, row in found.rows]
     columns = {name for _, row in rows for name in row}
     column = found.column or next((name for name in PROMPT_COLUMNS if name in columns), "prompt")
     if rows and column not in columns:
@@ -134,24 +152,32 @@ def prompts_in(found: Source) -> tuple[list[Prompt], str]:
         )
     prompts: list[tuple[int, Prompt]] = []
     faults = []
+    bare = 0
     for number, row in rows:
         value = _READ["messages"](row.get(column))
         text = _first_turn(value)
+        context = row.get("input") or "" if column == FORMS[form_of(row)][0] else ""
         if column not in row:
             faults.append(f'{found.at(number)}: "{column}" is missing; the row has {_names(row)}')
         elif not text.strip():
             faults.append(f'{found.at(number)}: "{column}" must be text, found {value!r:.40}')
         elif looks_like_talk(value):
             faults.append(f'{found.at(number)}: "{column}" {UNREAD}')
-        elif not _is_whole(text):
+        elif fault := fault_of_input(context, value):
+            faults.append(f"{found.at(number)}: {fault}")
+        elif not _is_whole(text := with_input(text, context)):
             faults.append(f'{found.at(number)}: "{column}" {HALF}')
         else:
             fields = {key: text_of(row.get(key)) for key in ("topic", "kind")}
             prompts.append((number, Prompt(_id(row, number), text, **fields)))
+            bare += bool(turns_before(row)) or (_is_talk(value) and value[0]["role"] != "user")
     faults += repeated_ids(found, ((number, prompt.id) for number, prompt in prompts))
     if faults:
         raise UserError(faults)
-    return [prompt for _, prompt in prompts], column
+    note = f"{found.where}: {len(prompts):,} prompts of the column {column!r}"
+    if bare:
+        note += f"; {bare:,} follow a system message or earlier turns, which are not asked"
+    return [prompt for _, prompt in prompts], note if bare or column not in ("prompt", found.column) else ""
 
 
 def _first_turn(value: Any) -> str:
@@ -229,6 +255,15 @@ def _fault_of_talk(row: Mapping[str, Any], key: str) -> str | None:
     return _fault_of_turns(row, key)
 
 
+def fault_of_input(context: object, prompt: object) -> str | None:
+    """Why a context does not belong to a prompt."""
+    if not isinstance(context, str):
+        return f'"input" must be text, found {context!r:.40}'
+    if context and not isinstance(prompt, str):
+        return '"input" goes with a prompt that is text; write it into the messages'
+    return None
+
+
 def _positive(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
@@ -269,9 +304,9 @@ def example_of(row: Mapping[str, Any], where: str, form: str | None = None) -> E
     # An empty cell of a table is no cell.
     given = {key: value for key, value in row.items() if value is not None and (value != "" or key not in _NO_TEXT)}
     form = form or form_of(row)
-    *asked, reply_column = FORMS[form]
-    check = _fault_of_turns if asked else _fault_of_talk
-    faults = [fault for key in (*asked, reply_column) if (fault := check(row, key))]
+    *prompt_columns, reply_column = FORMS[form]
+    check = _fault_of_turns if prompt_columns else _fault_of_talk
+    faults = [fault for key in (*prompt_columns, reply_column) if (fault := check(row, key))]
     if "label" not in row:
         faults.append('"label" is missing; say true (imitate) or false (avoid)')
     elif not isinstance(row["label"], bool):
@@ -289,10 +324,8 @@ def example_of(row: Mapping[str, Any], where: str, form: str | None = None) -> E
     ):
         faults.append(f'"given" is {begun!r:.40}; it must be text that "{reply_column}", which is text, begins with')
     context = given.get("input", "")
-    if not isinstance(context, str):
-        faults.append(f'"input" must be text, found {context!r:.40}')
-    elif context and not (asked and isinstance(row.get(asked[0]), str)):
-        faults.append('"input" goes with a prompt that is text; write it into the messages')
+    if fault := fault_of_input(context, row.get(prompt_columns[0]) if prompt_columns else None):
+        faults.append(fault)
     tools = given.get("tools")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         faults.append(f'"tools" must be a list of JSON schemas, found {tools!r:.40}')
@@ -303,14 +336,14 @@ def example_of(row: Mapping[str, Any], where: str, form: str | None = None) -> E
         faults.append('"system" or "history" is neither text nor turns: pairs of texts, or chat messages')
     if faults:
         raise UserError([f"{where}: {fault}" for fault in faults])
-    prompt = row[asked[0]] if asked else row[reply_column][:-1]
+    prompt = row[prompt_columns[0]] if prompt_columns else row[reply_column][:-1]
     if before and isinstance(prompt, str):
-        prompt, context = [{"role": "user", "content": f"{prompt}\n\n{context}" if context else prompt}], ""
+        prompt, context = asked(prompt, context), ""
     if before and before[0]["role"] == prompt[0]["role"] == "system":
         before = before[1:]  # The conversation says it itself.
     return Example(
         prompt=[*before, *prompt] if before else prompt,
-        completion=row[reply_column] if asked else row[reply_column][-1:],
+        completion=row[reply_column] if prompt_columns else row[reply_column][-1:],
         label=row["label"],
         id=_id(row, ""),
         source=str(given.get("source", "")),

@@ -69,8 +69,16 @@ class Inputs:
         from tasft.data.contamination import held_out
 
         share = float(str(self.spec.data.heldout).rstrip("%")) / 100
-        chosen = held_out([_text(row) for row in rows], share, self.spec.seed)
-        return [row for row, out in zip(rows, chosen, strict=True) if out is aside]
+        questions = [self._question(row) for row in rows]
+        chosen = iter(held_out([text for text in questions if text is not None], share, self.spec.seed))
+        return [row for row, text in zip(rows, questions, strict=True) if (text is not None and next(chosen)) is aside]
+
+    def _question(self, row: object) -> str | None:
+        """The prompt of a prompt or a row as one text that is asked as it is learned; None where it is more."""
+        assert isinstance(row, Prompt | Example)
+        if isinstance(row, Prompt):
+            return row.prompt
+        return None if row.input and self.spec.model.prompt == "alpaca" else row.question
 
     def _uncontaminated(self, field: str, rows: list[T], texts: list[str]) -> list[T]:
         from tasft.data.contamination import overlapping
@@ -149,8 +157,18 @@ class Inputs:
         if source not in HELD_OUT:
             return self._read(source)
         if source == "data.imitate":
+            questions = [self._question(row) for rows in self._mixture for row in rows]
+            if several := questions.count(None):
+                note = (
+                    f"data.heldout: {several:,} of {len(questions):,} rows of data.imitate cannot be set aside: a set "
+                    "asks one text, and they have a system message, earlier turns, tools or, with model.prompt alpaca, "
+                    "an input"
+                )
+                if several == len(questions):
+                    raise UserError(f"{note}: name a file of prompts in evaluate.sets")
+                self.told.append(note)
             aside = [row for rows in self._mixture for row in self._kept(source, rows, aside=True)]
-            prompts = [Prompt(str(number), _text(row)) for number, row in enumerate(aside, 1)]
+            prompts = [Prompt(str(number), str(self._question(row))) for number, row in enumerate(aside, 1)]
         else:
             named = getattr(self.spec.data, source.partition(".")[2])
             prompts = self._kept(source, self._read(named), aside=True)
@@ -159,10 +177,8 @@ class Inputs:
         return prompts
 
     def _read(self, source: str) -> list[Prompt]:
-        loaded = read_source(source, self.spec.data.data_dir)
-        prompts, column = prompts_in(loaded)
-        if column not in ("prompt", loaded.column):
-            self.told.append(f"{source}: {len(prompts):,} prompts of the column {column!r}")
+        prompts, note = prompts_in(read_source(source, self.spec.data.data_dir))
+        self.told += [note] if note else []
         return prompts
 
     @cached_property
