@@ -181,14 +181,18 @@ def prompts_in(found: Source) -> tuple[list[Prompt], str]:
 
 
 def _first_turn(value: Any) -> str:
-    """The user's first turn of a conversation or a transcript of HH; any other text as it is; empty for no text."""
-    if _is_talk(value):
-        value = next((turn["content"] for turn in value if turn["role"] == "user"), None)
-    if not isinstance(value, str):
-        return ""
-    before, human, rest = value.partition("Human:")
-    turn, assistant, _ = rest.partition("\n\nAssistant:")
-    return turn.strip() if human and assistant and not before.strip() else value
+    return next(iter(user_turns(value)), "") if isinstance(value, str) or _is_talk(value) else ""
+
+
+def user_turns(prompt: str | Messages) -> list[str]:
+    """What the user says in each turn of a conversation or of a transcript of HH; any other text is one turn."""
+    if not isinstance(prompt, str):
+        said = [turn.get("content") for turn in prompt if turn["role"] == "user"]
+        return [text if isinstance(text, str) else "" for text in said]
+    before, human, rest = prompt.partition("Human:")
+    if not human or before.strip() or "\n\nAssistant:" not in rest:
+        return [prompt]
+    return [turns.partition("\n\nAssistant:")[0].strip() for turns in rest.split("\n\nHuman:")]
 
 
 def _names(row: Mapping[str, Any]) -> str:

@@ -5,11 +5,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
 from tasft.core.errors import UserError
 from tasft.data import forms
-from tasft.data.rows import Example, Prompt, drawn, examples_in, prompts_in, read_examples
+from tasft.data.rows import Example, Prompt, drawn, examples_in, prompts_in, read_examples, user_turns, with_input
 from tasft.data.sets import KNOWN
 from tasft.data.sources import differences_of, parts_of, read_source, source_hash
 from tasft.evaluate.jailbreak import read_templates
@@ -60,7 +61,7 @@ class Inputs:
 
     def _prompts(self, field: str, source: str | None) -> list[Prompt]:
         prompts = self._kept(field, self._read(source), aside=False) if source else []
-        return self._uncontaminated(field, prompts, [prompt.prompt for prompt in prompts])
+        return self._uncontaminated(field, prompts, [[prompt.prompt] for prompt in prompts])
 
     def _kept(self, field: str, rows: Sequence[T], aside: bool) -> list[T]:
         """Rows of a field that are held out of it, or those that are not; all where no set asks for them."""
@@ -80,12 +81,14 @@ class Inputs:
             return row.prompt
         return None if row.input and self.spec.model.prompt == "alpaca" else row.question
 
-    def _uncontaminated(self, field: str, rows: list[T], texts: list[str]) -> list[T]:
+    def _uncontaminated(self, field: str, rows: list[T], texts: list[list[str]]) -> list[T]:
+        """Rows none of whose texts is (nearly) a prompt that is evaluated."""
         from tasft.data.contamination import overlapping
 
         held_out = [prompt.prompt for prompts in self.sets.values() for prompt in prompts]
         held_out += [row.instruction for row in self.references]
-        overlaps = overlapping(texts, held_out)
+        found = iter(overlapping([text for own in texts for text in own], held_out))
+        overlaps = [any(list(islice(found, len(own)))) for own in texts]
         self.dropped[field] = sum(overlaps)
         if rows and all(overlaps):
             raise UserError(f"{field}: every prompt is in an evaluation set: nothing is left to train on")
@@ -141,7 +144,7 @@ class Inputs:
             )
         if not rows:
             raise UserError(f"{field}: no row is left: see to keep and drop")
-        rows = self._uncontaminated(field, rows, [_text(row) for row in rows])
+        rows = self._uncontaminated(field, rows, [_texts(row) for row in rows])
         count = len(rows) if wanted is None else wanted
         if not rows or len(rows) < count:
             raise UserError(f"{field}: there are {len(rows)} rows to imitate, {count or 1} are wanted")
@@ -344,9 +347,7 @@ class Inputs:
         return [*self.filters, *self.evaluators]
 
 
-def _text(row: object) -> str:
-    """The prompt of a prompt or a row, all turns of a conversation that are not the assistant's."""
-    assert isinstance(row, Prompt | Example)
-    if isinstance(row.prompt, str):
-        return row.prompt
-    return "\n".join(str(turn.get("content", "")) for turn in row.prompt if turn["role"] == "user")
+def _texts(row: Example) -> list[str]:
+    """What a row has to answer: each turn of the user; an instruction and its input, together and apart."""
+    whole = [row.input, with_input(row.prompt, row.input)] if isinstance(row.prompt, str) else []
+    return [text for text in dict.fromkeys([*user_turns(row.prompt), *whole]) if text.strip()]
