@@ -142,6 +142,23 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     assert [prompt.prompt for prompt in read_prompts(str(tmp_path / "prompts.txt"))] == ["What?", "Why?"]
 
 
+@pytest.mark.parametrize("prompts", ["prompts.jsonl", "prompts.txt", "prompts.txt.gz"])
+def test_a_licence_beside_prompts_gives_no_prompts(tmp_path, prompts):
+    """Each of its lines was one."""
+    texts = [f"How do I <forbidden act {index}>?" for index in range(3)]
+    content = "".join((json.dumps({"prompt": text}) if prompts.endswith("jsonl") else text) + "\n" for text in texts)
+    (tmp_path / prompts).write_bytes(gzip.compress(content.encode()) if prompts.endswith("gz") else content.encode())
+    (tmp_path / "LICENSE.txt").write_text("Permission is hereby granted, free of charge,\nto any person.\n")
+    with pytest.raises(
+        UserError, match=r"LICENSE.txt.*: in a folder no \.txt is read, .*: take it out, or name the one"
+    ):
+        read_prompts(str(tmp_path))
+    assert [prompt.prompt for prompt in read_prompts(str(tmp_path / prompts))] == texts
+    if prompts.endswith("jsonl"):
+        (tmp_path / "LICENSE.txt").rename(tmp_path / "LICENSE")
+        assert [prompt.prompt for prompt in read_prompts(str(tmp_path))] == texts
+
+
 def test_a_data_set_that_was_saved_to_disk_is_a_source(tmp_path):
     import datasets
 
