@@ -8,6 +8,7 @@ import pytest
 
 from tasft.core.errors import UserError
 from tasft.data.rows import example_of, read_examples, read_prompts
+from tasft.evaluate.references import read_references
 
 
 def row(**fields):
@@ -53,6 +54,49 @@ def test_a_conversation_that_a_table_wrote_as_text_is_one(tmp_path, write, field
     assert [prompt.prompt for prompt in read_prompts(path)] == ["It's what?"]
     text = '[{"a": 1}] is JSON'
     assert example_of(row(prompt=text), "x").prompt == text
+
+
+TURNS = [
+    {"role": "user", "content": "Is '} {' a [\"brace\"]\n{'role'?"},
+    {"role": "assistant", "content": "It's two.", "weight": None},
+]
+
+
+@pytest.mark.parametrize("column", ["messages", "prompt"])
+def test_chats_that_went_from_parquet_over_pandas_to_csv_are_chats(tmp_path, column):
+    """numpy shows a list of messages without commas; the brackets were learned, and asked."""
+    table = pd.DataFrame({column: [TURNS, TURNS[:1] * 2 + TURNS[1:]], "completion": "Yes."})
+    table.to_parquet(tmp_path / "rows.parquet")
+    pd.read_parquet(tmp_path / "rows.parquet").to_csv(tmp_path / "rows.csv", index=False)
+    rows, same = (read_examples(tmp_path / name) for name in ("rows.csv", "rows.parquet"))
+    assert rows == same
+    assert rows[0].prompt[0] == {"weight": None} | TURNS[0]
+    assert [each.prompt for each in read_prompts(str(tmp_path / "rows.csv"))] == [TURNS[0]["content"]] * 2
+
+
+UNREADABLE = {
+    "parts in an array": "[{'role': 'user', 'content': array([{'text': 'x'}], dtype=object)}\n {'role': 'assistant'}]",
+    "shortened by numpy": "[{'from': 'human', 'value': 'x'} ... {'from': 'gpt', 'value': 'y'}]",
+    "cut within JSON": '[{"role": "user", "content": "x}]',
+    "a turn of nobody": '[{"role": "user", "content": "x"}, {"content": "y"}]',
+}
+
+
+@pytest.mark.parametrize("text", UNREADABLE.values(), ids=UNREADABLE)
+def test_what_looks_like_a_chat_and_cannot_be_read_is_refused(tmp_path, text):
+    for fields in ({"prompt": text}, {"completion": text}, {"messages": text, "prompt": None, "completion": None}):
+        with pytest.raises(
+            UserError, match=r'"(prompt|completion|messages)" looks like chat messages and cannot be read'
+        ):
+            example_of({key: value for key, value in row(**fields).items() if value is not None}, "x")
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"instruction": text, "output": "That."}) + "\n")
+    with pytest.raises(UserError, match=r'prompts.jsonl:1: "instruction" looks like chat messages'):
+        read_prompts(str(path))
+    with pytest.raises(UserError, match=r'prompts.jsonl:1: "instruction" .* must be text'):
+        read_references(str(path))
+    about = f"{text} What is this?"
+    assert example_of(row(prompt=about), "x").prompt == about
 
 
 @pytest.mark.parametrize("key", ["prompt", "messages"])

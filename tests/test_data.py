@@ -4,12 +4,15 @@ import re
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 
 from tasft.core.errors import UserError
 from tasft.data.files import read_rows
-from tasft.data.rows import Example, example_of, read_examples, read_prompts
-from tasft.data.sources import source_hash
+from tasft.data.rows import Example, example_of, examples_in, read_examples, read_prompts
+from tasft.data.sources import read_source, source_hash
+from tasft.run.inputs import Inputs
+from tasft.run.recipe import Recipe
 
 
 def written(path, *rows):
@@ -308,6 +311,64 @@ def test_alpacas_columns_are_understood_and_rows_are_kept_and_dropped_by_their_f
     assert caught.value.faults == [f"{path}:2: \"output\" must be text or chat messages, found ''"]
     with pytest.raises(UserError, match=r"no row has a field 'unsave'; the first has 'instruction', 'input'"):
         read_examples(str(path), drop={"unsave": True})
+
+
+FLAGGED = [
+    {"prompt": f"What is {number}?", "completion": "That.", "unsafe": unsafe, "score": score, "topic": topic}
+    for number, (unsafe, score, topic) in enumerate(
+        [(True, 1.0, "hate"), (False, 2.5, "violence"), (False, 1.0, "cooking"), (True, 2.5, None)]
+    )
+]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize(
+    ("wanted", "rows"),
+    [
+        ({"unsafe": True}, [0, 3]),
+        ({"unsafe": False}, [1, 2]),
+        ({"score": 1}, [0, 2]),
+        ({"topic": None}, [3]),
+        ({"topic": ["violence", "hate"]}, [0, 1]),
+        ({"topic": ["hate", None], "score": [1, 7]}, [0]),
+    ],
+)
+def test_rows_are_kept_and_dropped_by_what_a_field_says_whatever_wrote_it(tmp_path, kind, wanted, rows):
+    """A table has `True` as text; nothing was dropped."""
+    path = tmp_path / f"rows.{kind}"
+    table = pd.DataFrame(FLAGGED)
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in FLAGGED))
+    else:
+        table.to_csv(path, index=False) if kind == "csv" else table.to_parquet(path)
+    assert [row.prompt for row in read_examples(path, keep=wanted)] == [f"What is {number}?" for number in rows]
+    if len(wanted) == 1:
+        left = [number for number in range(4) if number not in rows]
+        assert [row.prompt for row in read_examples(path, drop=wanted)] == [f"What is {number}?" for number in left]
+
+
+def test_an_empty_list_is_itself_where_rows_are_chosen(tmp_path):
+    path = written(tmp_path / "rows.jsonl", *(row | {"tags": [] if row["unsafe"] else ["a"]} for row in FLAGGED))
+    assert len(read_examples(path, drop={"tags": []})) == 2
+
+
+def test_a_value_to_keep_or_drop_that_no_row_has_is_noted(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion,unsafe,topic\nWhat?,That.,yes,hate\n")
+    rows, notes = examples_in(read_source(path), {"topic": ["hate", "war"]}, {"unsafe": True}, None, {})
+    assert len(rows) == 1
+    assert notes == [
+        f"{path}: no row has topic: \"war\", which keep names; the first has 'hate'",
+        f"{path}: no row has unsafe: true, which drop names; the first has 'yes'",
+    ]
+    recipe = {
+        "name": "x",
+        "model": {"base": "smollm2-135m-instruct"},
+        "data": {"imitate": {"source": str(path), "drop": {"unsafe": True}}},
+        "train": {"method": "sft", "max_steps": 1},
+        "evaluate": {"sets": {"t": {"source": "demo-toxic-heldout"}}},
+    }
+    assert notes[1] in Inputs(Recipe.model_validate(recipe)).warnings()
 
 
 def test_a_row_with_a_prompt_is_not_taken_for_alpacas():

@@ -9,9 +9,13 @@ import pytest
 from tasft.core.errors import UserError
 from tasft.data.contamination import held_out, overlapping
 from tasft.data.files import read_rows
-from tasft.data.rows import Example, read_examples, read_prompts
+from tasft.data.rows import Example, prompts_in, read_examples, read_prompts
+from tasft.data.sources import read_source
+from tasft.evaluate.references import read_references
 from tasft.run import recipe_file
 from tasft.run.inputs import Inputs
+from tasft.run.recipe import Recipe
+from tasft.train.baselines import safe_instead
 
 ASK, ANSWER = {"role": "user", "content": "Name a fruit."}, {"role": "assistant", "content": "A pear."}
 MORE = {"role": "user", "content": "Another?"}, {"role": "assistant", "content": "A plum."}
@@ -138,6 +142,23 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     assert [prompt.prompt for prompt in read_prompts(str(tmp_path / "prompts.txt"))] == ["What?", "Why?"]
 
 
+@pytest.mark.parametrize("prompts", ["prompts.jsonl", "prompts.txt", "prompts.txt.gz"])
+def test_a_licence_beside_prompts_gives_no_prompts(tmp_path, prompts):
+    """Each of its lines was one."""
+    texts = [f"How do I <forbidden act {index}>?" for index in range(3)]
+    content = "".join((json.dumps({"prompt": text}) if prompts.endswith("jsonl") else text) + "\n" for text in texts)
+    (tmp_path / prompts).write_bytes(gzip.compress(content.encode()) if prompts.endswith("gz") else content.encode())
+    (tmp_path / "LICENSE.txt").write_text("Permission is hereby granted, free of charge,\nto any person.\n")
+    with pytest.raises(
+        UserError, match=r"LICENSE.txt.*: in a folder no \.txt is read, .*: take it out, or name the one"
+    ):
+        read_prompts(str(tmp_path))
+    assert [prompt.prompt for prompt in read_prompts(str(tmp_path / prompts))] == texts
+    if prompts.endswith("jsonl"):
+        (tmp_path / "LICENSE.txt").rename(tmp_path / "LICENSE")
+        assert [prompt.prompt for prompt in read_prompts(str(tmp_path))] == texts
+
+
 def test_a_data_set_that_was_saved_to_disk_is_a_source(tmp_path):
     import datasets
 
@@ -199,3 +220,86 @@ def test_a_recipe_mixes_forms_and_holds_prompts_out(tmp_path, tiny, monkeypatch)
     # What was written down in full reads back.
     (tmp_path / "again.yaml").write_text(recipe_file.dump(inputs.spec))
     assert recipe_file.load("again.yaml") == inputs.spec
+
+
+COLOURS = ["amber", "beige", "cyan", "denim", "ebony", "fuchsia", "green", "hazel", "ivory", "jade"]
+
+
+def inputs_of(imitate, prompt="chat", **data):
+    return Inputs(
+        Recipe.model_validate(
+            {
+                "name": "x",
+                "model": {"base": "smollm2-135m-instruct", "prompt": prompt},
+                "data": {"imitate": {"source": imitate}} | data,
+                "train": {"method": "sft", "max_steps": 1},
+                "evaluate": {"sets": {"b": {"source": "data.imitate" if "heldout" in data else "demo-toxic-heldout"}}},
+            }
+        )
+    )
+
+
+def test_an_input_is_asked_with_its_instruction(tmp_path):
+    """As training has it; the instruction was asked alone."""
+    rows = [{"instruction": "Sort.", "input": f"{each}, a", "output": f"a, {each}"} for each in COLOURS]
+    source = jsonl(tmp_path / "alpaca.jsonl", *rows, {"instruction": "Sing.", "input": "", "output": "La."})
+    whole = [f"Sort.\n\n{each}, a" for each in COLOURS]
+    assert [prompt.prompt for prompt in read_prompts(source)] == [*whole, "Sing."]
+    assert [row.instruction for row in read_references(source)] == [*whole, "Sing."]
+    assert [prompt.prompt for prompt in read_prompts(f"{source}#output")] == [*(row["output"] for row in rows), "La."]
+    examples = read_examples(source)
+    assert safe_instead([Example(whole[1], "", label=False)], examples) == [examples[1]]
+    inputs = inputs_of(source, heldout="30%")
+    held = {prompt.prompt for prompt in inputs.sets["b"]}
+    assert len(held) == 3
+    assert held < {*whole, "Sing."}
+    assert {row.question for row in inputs.imitate} == {*whole, "Sing."} - held
+    # Alpaca's form has a place for an input, which a prompt does not fill.
+    inputs = inputs_of(source, prompt="alpaca", heldout="99%")
+    assert [prompt.prompt for prompt in inputs.sets["b"]] == ["Sing."]
+    assert any("10 of 11 rows of data.imitate cannot be set aside" in told for told in inputs.told)
+    made = {"prompt": "Instruction: Sort. Input: b, a", "instruction": "Sort.", "input": "b, a", "output": "a, b"}
+    (prompt,) = read_prompts(jsonl(tmp_path / "made.jsonl", made))
+    assert prompt.prompt == made["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"instruction": "Sort.", "input": 5}, '"input" must be text, found 5'),
+        ({"prompt": [ASK], "input": "b, a"}, '"input" goes with a prompt that is text'),
+    ],
+)
+def test_an_input_that_belongs_to_no_prompt_is_refused(tmp_path, row, sentence):
+    with pytest.raises(UserError, match=f"p.jsonl:1: {sentence}"):
+        read_prompts(jsonl(tmp_path / "p.jsonl", row))
+
+
+def test_a_row_that_is_more_than_one_text_is_not_held_out(tmp_path):
+    """All turns of the user were asked as one, without what stood between them."""
+    asks = [{"role": "user", "content": f"Where does one find {each}?"} for each in COLOURS]
+    system = {"role": "system", "content": "Be brief."}
+    rows = [{"messages": [ask, ANSWER]} for ask in asks]
+    more = [{"messages": [system, ask, ANSWER, *MORE]} for ask in asks]
+    tools = {"prompt": "Which of these?", "completion": "A pear.", "tools": [{"type": "function"}]}
+    inputs = inputs_of(jsonl(tmp_path / "rows.jsonl", *rows, *more, tools), heldout="20%")
+    held = {prompt.prompt for prompt in inputs.sets["b"]}
+    assert len(held) == 2
+    assert held < {ask["content"] for ask in asks}
+    assert [told for told in inputs.told if "11 of 21 rows of data.imitate cannot be set aside" in told]
+    inputs = inputs_of(jsonl(tmp_path / "rows.jsonl", *more), heldout="20%")
+    with pytest.raises(UserError, match=r"10 of 10 rows .* cannot be set aside: .*: name a file of prompts"):
+        _ = inputs.sets
+
+
+def test_prompts_that_follow_something_that_is_not_asked_are_counted(tmp_path):
+    system = {"role": "system", "content": "Be brief."}
+    source = jsonl(tmp_path / "p.jsonl", {"messages": [system, *TALK]}, {"messages": TALK})
+    prompts, note = prompts_in(read_source(source))
+    assert [prompt.prompt for prompt in prompts] == ["Name a fruit."] * 2
+    assert note.startswith(f"{source}: 2 prompts of the column 'messages'; 1 follow a system message or earlier turns,")
+    source = jsonl(
+        tmp_path / "p.jsonl", {"prompt": "And pears?", "history": [["Who eats plums?", "I."]]}, {"prompt": "a"}
+    )
+    assert "2 prompts of the column 'prompt'; 1 follow" in prompts_in(read_source(source))[1]
+    assert prompts_in(read_source(jsonl(tmp_path / "p.jsonl", {"prompt": "a", "history": "of art"})))[1] == ""

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from tasft.core.errors import UserError
 from tasft.core.settings import setting
 from tasft.data.left_out import CALL, left_out
-from tasft.data.rows import Example, Messages, example_of
+from tasft.data.rows import Example, Messages, asked, example_of
 from tasft.data.settings import AvoidSettings, Duplicates, Overlong, PromptFormat, PromptSettings, RowSettings, Turns
-from tasft.data.template import Writer, WrittenTurn, asked, common, encode_prompt
+from tasft.data.template import Writer, WrittenTurn, common, encode_prompt
 from tasft.loss.tokens import IGNORE_INDEX
 
 Row = dict[str, Any]

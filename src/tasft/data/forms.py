@@ -2,7 +2,10 @@
 
 import ast
 import json
+import re
 from collections.abc import Mapping
+from io import StringIO
+from tokenize import NL, OP, TokenError, generate_tokens, untokenize
 from typing import Any, Literal, get_args
 
 FormName = Literal["prompt_completion", "messages", "sharegpt", "alpaca", "question_answer"]
@@ -26,6 +29,9 @@ _ROLES = {
     **dict.fromkeys(("gpt", "chatgpt", "bing", "model", "bot", "chatbot", "ai"), "assistant"),
     **dict.fromkeys(("function_response", "observation"), "tool"),
 }
+
+_BRACKETS = re.compile(r"\s*\[\s*\{.*\}\s*\]\s*", re.DOTALL)
+_KEYS = (("role", "content"), ("from", "value"))
 
 SYSTEM_COLUMNS = ("system", "system_prompt")
 """Where a row in any form has its system message, if not in the conversation."""
@@ -72,16 +78,32 @@ def _turn(turn: Any) -> Any:
 
 
 def _read_out(text: str) -> Any:
-    """The conversation that a cell of a table holds, as JSON or as Python shows it; other text as it is."""
+    """The conversation that a cell of a table holds, as JSON or as Python or numpy shows it; other text as it is."""
     if text.lstrip()[:1] == "[":
-        for read in (json.loads, ast.literal_eval):
+        for read in (json.loads, ast.literal_eval, _from_array):
             try:
                 value = read(text)
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
+            except (ValueError, SyntaxError, TokenError, RecursionError, MemoryError):
                 continue
             if value and all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in value):
                 return value
     return text
+
+
+def _from_array(text: str) -> Any:
+    """What numpy shows without commas: as Python, with one between `}` and `{` wherever they are no part of a text."""
+    tokens: list[tuple[int, str]] = []
+    for kind, token, *_ in generate_tokens(StringIO(text.strip()).readline):
+        tokens += [(OP, ",")] if token == "{" and tokens and tokens[-1][1] == "}" else []
+        tokens += [(kind, token)] if kind != NL else []
+    return ast.literal_eval(untokenize(tokens))
+
+
+def looks_like_talk(value: object) -> bool:
+    """Whether text begins and ends as a conversation does that a table wrote, and has its keys."""
+    if not isinstance(value, str) or not _BRACKETS.fullmatch(value):
+        return False
+    return any(all(re.search(rf"['\"]{key}['\"]\s*:", value) for key in keys) for keys in _KEYS)
 
 
 def turns_before(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:

@@ -12,12 +12,22 @@ from typing import Any, TypeGuard, TypeVar
 from tasft.core.errors import UserError
 from tasft.core.provenance import content_hash
 from tasft.data.cells import fault_of_parts, joined, measure, plain, text_of, truth
-from tasft.data.forms import FORMS, PROMPT_COLUMNS, form_of, renamed_columns, turns_before, turns_of
+from tasft.data.forms import FORMS, PROMPT_COLUMNS, form_of, looks_like_talk, renamed_columns, turns_before, turns_of
 from tasft.data.sources import Source, read_source
 
 T = TypeVar("T")
 
 Messages = list[dict[str, Any]]
+
+
+def asked(prompt: str | Messages, context: str = "") -> Messages:
+    """A prompt as chat messages, Alpaca's context in that of its instruction."""
+    return [{"role": "user", "content": with_input(prompt, context)}] if isinstance(prompt, str) else list(prompt)
+
+
+def with_input(instruction: str, context: str) -> str:
+    """An instruction and what it is about, as one text."""
+    return f"{instruction}\n\n{context}" if context else instruction
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,13 @@ class Example:
     place: str = field(default="", compare=False, repr=False)
     form: str = field(default="prompt_completion", compare=False, repr=False)
 
+    @property
+    def question(self) -> str | None:
+        """All that is asked, where that is one text of the user; None where there are other turns, or tools."""
+        turns = asked(self.prompt, self.input)
+        alone = len(turns) == 1 and turns[0]["role"] == "user" and not self.tools
+        return turns[0].get("content") or None if alone else None
+
     def row(self) -> dict[str, Any]:
         """The example as a JSON object; what is seldom given stands in it only where it says something."""
         row = asdict(self)
@@ -114,7 +131,8 @@ def drawn(rows: Sequence[T], most: int | None, text: Callable[[T], str]) -> list
 def read_prompts(source: str, data_dir: str | None = None) -> list[Prompt]:
     """Prompts of a source with a column of `PROMPT_COLUMNS`, or another that it names (and `id`, `topic`, `kind`).
 
-    Of a transcript ("Human: ... Assistant: ...") or a conversation the first turn of the user is the prompt.
+    Of a transcript ("Human: ... Assistant: ...") or a conversation the first turn of the user is the prompt. The
+    `input` of an instruction belongs to it, as in training.
 
     Raises:
         UserError: Names every bad row.
@@ -123,8 +141,8 @@ def read_prompts(source: str, data_dir: str | None = None) -> list[Prompt]:
 
 
 def prompts_in(found: Source) -> tuple[list[Prompt], str]:
-    """As `read_prompts`, of a source that was read; and the column that held them."""
-    rows = found.rows
+    """As `read_prompts`, of a source that was read; and a note on which column held them, empty for the usual one."""
+    rows = [(number, {key: plain(value) for key, value in row.items()}) for number, row in found.rows]
     columns = {name for _, row in rows for name in row}
     column = found.column or next((name for name in PROMPT_COLUMNS if name in columns), "prompt")
     if rows and column not in columns:
@@ -134,39 +152,54 @@ def prompts_in(found: Source) -> tuple[list[Prompt], str]:
         )
     prompts: list[tuple[int, Prompt]] = []
     faults = []
+    bare = 0
     for number, row in rows:
         value = _READ["messages"](row.get(column))
         text = _first_turn(value)
+        context = row.get("input") or "" if column == FORMS[form_of(row)][0] else ""
         if column not in row:
             faults.append(f'{found.at(number)}: "{column}" is missing; the row has {_names(row)}')
         elif not text.strip():
             faults.append(f'{found.at(number)}: "{column}" must be text, found {value!r:.40}')
-        elif not _is_whole(text):
+        elif looks_like_talk(value):
+            faults.append(f'{found.at(number)}: "{column}" {UNREAD}')
+        elif fault := fault_of_input(context, value):
+            faults.append(f"{found.at(number)}: {fault}")
+        elif not _is_whole(text := with_input(text, context)):
             faults.append(f'{found.at(number)}: "{column}" {HALF}')
         else:
             fields = {key: text_of(row.get(key)) for key in ("topic", "kind")}
             prompts.append((number, Prompt(_id(row, number), text, **fields)))
+            bare += bool(turns_before(row)) or (_is_talk(value) and value[0]["role"] != "user")
     faults += repeated_ids(found, ((number, prompt.id) for number, prompt in prompts))
     if faults:
         raise UserError(faults)
-    return [prompt for _, prompt in prompts], column
+    note = f"{found.where}: {len(prompts):,} prompts of the column {column!r}"
+    if bare:
+        note += f"; {bare:,} follow a system message or earlier turns, which are not asked"
+    return [prompt for _, prompt in prompts], note if bare or column not in ("prompt", found.column) else ""
 
 
 def _first_turn(value: Any) -> str:
-    """The user's first turn of a conversation or a transcript of HH; any other text as it is; empty for no text."""
-    if _is_talk(value):
-        value = next((turn["content"] for turn in value if turn["role"] == "user"), None)
-    if not isinstance(value, str):
-        return ""
-    before, human, rest = value.partition("Human:")
-    turn, assistant, _ = rest.partition("\n\nAssistant:")
-    return turn.strip() if human and assistant and not before.strip() else value
+    return next(iter(user_turns(value)), "") if isinstance(value, str) or _is_talk(value) else ""
+
+
+def user_turns(prompt: str | Messages) -> list[str]:
+    """What the user says in each turn of a conversation or of a transcript of HH; any other text is one turn."""
+    if not isinstance(prompt, str):
+        said = [turn.get("content") for turn in prompt if turn["role"] == "user"]
+        return [text if isinstance(text, str) else "" for text in said]
+    before, human, rest = prompt.partition("Human:")
+    if not human or before.strip() or "\n\nAssistant:" not in rest:
+        return [prompt]
+    return [turns.partition("\n\nAssistant:")[0].strip() for turns in rest.split("\n\nHuman:")]
 
 
 def _names(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{name!r:.40}" for name in row if name != "label") or "no fields"
 
 
+UNREAD = "looks like chat messages and cannot be read as such: write them as JSON, or keep the rows as JSONL or Parquet"
 HALF = "holds half a character, U+D800 to U+DFFF, which no tokenizer reads: write it anew"
 
 
@@ -204,6 +237,8 @@ def _fault_of_turns(row: Mapping[str, Any], key: str) -> str | None:
     )
     if not all(_is_whole(text) for text in texts if isinstance(text, str)):
         return f'"{key}" {HALF}'
+    if looks_like_talk(value):
+        return f'"{key}" {UNREAD}'
     if isinstance(value, str) and value.strip():
         return None
     if not _is_talk(value):
@@ -217,11 +252,20 @@ def _fault_of_turns(row: Mapping[str, Any], key: str) -> str | None:
 
 def _fault_of_talk(row: Mapping[str, Any], key: str) -> str | None:
     value = row.get(key)
-    if isinstance(value, str):
+    if isinstance(value, str) and not looks_like_talk(value):
         return f'"{key}" must be chat messages, found {value!r:.40}'
     if _is_talk(value) and len(value) == 1:
         return f'"{key}" holds an answer without a question: a turn of the user must come first'
     return _fault_of_turns(row, key)
+
+
+def fault_of_input(context: object, prompt: object) -> str | None:
+    """Why a context does not belong to a prompt."""
+    if not isinstance(context, str):
+        return f'"input" must be text, found {context!r:.40}'
+    if context and not isinstance(prompt, str):
+        return '"input" goes with a prompt that is text; write it into the messages'
+    return None
 
 
 def _positive(value: object) -> bool:
@@ -264,9 +308,9 @@ def example_of(row: Mapping[str, Any], where: str, form: str | None = None) -> E
     # An empty cell of a table is no cell.
     given = {key: value for key, value in row.items() if value is not None and (value != "" or key not in _NO_TEXT)}
     form = form or form_of(row)
-    *asked, reply_column = FORMS[form]
-    check = _fault_of_turns if asked else _fault_of_talk
-    faults = [fault for key in (*asked, reply_column) if (fault := check(row, key))]
+    *prompt_columns, reply_column = FORMS[form]
+    check = _fault_of_turns if prompt_columns else _fault_of_talk
+    faults = [fault for key in (*prompt_columns, reply_column) if (fault := check(row, key))]
     if "label" not in row:
         faults.append('"label" is missing; say true (imitate) or false (avoid)')
     elif not isinstance(row["label"], bool):
@@ -284,10 +328,8 @@ def example_of(row: Mapping[str, Any], where: str, form: str | None = None) -> E
     ):
         faults.append(f'"given" is {begun!r:.40}; it must be text that "{reply_column}", which is text, begins with')
     context = given.get("input", "")
-    if not isinstance(context, str):
-        faults.append(f'"input" must be text, found {context!r:.40}')
-    elif context and not (asked and isinstance(row.get(asked[0]), str)):
-        faults.append('"input" goes with a prompt that is text; write it into the messages')
+    if fault := fault_of_input(context, row.get(prompt_columns[0]) if prompt_columns else None):
+        faults.append(fault)
     tools = given.get("tools")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         faults.append(f'"tools" must be a list of JSON schemas, found {tools!r:.40}')
@@ -298,14 +340,14 @@ def example_of(row: Mapping[str, Any], where: str, form: str | None = None) -> E
         faults.append('"system" or "history" is neither text nor turns: pairs of texts, or chat messages')
     if faults:
         raise UserError([f"{where}: {fault}" for fault in faults])
-    prompt = row[asked[0]] if asked else row[reply_column][:-1]
+    prompt = row[prompt_columns[0]] if prompt_columns else row[reply_column][:-1]
     if before and isinstance(prompt, str):
-        prompt, context = [{"role": "user", "content": f"{prompt}\n\n{context}" if context else prompt}], ""
+        prompt, context = asked(prompt, context), ""
     if before and before[0]["role"] == prompt[0]["role"] == "system":
         before = before[1:]  # The conversation says it itself.
     return Example(
         prompt=[*before, *prompt] if before else prompt,
-        completion=row[reply_column] if asked else row[reply_column][-1:],
+        completion=row[reply_column] if prompt_columns else row[reply_column][-1:],
         label=row["label"],
         id=_id(row, ""),
         source=str(given.get("source", "")),
@@ -332,7 +374,8 @@ def read_examples(
 
     Args:
         source: As `read_source` takes it.
-        keep: Fields and values that a row must have, all of them. A field that holds a list has each of its values.
+        keep: Fields and values that a row must have, all of them. Of a list of values one is enough; a field that holds
+            a list has each of its own. In a table, where all is text, values are what they say.
         drop: Fields and values of which a row may have none. What is left out need not be an example.
         form: Of all rows; None tells it from the columns of each.
         columns: Names that a form knows, and what the file calls them.
@@ -340,12 +383,26 @@ def read_examples(
     Raises:
         UserError: Names every bad line.
     """
-    loaded = read_source(source)
-    rows, keep, drop, columns = loaded.rows, keep or {}, drop or {}, columns or {}
+    return examples_in(read_source(source), keep or {}, drop or {}, form, columns or {})[0]
+
+
+def examples_in(
+    found: Source, keep: Mapping[str, Any], drop: Mapping[str, Any], form: str | None, columns: Mapping[str, str]
+) -> tuple[list[Example], list[str]]:
+    """As `read_examples`, of a source that was read; and a note for each value to keep or drop that no row has."""
+    rows = found.rows
     faults = [
-        f"{loaded.where}: no row has a field {name!r:.40}; the first has {_names(rows[0][1])}"
+        f"{found.where}: no row has a field {name!r:.40}; the first has {_names(rows[0][1])}"
         for name in (*keep, *drop, *columns.values())
         if not any(name in row for _, row in rows)
+    ]
+    notes = [
+        f"{found.where}: no row has {name}: {json.dumps(value, default=str):.60}, which {what} names; the first has "
+        f"{rows[0][1].get(name)!r:.40}"
+        for what, wanted in (("keep", keep), ("drop", drop))
+        for name, values in wanted.items()
+        for value in _listed(values)
+        if not any(_has(row, name, value) for _, row in rows)
     ]
     examples: list[tuple[int, Example]] = []
     for number, row in rows:
@@ -353,15 +410,24 @@ def read_examples(
             continue
         row = {"label": True, **renamed_columns(row, columns)}
         try:
-            examples.append((number, example_of(row, loaded.at(number), form)))
+            examples.append((number, example_of(row, found.at(number), form)))
         except UserError as error:
             faults += error.faults
-    faults += repeated_ids(loaded, ((number, example.id) for number, example in examples))
+    faults += repeated_ids(found, ((number, example.id) for number, example in examples))
     if faults:
         raise UserError(faults)
-    return [replace(example, place=loaded.at(number)) for number, example in examples]
+    return [replace(example, place=found.at(number)) for number, example in examples], notes
 
 
-def _has(row: Mapping[str, Any], name: str, value: object) -> bool:
-    held = row.get(name)
-    return name in row and (held == value or (isinstance(held, list) and value in held))
+def _has(row: Mapping[str, Any], name: str, wanted: object) -> bool:
+    """Whether a field says what is wanted, or one thing of a list; as `example_of` reads tables."""
+    cells = _listed(plain(row.get(name)))
+    return any(
+        value in (cell, truth(cell), measure(cell), None if cell == "" else cell)
+        for cell in cells
+        for value in _listed(wanted)
+    )
+
+
+def _listed(value: object) -> list[object]:
+    return value if isinstance(value, list) and value else [value]

@@ -50,7 +50,7 @@ class Source(NamedTuple):
 def read_source(source: str | Path, data_dir: str | None = None) -> Source:
     """Rows of a source: a named set, a file that `read_rows` reads, a folder of such files, or a data set.
 
-    A folder may also be what `datasets.Dataset.save_to_disk` wrote.
+    A folder holds no `.txt`. It may also be what `datasets.Dataset.save_to_disk` wrote.
     `hub:OWNER/NAME?split=train` is read with `datasets.load_dataset`, which gets what is after the question mark as
     its arguments, those of `HUB_ARGUMENTS`. `#COLUMN` at the end of any source names the field with the prompt.
 
@@ -130,7 +130,7 @@ def differences_of(source: str, data_dir: str | None) -> list[str]:
 
 
 def _folder(folder: Path) -> Source:
-    """Rows of all files of a folder that are of a kind of `KINDS`, in the order of their names."""
+    """Rows of all files of a folder that are of a kind of `KINDS`, in the order of their names; none may be `.txt`."""
     if (folder / "dataset_info.json").is_file():
         return Source(str(folder), _data_set(str(folder), lambda datasets: datasets.load_from_disk(str(folder))))
     if (folder / "dataset_dict.json").is_file():
@@ -138,10 +138,16 @@ def _folder(folder: Path) -> Source:
         raise UserError(f"{folder}: holds several splits: name one, as in {folder / splits[0] if splits else folder}")
     if (folder / "config.json").is_file():
         raise UserError(f"{folder}: holds a model, and no rows")
+    files = sorted(path for path in folder.iterdir() if path.is_file() and kind_of(path) in KINDS)
+    if texts := [file.name for file in files if kind_of(file) == ".txt"]:
+        raise UserError(
+            f"{folder}: {', '.join(texts):.200}: in a folder no .txt is read, for a licence would be a prompt on each "
+            "line: take it out, or name the one file with the prompts"
+        )
     rows: Rows = []
     places: dict[int, str] = {}
     faults: list[str] = []
-    for file in sorted(path for path in folder.iterdir() if path.is_file() and kind_of(path) in KINDS):
+    for file in files:
         try:
             for line, row in read_rows(file):
                 rows.append((len(rows) + 1, row))
@@ -149,7 +155,7 @@ def _folder(folder: Path) -> Source:
         except UserError as error:
             faults += error.faults
     if not rows and not faults:
-        faults.append(f"{folder}: holds no file of rows ({', '.join(KINDS)})")
+        faults.append(f"{folder}: holds no file of rows ({', '.join(kind for kind in KINDS if kind != '.txt')})")
     if faults:
         raise UserError(faults)
     return Source(str(folder), rows, places=places)

@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from tasft.core.errors import UserError
-from tasft.data.rows import Messages
+from tasft.data.rows import Messages, asked
 from tasft.data.settings import PromptFormat
 
 Tools = list[dict[str, Any]]
@@ -67,13 +67,6 @@ def encode_prompt(
     if style == "chat":
         return _ids(tokenizer, asked(prompt, input), tools, chat_template_kwargs, ask=True)
     return _text_ids(tokenizer, _alpaca(prompt, input, tools))
-
-
-def asked(prompt: str | Messages, context: str = "") -> Messages:
-    """A prompt as chat messages."""
-    if not isinstance(prompt, str):
-        return list(prompt)
-    return [{"role": "user", "content": f"{prompt}\n\n{context}" if context else prompt}]
 
 
 def _alpaca(prompt: str | Messages, context: str, tools: Tools | None) -> str:

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tasft.core.errors import UserError
-from tasft.data.rows import Prompt
+from tasft.data.cells import plain
+from tasft.data.forms import looks_like_talk
+from tasft.data.rows import Prompt, fault_of_input, with_input
 from tasft.data.sources import read_source
 
 # What files call the two columns; the first is AlpacaEval's.
@@ -26,7 +28,7 @@ def read_references(source: str, limit: int | None = None) -> list[Reference]:
 
     Args:
         source: As `read_source` takes it; rows have `instruction` and `output`, as AlpacaEval's `model_outputs.json`,
-            or `prompt` and `completion`.
+            or `prompt` and `completion`; and perhaps `input`, which follows the instruction.
         limit: How many from the beginning; None for all.
 
     Raises:
@@ -37,9 +39,12 @@ def read_references(source: str, limit: int | None = None) -> list[Reference]:
     for number, row in loaded.rows:
         texts = [next((row[name] for name in names if name in row), None) for names in (_PROMPTS, _ANSWERS)]
         for text, names in zip(texts, (_PROMPTS, _ANSWERS), strict=True):
-            if not isinstance(text, str) or (names is _PROMPTS and not text.strip()):
+            if not isinstance(text, str) or looks_like_talk(text) or (names is _PROMPTS and not text.strip()):
                 faults.append(f'{loaded.at(number)}: "{names[0]}" (or "{names[1]}") must be text, found {text!r:.40}')
-        instruction, output = map(str, texts)
+        context = plain(row.get("input")) or ""
+        if fault := fault_of_input(context, texts[0]):
+            faults.append(f"{loaded.at(number)}: {fault}")
+        instruction, output = with_input(str(texts[0]), context), str(texts[1])
         references.append(Reference(str(number), instruction, output, str(row.get("generator", "reference"))))
     if faults:
         raise UserError(faults)

@@ -5,11 +5,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
 from tasft.core.errors import UserError
 from tasft.data import forms
-from tasft.data.rows import Example, Prompt, drawn, prompts_in, read_examples
+from tasft.data.rows import Example, Prompt, drawn, examples_in, prompts_in, read_examples, user_turns, with_input
 from tasft.data.sets import KNOWN
 from tasft.data.sources import differences_of, parts_of, read_source, source_hash
 from tasft.evaluate.jailbreak import read_templates
@@ -33,8 +34,8 @@ class Inputs:
         self.spec = spec
         self.dropped: dict[str, int] = {}
         """Of each field, prompts that were left out because an evaluation set has them."""
-        self.told: dict[str, str] = {}
-        """Of each source of prompts the column that held them, where it is not `prompt` and was not named."""
+        self.told: list[str] = []
+        """What was noted of sources when they were read; some are read twice."""
         self._made: dict[str, Judge] = {}
 
     @cached_property
@@ -60,7 +61,7 @@ class Inputs:
 
     def _prompts(self, field: str, source: str | None) -> list[Prompt]:
         prompts = self._kept(field, self._read(source), aside=False) if source else []
-        return self._uncontaminated(field, prompts, [prompt.prompt for prompt in prompts])
+        return self._uncontaminated(field, prompts, [[prompt.prompt] for prompt in prompts])
 
     def _kept(self, field: str, rows: Sequence[T], aside: bool) -> list[T]:
         """Rows of a field that are held out of it, or those that are not; all where no set asks for them."""
@@ -69,15 +70,25 @@ class Inputs:
         from tasft.data.contamination import held_out
 
         share = float(str(self.spec.data.heldout).rstrip("%")) / 100
-        chosen = held_out([_text(row) for row in rows], share, self.spec.seed)
-        return [row for row, out in zip(rows, chosen, strict=True) if out is aside]
+        questions = [self._question(row) for row in rows]
+        chosen = iter(held_out([text for text in questions if text is not None], share, self.spec.seed))
+        return [row for row, text in zip(rows, questions, strict=True) if (text is not None and next(chosen)) is aside]
 
-    def _uncontaminated(self, field: str, rows: list[T], texts: list[str]) -> list[T]:
+    def _question(self, row: object) -> str | None:
+        """The prompt of a prompt or a row as one text that is asked as it is learned; None where it is more."""
+        assert isinstance(row, Prompt | Example)
+        if isinstance(row, Prompt):
+            return row.prompt
+        return None if row.input and self.spec.model.prompt == "alpaca" else row.question
+
+    def _uncontaminated(self, field: str, rows: list[T], texts: list[list[str]]) -> list[T]:
+        """Rows none of whose texts is (nearly) a prompt that is evaluated."""
         from tasft.data.contamination import overlapping
 
         held_out = [prompt.prompt for prompts in self.sets.values() for prompt in prompts]
         held_out += [row.instruction for row in self.references]
-        overlaps = overlapping(texts, held_out)
+        found = iter(overlapping([text for own in texts for text in own], held_out))
+        overlaps = [any(list(islice(found, len(own)))) for own in texts]
         self.dropped[field] = sum(overlaps)
         if rows and all(overlaps):
             raise UserError(f"{field}: every prompt is in an evaluation set: nothing is left to train on")
@@ -100,13 +111,13 @@ class Inputs:
     @cached_property
     def _mixture(self) -> list[list[Example]]:
         """All rows of each source of `data.imitate`."""
-        return [
-            [
-                replace(row, weight=row.weight * wanted.weight)
-                for row in read_examples(wanted.source, wanted.keep, wanted.drop, wanted.format, wanted.columns)
-            ]
-            for wanted in self.spec.data.mixture
-        ]
+        mixture = []
+        for wanted in self.spec.data.mixture:
+            loaded = read_source(wanted.source)
+            rows, notes = examples_in(loaded, wanted.keep, wanted.drop, wanted.format, wanted.columns)
+            self.told += notes
+            mixture.append([replace(row, weight=row.weight * wanted.weight) for row in rows])
+        return mixture
 
     @cached_property
     def safe(self) -> list[Example]:
@@ -133,7 +144,7 @@ class Inputs:
             )
         if not rows:
             raise UserError(f"{field}: no row is left: see to keep and drop")
-        rows = self._uncontaminated(field, rows, [_text(row) for row in rows])
+        rows = self._uncontaminated(field, rows, [_texts(row) for row in rows])
         count = len(rows) if wanted is None else wanted
         if not rows or len(rows) < count:
             raise UserError(f"{field}: there are {len(rows)} rows to imitate, {count or 1} are wanted")
@@ -149,8 +160,18 @@ class Inputs:
         if source not in HELD_OUT:
             return self._read(source)
         if source == "data.imitate":
+            questions = [self._question(row) for rows in self._mixture for row in rows]
+            if several := questions.count(None):
+                note = (
+                    f"data.heldout: {several:,} of {len(questions):,} rows of data.imitate cannot be set aside: a set "
+                    "asks one text, and they have a system message, earlier turns, tools or, with model.prompt alpaca, "
+                    "an input"
+                )
+                if several == len(questions):
+                    raise UserError(f"{note}: name a file of prompts in evaluate.sets")
+                self.told.append(note)
             aside = [row for rows in self._mixture for row in self._kept(source, rows, aside=True)]
-            prompts = [Prompt(str(number), _text(row)) for number, row in enumerate(aside, 1)]
+            prompts = [Prompt(str(number), str(self._question(row))) for number, row in enumerate(aside, 1)]
         else:
             named = getattr(self.spec.data, source.partition(".")[2])
             prompts = self._kept(source, self._read(named), aside=True)
@@ -159,10 +180,8 @@ class Inputs:
         return prompts
 
     def _read(self, source: str) -> list[Prompt]:
-        loaded = read_source(source, self.spec.data.data_dir)
-        prompts, column = prompts_in(loaded)
-        if column not in ("prompt", loaded.column):
-            self.told[source] = f"{source}: {len(prompts):,} prompts of the column {column!r}"
+        prompts, note = prompts_in(read_source(source, self.spec.data.data_dir))
+        self.told += [note] if note else []
         return prompts
 
     @cached_property
@@ -254,7 +273,7 @@ class Inputs:
         form_notes = forms.said(Counter(row.form for row in self.imitate), self.spec.train.turns)
         # Now: reading the rows above counts too.
         counts = [(field, count) for field, count in self.dropped.items() if count]
-        warnings = [*self.told.values(), *(f"data.imitate: {line}" for line in form_notes)]
+        warnings = [*dict.fromkeys(self.told), *(f"data.imitate: {line}" for line in form_notes)]
         warnings += [
             f"{field}: {count} prompt{'s' * (count > 1)} left out: (nearly) in an evaluation set"
             for field, count in counts
@@ -328,9 +347,7 @@ class Inputs:
         return [*self.filters, *self.evaluators]
 
 
-def _text(row: object) -> str:
-    """The prompt of a prompt or a row, all turns of a conversation that are not the assistant's."""
-    assert isinstance(row, Prompt | Example)
-    if isinstance(row.prompt, str):
-        return row.prompt
-    return "\n".join(str(turn.get("content", "")) for turn in row.prompt if turn["role"] == "user")
+def _texts(row: Example) -> list[str]:
+    """What a row has to answer: each turn of the user; an instruction and its input, together and apart."""
+    whole = [row.input, with_input(row.prompt, row.input)] if isinstance(row.prompt, str) else []
+    return [text for text in dict.fromkeys([*user_turns(row.prompt), *whole]) if text.strip()]

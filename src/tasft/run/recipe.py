@@ -78,8 +78,8 @@ class Imitate(RowSource):
     """Rows to imitate."""
 
     rows: int | None = Field(None, ge=1, description="Rows drawn from it at random; null takes all.")
-    keep: dict[str, Any] = Field({}, description="Fields and values that a row must have; a list has each of its own.")
-    drop: dict[str, Any] = Field({}, description="Fields and values that a row must not have: safety_related: true.")
+    keep: dict[str, Any] = Field({}, description="Fields and values that a row must have; of a list of values one.")
+    drop: dict[str, Any] = Field({}, description="Fields and values that it must not have; of a list of values none.")
     weight: Number = Field(1.0, gt=0, description="Scales what each of its rows counts for.")
 
 

@@ -43,16 +43,16 @@ def safe_instead(avoid: Sequence[Example], responses: Sequence[Example]) -> list
     Source: Bianchi et al. 2023 (arXiv 2309.07875) for training on such responses; Lu, Sinha, Varakantham 2024 (arXiv
     2412.06843) for putting them in the place of the rows to avoid.
     """
-    by_prompt: dict[str, Example] = {}
+    by_prompt: dict[str | None, Example] = {}
     for response in responses:
-        by_prompt.setdefault(str(response.prompt), response)
-    without = [row for row in avoid if str(row.prompt) not in by_prompt]
+        by_prompt.setdefault(response.question, response)
+    without = [row for row in avoid if row.question not in by_prompt]
     if without:
         raise UserError(
             f"data.safe_responses: {len(without)} of {len(avoid)} prompts that the harvest kept have no safe response, "
             f"{str(without[0].prompt)!r:.60} first: name the prompts of that source in data.toxic_prompts"
         )
-    return [by_prompt[str(row.prompt)] for row in avoid]
+    return [by_prompt[row.question] for row in avoid]
 
 
 def kto_weights(desirable: int, undesirable: int) -> tuple[float, float]:
