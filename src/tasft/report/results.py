@@ -59,7 +59,7 @@ def as_csv(record: Record) -> str:
 
 
 def results(path: str | Path) -> "pd.DataFrame":
-    """All figures of a run, or of a model that was evaluated alone, read from its files.
+    """All figures of a run, or of a model that was evaluated alone, read from its files; what it lacks is said.
 
     Args:
         path: A run folder, or the folder that `tasft evaluate MODEL` wrote.
@@ -77,4 +77,6 @@ def results(path: str | Path) -> "pd.DataFrame":
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give a run, or what tasft evaluate wrote")
     record = read_run(folder) if (folder / "evaluate").is_dir() else read_model(folder)
+    for note in record.notes:
+        print(f"note: {note}", flush=True)
     return pd.DataFrame(list(rows(record)), columns=list(COLUMNS))
