@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from conftest import needs_models, tasft_here
 
@@ -463,3 +464,15 @@ def test_scores_of_a_real_judge_have_an_auroc(tmp_path):
     assert result["labels"]["auroc"]["value"] > 0.5
     assert result["labels"]["auroc"]["n"] == 6
     assert f"mean score         {result['judges'][0]['score']['value']:.2f} (" in judge_text.rendered(result)
+
+
+def test_what_is_written_as_csv_is_read_back_cell_by_cell(tmp_path):
+    texts = ["a\rb", "a\r\nb", "a\nb\n", "\r", 'say "no", or not', " x ", "a\u2028b\x0bc", "'=1", ""]
+    pairs = judge_quality.read_pairs(rows(tmp_path / "a.jsonl", *(pair(text, f"{PROMPT} {text}") for text in texts)))
+    path = tmp_path / "a.csv"
+    judge_quality.write_table(path, pairs, judge_quality.judged(RefusalMatching(), pairs, tmp_path / "v.jsonl"))
+    with path.open(newline="", encoding="utf-8") as file:
+        assert [row["completion"] for row in csv.DictReader(file)] == texts
+    assert list(pd.read_csv(path, keep_default_na=False).completion) == texts
+    back = judge_quality.read_pairs(path).replies
+    assert [(reply.prompt, reply.completion) for reply in back] == [(f"{PROMPT} {text}", text) for text in texts]

@@ -1,7 +1,5 @@
 """How far a judge can be trusted: what it says of the pairs in a file, beside labels or another judge."""
 
-import csv
-import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -14,6 +12,7 @@ import numpy as np
 from tasft.core.errors import UserError
 from tasft.core.provenance import atomic_write_text, write_json
 from tasft.core.stats import agreement, auroc
+from tasft.core.text import csv_text
 from tasft.data.files import read_rows
 from tasft.data.logs import read_log
 from tasft.data.rows import repeated_ids
@@ -436,11 +435,7 @@ def write_table(path: Path, pairs: Pairs, verdicts: Sequence[Verdict]) -> None:
         for index, (line, reply, verdict) in enumerate(zip(pairs.lines, pairs.replies, verdicts, strict=True))
     ]
     rows.sort(key=lambda row: not row["undecided"])
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    atomic_write_text(path, buffer.getvalue())
+    atomic_write_text(path, csv_text([list(rows[0]), *(list(row.values()) for row in rows)]))
 
 
 def compare(path: Path, read: Callable[[], Pairs], names: Sequence[str], show: int) -> dict[str, Any]:
