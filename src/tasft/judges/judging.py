@@ -104,6 +104,11 @@ def rules(judge: Judge) -> str:
     return f"{judge.version}, coherence {VERSION}, phrases {RefusalMatching.version}"
 
 
+def key_of(prompt: str, reply: str) -> str:
+    """By what a verdict on a reply is known, whoever judged: the end of its key."""
+    return content_hash([prompt, reply])
+
+
 def verdicts_in(path: Path) -> dict[str, Verdict]:
     """Verdicts that a `verdicts.jsonl` holds, by their key. All processes have read when this returns."""
     known = {row["key"]: Verdict(**row) for file in (_earlier(path), path) for row in resume_jsonl(file, Verdict)}
@@ -194,8 +199,8 @@ def judge_more(
         usual: As there.
         every: As there.
     """
-    version = [rules(judge), "every"] if every else [rules(judge)]
-    keys = [content_hash([*version, reply.prompt, reply.completion]) for reply in replies]
+    version = content_hash([rules(judge), every])
+    keys = [f"{version}-{key_of(reply.prompt, reply.completion)}" for reply in replies]
     missing = {key: reply for key, reply in zip(keys, replies, strict=True) if key not in known}
     texts = [(key, reply, incoherence(reply.prompt, reply.completion)) for key, reply in missing.items()]
     figures = usual.figures([reply for _, reply, cause in texts if cause is None])
