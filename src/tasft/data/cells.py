@@ -11,9 +11,19 @@ _TEXTS = ("text", "input_text", "output_text")  # Of parts: chat completions, an
 
 
 def plain(value: Any) -> Any:
-    """A value without the types of numpy; what pandas and tables mean by a missing cell, `nan`, is None."""
+    """A value without the types of numpy; what pandas and tables mean by a missing cell, `nan`, is None.
+
+    Inside messages and tools what is None is not there: a table with one schema gives each of them the fields of all
+    others, and a template would write them.
+    """
     if hasattr(value, "tolist") and not isinstance(value, str):  # Scalars and arrays of numpy, tensors.
         value = value.tolist()
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, Mapping):
+        fields = {key: plain(item) for key, item in value.items()}
+        said = {"content", "value"} if {"role", "from"} & fields.keys() else set()  # A message may say nothing.
+        return {key: item for key, item in fields.items() if item is not None or key in said}
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -43,6 +53,7 @@ def joined(value: Any) -> Any:
     """A talk in which content that comes as text parts is one text; anything else as it is."""
     if not isinstance(value, list | tuple):
         return value
+    value = [plain(message) for message in value]  # It may be read from a text.
     return [
         {**message, "content": "".join(map(_text_of_part, message["content"]))}
         if isinstance(message, Mapping) and _are_texts(message.get("content"))
