@@ -762,6 +762,30 @@ def test_who_speaks_is_counted_where_the_template_does_not_tell():
     assert left_out_of(WRITTEN.replace("BODY", ""), prompt=[says("narrator", "Hi?")]) == {}
 
 
+@pytest.mark.parametrize(("no", "yes"), [(0, 1), (0.0, 1.0), ("0", "1"), (False, True), ("false", "True")])
+@pytest.mark.parametrize("mark", ["weight", "train", "loss"])
+@pytest.mark.parametrize("form", ["messages", "conversations"])
+def test_a_reply_that_is_marked_is_not_learned_whoever_marks_it_so(form, mark, no, yes):
+    """OpenAI, axolotl and ms-swift; a table may hold text."""
+    talk = [says("user", "a?"), says("assistant", "one"), says("user", "b?"), says("assistant", "two")]
+    talk[1][mark], talk[3][mark] = no, yes
+    if form == "conversations":
+        talk = [{"from": turn.pop("role"), "value": turn.pop("content"), **turn} for turn in talk]
+    (row,), report = encode_rows([{form: talk, "label": True}], TOKENIZER, Encoding(turns="all"))
+    assert spans(row) == ["two<|end|>"]
+    assert report.left_out == {}
+    talk[1][mark] = 0.5
+    with pytest.raises(UserError, match=f'row 0: "{mark}" of a message is 0.5; use 0 or 1, true or false'):
+        one({form: talk, "label": True}, turns="all")
+
+
+@pytest.mark.parametrize("turn", [says("assistant", "one"), {"from": "gpt", "value": "one"}])
+def test_a_mark_that_is_not_known_is_counted(turn):
+    asked = says("user", "a?") if "role" in turn else {"from": "human", "value": "a?"}
+    found = left_out_of(WRITTEN.replace("BODY", ""), prompt=[asked], completion=[turn | {"learn": False}])
+    assert found == {"the field 'learn' of a message": 1}
+
+
 def test_a_reply_of_weight_0_is_not_learned():
     talk = [
         says("user", "a?"),

@@ -4,8 +4,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from tasft.core.errors import UserError
+
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Where a message or an answer of a server has a thought that stands apart from its text."""
+
+MARKS = ("weight", "train", "loss")
+"""By which a message says whether it is learned: OpenAI's, axolotl's, ms-swift's."""
 
 _TEXTS = ("text", "input_text", "output_text")  # Of parts: chat completions, and OpenAI's responses.
 
@@ -47,6 +52,22 @@ def measure(value: Any) -> Any:
         return float(cell) if isinstance(cell, str) else cell
     except ValueError:
         return cell
+
+
+def is_learned(message: Mapping[str, Any]) -> bool:
+    """Whether a reply may be learned, by its `MARKS`.
+
+    Raises:
+        UserError: One of them says something else.
+    """
+    marks = {name: measure(truth(message[name])) for name in MARKS if message.get(name) is not None}
+    if faults := [
+        f'"{name}" of a message is {value!r:.40}; use 0 or 1, true or false'
+        for name, value in marks.items()
+        if value not in (0, 1)
+    ]:
+        raise UserError(faults)
+    return all(marks.values())
 
 
 def joined(value: Any) -> Any:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tasft.core.errors import UserError
 from tasft.core.settings import setting
+from tasft.data.cells import is_learned
 from tasft.data.left_out import CALL, left_out
 from tasft.data.rows import Example, Messages, example_of
 from tasft.data.settings import AvoidSettings, Duplicates, Overlong, PromptFormat, PromptSettings, RowSettings, Turns
@@ -241,9 +242,11 @@ class _Encoder:
         spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if self.encoding.turns == "last":
             spoken = spoken[-1:]
-        spoken = [index for index in spoken if messages[index].get("weight", 1) != 0]
+        spoken = [index for index in spoken if is_learned(messages[index])]
         if not spoken:
-            raise UserError('its replies have "weight": 0, so there is nothing to learn; drop the row')
+            raise UserError(
+                'its replies have "weight": 0 or "train" or "loss": false, so there is nothing to learn; drop the row'
+            )
         if spoken[0] == 0:
             raise UserError("the first message is the assistant's, with no prompt to learn it from: use turns=last")
         missing = left_out(self.writer, messages, example.tools)
