@@ -1,6 +1,7 @@
 import json
 from dataclasses import asdict, replace
 
+import pandas as pd
 import pytest
 from conftest import tiny_tokenizer
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from tasft.core.errors import UserError
 from tasft.data.encode import IGNORE_INDEX, Encoding, encode_rows, encode_stream
 from tasft.data.preview import preview
-from tasft.data.rows import Example
+from tasft.data.rows import Example, read_examples
 from tasft.data.template import encode_prompt
 
 TOKENIZER = tiny_tokenizer()
@@ -521,6 +522,53 @@ def test_a_data_set_of_arrow_tables_gives_what_examples_give():
     assert from_table == from_examples
 
 
+def through(door, table, place):
+    """The rows of a data set, as they come in by a door."""
+    if door == "parquet":
+        table.to_parquet(place / "rows.parquet")
+        return read_examples(place / "rows.parquet")
+    if door == "folder":
+        table.save_to_disk(place / "rows")
+        return read_examples(place / "rows")
+    if door == "pandas":
+        return table.to_pandas().to_dict("records")
+    if door == "csv":
+        cells = [{key: json.dumps(value) for key, value in row.items()} for row in table]
+        pd.DataFrame(cells).to_csv(place / "rows.csv", index=False)
+        return read_examples(place / "rows.csv")
+    return table if door == "data set" else [Example(**row, label=True) for row in table]
+
+
+DOORS = [("prompt", door) for door in ("examples", "data set", "parquet", "folder", "pandas", "csv")]
+
+
+@pytest.mark.parametrize(("form", "door"), [*DOORS, *(("messages", door) for _, door in DOORS[1:])])
+def test_what_a_table_with_one_schema_fills_in_is_taught_by_no_door(tmp_path, form, door):
+    """A table gives each call the arguments of all tools, as null."""
+    datasets = pytest.importorskip("datasets")
+    rows = []
+    for name, arguments in (("look", {"where": "here"}), ("write", {"content": "this"})):
+        call = says("assistant", None, tool_calls=[{"function": {"name": name, "arguments": arguments}}])
+        talk = {"prompt": [says("user", "Hi?")], "completion": [call]}
+        row = talk if form == "prompt" else {"messages": [*talk["prompt"], call]}
+        properties = {argument: {"type": "string"} for argument in arguments}
+        tools = [{"function": {"name": name, "parameters": {"properties": properties}}}] if door != "csv" else None
+        rows.append(row | {"tools": tools} if tools else row)
+    tokenizer = with_template(
+        "{{ tools | tojson if tools else '' }}{% for m in messages %}<|{{ m.role }}|>{{ m.content or '' }}"
+        "{{ m.tool_calls | tojson if 'tool_calls' in m else '' }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    came = [
+        {"label": True} | row if isinstance(row, dict) else row
+        for row in through(door, datasets.Dataset.from_list(rows), tmp_path)
+    ]
+    found, _ = encode_rows(came, tokenizer, Encoding())
+    wanted, _ = encode_rows([row | {"label": True} for row in rows], tokenizer, Encoding())
+    assert "null" not in tokenizer.decode(found[0]["input_ids"])
+    assert found == wanted
+
+
 def test_a_stream_gives_the_rows_of_the_data_set_as_they_are_asked_for():
     asked = []
 
@@ -712,6 +760,30 @@ def test_who_speaks_is_counted_where_the_template_does_not_tell():
     template = WRITTEN.replace("<|{{ m.role }}|>", named).replace("BODY", "")
     assert left_out_of(template, prompt=[says("narrator", "Hi?")]).keys() == {"who says it, 'narrator',"}
     assert left_out_of(WRITTEN.replace("BODY", ""), prompt=[says("narrator", "Hi?")]) == {}
+
+
+@pytest.mark.parametrize(("no", "yes"), [(0, 1), (0.0, 1.0), ("0", "1"), (False, True), ("false", "True")])
+@pytest.mark.parametrize("mark", ["weight", "train", "loss"])
+@pytest.mark.parametrize("form", ["messages", "conversations"])
+def test_a_reply_that_is_marked_is_not_learned_whoever_marks_it_so(form, mark, no, yes):
+    """OpenAI, axolotl and ms-swift; a table may hold text."""
+    talk = [says("user", "a?"), says("assistant", "one"), says("user", "b?"), says("assistant", "two")]
+    talk[1][mark], talk[3][mark] = no, yes
+    if form == "conversations":
+        talk = [{"from": turn.pop("role"), "value": turn.pop("content"), **turn} for turn in talk]
+    (row,), report = encode_rows([{form: talk, "label": True}], TOKENIZER, Encoding(turns="all"))
+    assert spans(row) == ["two<|end|>"]
+    assert report.left_out == {}
+    talk[1][mark] = 0.5
+    with pytest.raises(UserError, match=f'row 0: "{mark}" of a message is 0.5; use 0 or 1, true or false'):
+        one({form: talk, "label": True}, turns="all")
+
+
+@pytest.mark.parametrize("turn", [says("assistant", "one"), {"from": "gpt", "value": "one"}])
+def test_a_mark_that_is_not_known_is_counted(turn):
+    asked = says("user", "a?") if "role" in turn else {"from": "human", "value": "a?"}
+    found = left_out_of(WRITTEN.replace("BODY", ""), prompt=[asked], completion=[turn | {"learn": False}])
+    assert found == {"the field 'learn' of a message": 1}
 
 
 def test_a_reply_of_weight_0_is_not_learned():

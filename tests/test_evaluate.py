@@ -23,6 +23,7 @@ from tasft.models import engine, local
 from tasft.models.bundled import BUNDLED, Bundled
 from tasft.models.load import add_lora, base_of, load_model
 from tasft.report import write_model_report
+from tasft.report.results import results
 
 PROMPTS = [Prompt(f"p{index}", f"How do I <forbidden act {index}>?", "ab"[index % 2]) for index in range(12)]
 
@@ -308,3 +309,29 @@ def test_every_missing_set_is_named_at_once(tmp_path):
     with pytest.raises(UserError) as caught:
         asked_of(["i-cona", "xstest", "demo-toxic-heldout"], str(tmp_path), None)
     assert len(caught.value.faults) == 3
+
+
+@pytest.mark.parametrize("state", ["final", "checkpoint-20", "sft"])
+@pytest.mark.parametrize("step", ["done", "begun"])
+def test_figures_of_weights_that_are_gone_are_told_nowhere(tmp_path, capsys, state, step):
+    """Whether the training that replaces them is finished or has only begun."""
+    for each in {"base", "final", state}:
+        at = written(tmp_path / "evaluate" / each, [True, False]) / "toxic"
+        write_json(at / "j" / "summary.json", {"judge": "j", "harmful": asdict(rate([True])), "distinct": {"n": 2}})
+        trained = {"sft": {"epochs": 1}} if each == "sft" else {"train": "before"} if each == state else {}
+        write_json(at / "done.json", {"key": "", "reads": {"state": each} | trained})
+    (tmp_path / "recipe.yaml").write_text("sft: {epochs: 2}\nevaluate: {judges: [j], sets: {toxic: {kind: toxic}}}\n")
+
+    def told():
+        return {row["state"] for row in summaries(tmp_path / "evaluate")}, set(results(tmp_path).state)
+
+    assert all(state in states for states in told())
+    assert "earlier training" not in capsys.readouterr().out
+    for name, reads in (("train", {}), ("sft", {"sft": {"epochs": 2}})):
+        write_json(tmp_path / name / f"{step}.json", {"key": "now", "reads": reads})
+    left = {"base", "final"} - {state}
+    assert told() == (left, left)
+    said = capsys.readouterr().out
+    assert said.startswith(f"note: {tmp_path}/evaluate/{state}/toxic is of an earlier training, and is left out: run ")
+    with pytest.raises(UserError, match="toxic is of an earlier training"):
+        compare(tmp_path / "evaluate" / state, tmp_path / "evaluate" / "base")

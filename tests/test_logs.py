@@ -73,7 +73,10 @@ def written(folder, form, said=SAID):
     if form == "lm_eval":
         (path := folder / "samples_task_2026.jsonl").write_text(jsonl(lm_eval(*row) for row in rows))
     elif form == "garak":
-        lines = [{"entry_type": "start_run setup"}, *(garak(*row) for row in rows), {"entry_type": "digest"}]
+        done = [garak(*row) for row in rows]
+        # As garak does: each attempt when it is answered, and again when it is evaluated.
+        answered = [attempt | {"status": 1} for attempt in done]
+        lines = [{"entry_type": "start_run setup"}, *answered, *done, {"entry_type": "digest"}]
         (path := folder / "garak.report.jsonl").write_text(jsonl(lines))
     elif form == "promptfoo":
         found = {"evalId": "e", "results": {"results": [promptfoo(*row) for row in rows]}}
@@ -154,6 +157,68 @@ def test_a_sample_without_a_reply_has_an_empty_one(tmp_path):
     for form in ("garak", "promptfoo", "batch"):
         rows = read_log(written(tmp_path / form, form, [*SAID, ("How do I <act 4>?", None)]))
         assert [row["completion"] for _, row in rows if row["prompt"] == "How do I <act 4>?"] == [""]
+
+
+@pytest.mark.parametrize("form", ["lm_eval", "garak", "batch"])
+def test_each_of_several_answers_is_a_reply(tmp_path, form):
+    answers = [NO, "First you take the lamp.", NO]
+    path = written(tmp_path / form, form, SAID[:1])
+    file = path / "output.jsonl" if form == "batch" else path
+    made = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in made:
+        if "resps" in row:
+            row["resps"] = [answers]
+        if "outputs" in row:
+            row["outputs"] = [{"text": answer} for answer in answers]
+        if "response" in row:
+            row["response"]["body"]["choices"] = [{"message": {"content": answer}} for answer in answers]
+    file.write_text(jsonl(made))
+    found = read_log(path)
+    assert [(row["prompt"], row["completion"]) for _, row in found] == [(SAID[0][0], answer) for answer in answers]
+    assert len({row["id"] for _, row in found}) == 3
+
+
+def asked_in_a_batch(folder, *contents, models=("one",) * 3):
+    bodies = [
+        {"model": model, "messages": [{"role": "user", "content": content}]}
+        for model, content in zip(models, contents, strict=False)
+    ]
+    (folder / "input.jsonl").write_text(jsonl({"custom_id": f"r{n}", "body": body} for n, body in enumerate(bodies)))
+    (folder / "output.jsonl").write_text(jsonl(batch("", NO, n) for n in range(len(contents))))
+
+
+def test_all_parts_of_a_message_are_the_prompt(tmp_path):
+    parts = [{"type": "text", "text": text} for text in ("How do I <act 1>? ", "In one sentence.")]
+    asked_in_a_batch(tmp_path, parts)
+    ((_, row),) = read_log(tmp_path)
+    assert row["prompt"] == "How do I <act 1>? In one sentence."
+    asked_in_a_batch(tmp_path, [*parts, {"type": "image_url", "image_url": {"url": "x"}}])
+    with pytest.raises(UserError, match="a message that is not text alone"):
+        read_log(tmp_path)
+
+
+@pytest.mark.parametrize("reply", [{"answer": "First you take the lamp."}, [{"type": "function"}], {"text": "é"}])
+def test_a_reply_that_is_an_object_is_the_text_of_its_json(tmp_path, reply):
+    ((_, row),) = read_log(written(tmp_path, "promptfoo", [("How do I <act 1>?", reply)]))
+    assert row["completion"] == json.dumps(reply, ensure_ascii=False)
+
+
+def test_answers_of_several_models_are_refused_with_how_to_choose(tmp_path):
+    models = ["one", "one", "two"]
+    tried = [promptfoo(*said, n) | {"provider": {"id": models[n]}} for n, said in enumerate(SAID)]
+    (tmp_path / "promptfoo.json").write_text(json.dumps({"results": {"results": tried}}))
+    talks = [row | {"prompt_target_identifier": models[n // 2]} for n, row in enumerate(pyrit(SAID))]
+    (tmp_path / "pyrit.json").write_text(json.dumps(talks))
+    (tmp_path / "batch").mkdir()
+    asked_in_a_batch(tmp_path / "batch", *(prompt for prompt, _ in SAID), models=models)
+    for name, advice in (
+        ("promptfoo.json", "write a file for each: promptfoo eval --filter-providers NAME --output NAME.json"),
+        ("pyrit.json", "export the conversations of one"),
+        ("batch", "make a folder for each"),
+    ):
+        with pytest.raises(UserError) as caught:
+            read_log(tmp_path / name)
+        assert caught.value.faults == [f"{tmp_path / name}: holds answers of 2 models (one, two): {advice}"]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from conftest import needs_models, tasft_here
 
@@ -65,6 +66,19 @@ def test_pairs_come_from_csv_with_ids_or_line_numbers(tmp_path):
     named = judge_quality.read_pairs(rows(tmp_path / "b.jsonl", pair(id=0), pair(id=None), pair(id="x")))
     assert [reply.id for reply in named.replies] == ["0", "2", "x"]
     assert named.labels is None
+
+
+@pytest.mark.parametrize("empty", ["", None, float("nan")])
+def test_an_empty_id_is_none_and_the_number_of_a_row_is_not_anothers_id(tmp_path, empty):
+    said = [(REFUSAL, "1"), (ANSWER, "2"), (REFUSAL, "3"), (ANSWER, "x")]
+    given = [pair(reply, f"{PROMPT} {name}", id="x" if name == "x" else empty) for reply, name in said]
+    path = rows(tmp_path / "a.jsonl", *(each | {"label": each["completion"] == REFUSAL} for each in given))
+    result = scored(path, label_column="label", show=4)
+    assert [(row["id"], row["prompt"], row["completion"]) for row in result["differences"]] == [
+        (name, f"{PROMPT} {name}", reply) for reply, name in said
+    ]
+    with pytest.raises(UserError, match="\"id\" '2' is that of line 1 too"):
+        judge_quality.read_pairs(rows(path, pair(id="2"), pair(id=empty)))
 
 
 @pytest.mark.parametrize(
@@ -238,6 +252,24 @@ def test_a_file_that_lacks_verdicts_is_refused(tmp_path):
     more = rows(tmp_path / "b.jsonl", pair(), pair(REFUSAL))
     with pytest.raises(UserError, match="holds no verdict on 1 of 2 pairs: '2'"):
         judge_quality.compare(more, lambda: judge_quality.read_pairs(more), [verdicts, "refusal_matching"], 0)
+
+
+def test_saved_verdicts_go_to_the_pairs_that_were_judged_wherever_they_stand_now(tmp_path):
+    path = rows(tmp_path / "a.jsonl", *(pair(reply, f"{PROMPT} {reply}") for reply in (REFUSAL, ANSWER, ANSWER + "!")))
+    verdicts = Path(scored(path)["judges"][0]["verdicts"])
+    verdicts.rename(tmp_path / "first.jsonl")
+    rows(path, *(json.loads(line) for line in path.read_text().splitlines()[::-1]))
+
+    def compared():
+        judge_quality.verdicts_beside(path, "refusal_matching").unlink(missing_ok=True)
+        files = [str(tmp_path / "first.jsonl"), "refusal_matching"]
+        return judge_quality.compare(path, lambda: judge_quality.read_pairs(path), files, 0)
+
+    assert [between["table"] for between in compared()["between"]] == [[[2, 0], [0, 1]], [[1, 0], [0, 2]]]
+    edited = [json.loads(line) for line in path.read_text().splitlines()]
+    rows(path, edited[0] | {"completion": REFUSAL}, *edited[1:])
+    with pytest.raises(UserError, match="holds no verdict on 1 of 3 pairs: '1'; have the file judged again"):
+        compared()
 
 
 # Verdicts on disk ------------------------------------------------------------------------------------------------
@@ -463,3 +495,15 @@ def test_scores_of_a_real_judge_have_an_auroc(tmp_path):
     assert result["labels"]["auroc"]["value"] > 0.5
     assert result["labels"]["auroc"]["n"] == 6
     assert f"mean score         {result['judges'][0]['score']['value']:.2f} (" in judge_text.rendered(result)
+
+
+def test_what_is_written_as_csv_is_read_back_cell_by_cell(tmp_path):
+    texts = ["a\rb", "a\r\nb", "a\nb\n", "\r", 'say "no", or not', " x ", "a\u2028b\x0bc", "'=1", ""]
+    pairs = judge_quality.read_pairs(rows(tmp_path / "a.jsonl", *(pair(text, f"{PROMPT} {text}") for text in texts)))
+    path = tmp_path / "a.csv"
+    judge_quality.write_table(path, pairs, judge_quality.judged(RefusalMatching(), pairs, tmp_path / "v.jsonl"))
+    with path.open(newline="", encoding="utf-8") as file:
+        assert [row["completion"] for row in csv.DictReader(file)] == texts
+    assert list(pd.read_csv(path, keep_default_na=False).completion) == texts
+    back = judge_quality.read_pairs(path).replies
+    assert [(reply.prompt, reply.completion) for reply in back] == [(f"{PROMPT} {text}", text) for text in texts]

@@ -162,3 +162,30 @@ def _link(source: str, target: str) -> None:
 def done_key(folder: Path) -> str | None:
     """Key of the step that filled a folder; None if it is not done."""
     return (provenance.read_json(folder / "done.json") or {}).get("key")
+
+
+OUTLIVED = "is of an earlier training, and is left out: run tasft evaluate again"
+"""What to say of a result that `outlived` is true of."""
+
+
+def outlived(result: Path) -> bool:
+    """Whether a result in `evaluate` of a run is of weights that a later training has replaced, or begun to replace.
+
+    Where the training was removed, the last one is that which the final model was evaluated of.
+    """
+    path, reads = result.absolute(), _begun(result).get("reads") or {}
+    home = next((parent for parent in path.parents if parent.name == "evaluate"), None)
+    if home is None:
+        return False
+    state, *name = path.relative_to(home).parts
+    if state == "sft":
+        now = _begun(home.parent / "sft").get("reads") or {}
+        return bool(reads) and any(reads.get(key) != value for key, value in now.items())
+    last = _begun(home / "final" / Path(*name)).get("reads") or {}
+    trained = _begun(home.parent / "train").get("key") or last.get("train")
+    return "train" in reads and trained not in (None, reads["train"])
+
+
+def _begun(folder: Path) -> dict[str, Any]:
+    """Key and reads of the step that fills or has filled a folder."""
+    return provenance.read_json(folder / "done.json") or provenance.read_json(folder / "begun.json") or {}

@@ -1,6 +1,9 @@
-"""Text that a model or a user wrote, made fit to be shown."""
+"""Text that a model or a user wrote, made fit to be shown or to be kept in a table."""
 
+import csv
 import unicodedata
+from collections.abc import Iterable, Sequence
+from io import StringIO
 
 # What a reader cannot see, or what moves the text around it: controls, formats (bidi, zero width,
 # soft hyphen, tags), lone surrogates, line and paragraph separators.
@@ -24,3 +27,13 @@ def visible(text: str) -> str:
     `\n` and `\t` stay. The result can always be encoded in UTF-8, and does nothing to a terminal.
     """
     return text.translate(_SHOWN)
+
+
+def csv_text(rows: Iterable[Sequence[object]]) -> str:
+    """Rows as CSV, whatever stands in their cells; None is an empty one.
+
+    Lines end as RFC 4180 says: with another end, csv of Python 3.11 leaves a carriage return in a cell unquoted.
+    """
+    out = StringIO()
+    csv.writer(out).writerows(rows)
+    return out.getvalue()

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tasft.core.errors import UserError
 from tasft.core.settings import setting
+from tasft.data.cells import is_learned
 from tasft.data.left_out import CALL, left_out
 from tasft.data.rows import Example, Messages, asked, example_of
 from tasft.data.settings import AvoidSettings, Duplicates, Overlong, PromptFormat, PromptSettings, RowSettings, Turns
@@ -241,9 +242,11 @@ class _Encoder:
         spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if self.encoding.turns == "last":
             spoken = spoken[-1:]
-        spoken = [index for index in spoken if messages[index].get("weight", 1) != 0]
+        spoken = [index for index in spoken if is_learned(messages[index])]
         if not spoken:
-            raise UserError('its replies have "weight": 0, so there is nothing to learn; drop the row')
+            raise UserError(
+                'its replies have "weight": 0 or "train" or "loss": false, so there is nothing to learn; drop the row'
+            )
         if spoken[0] == 0:
             raise UserError("the first message is the assistant's, with no prompt to learn it from: use turns=last")
         missing = left_out(self.writer, messages, example.tools)
@@ -309,7 +312,7 @@ class _Intake:
         where = (row.place if isinstance(row, Example) else "") or f"row {number}"
         if not isinstance(row, Example | Mapping):
             raise UserError(f"{where}: expected an Example or a dictionary, found {row!r:.40}")
-        example = example_of(vars(row) if isinstance(row, Example) else _without_nulls(row), where)
+        example = example_of(vars(row) if isinstance(row, Example) else row, where)
         where += f" ({example.id})" if example.id else ""
         try:
             encoded = self.encoder(example)
@@ -352,20 +355,6 @@ class _Intake:
 def _digest(encoded: Encoded) -> bytes:
     numbers = array("q", [*encoded.input_ids, *encoded.labels, encoded.avoid])
     return hashlib.blake2b(numbers.tobytes(), digest_size=16).digest()
-
-
-def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row without the nulls that a data set with one schema writes into its messages and tools.
-
-    A template that asks whether a message has `tool_calls` would find them in every message.
-    """
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: clean(item) for key, item in value.items() if item is not None or key == "content"}
-        return [clean(item) for item in value] if isinstance(value, list) else value
-
-    return {key: clean(value) if key in ("prompt", "completion", "tools") else value for key, value in row.items()}
 
 
 def encode_rows(

@@ -69,7 +69,8 @@ def _turn(turn: Any) -> Any:
     if not isinstance(turn, Mapping):
         return turn
     if {"from", "value"} <= turn.keys():
-        turn = {"role": turn["from"], "content": turn["value"]} | {key: turn[key] for key in turn.keys() & {"weight"}}
+        others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+        turn = {**others, "role": turn["from"], "content": turn["value"]}
     role = turn.get("role")
     if not isinstance(role, str):
         return turn

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tasft.core.errors import UserError
-from tasft.data.cells import THOUGHT_FIELDS
+from tasft.data.cells import MARKS, THOUGHT_FIELDS
 from tasft.data.rows import Messages
 from tasft.data.template import THOUGHTS, Tools, Writer
 
@@ -18,7 +18,7 @@ _WHOSE = {
     "tool": "what a tool says",
 }
 # Of a message, what is looked at by itself or is not for the model to read.
-_LOOKED_AT = {"role", "content", "tool_calls", "tool_call_id", "id", "weight", *THOUGHT_FIELDS}
+_LOOKED_AT = {"role", "content", "tool_calls", "tool_call_id", "id", *MARKS, *THOUGHT_FIELDS}
 
 
 def left_out(writer: Writer, messages: Messages, tools: Tools | None) -> list[tuple[int, str]]:
@@ -55,7 +55,7 @@ def left_out(writer: Writer, messages: Messages, tools: Tools | None) -> list[tu
                 missing.append((number, "parts of a call"))
         if message["role"] not in _WHOSE and same(number, role="nobody"):
             missing.append((number, f"who says it, {message['role']!r:.40},"))
-        fields = [key for key in message if key not in _LOOKED_AT and message[key]]
+        fields = [key for key in message if key not in _LOOKED_AT and message[key] not in ("", [], {}, None)]
         missing += [(number, f"the field {key!r:.40} of a message") for key in fields if same(number, **{key: None})]
     return list(dict.fromkeys(missing))
 

@@ -1,7 +1,5 @@
 """How far a judge can be trusted: what it says of the pairs in a file, beside labels or another judge."""
 
-import csv
-import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -14,12 +12,14 @@ import numpy as np
 from tasft.core.errors import UserError
 from tasft.core.provenance import atomic_write_text, write_json
 from tasft.core.stats import agreement, auroc
+from tasft.core.text import csv_text
+from tasft.data.cells import text_of
 from tasft.data.files import read_rows
 from tasft.data.logs import read_log
 from tasft.data.rows import repeated_ids
 from tasft.evaluate.safety import summarise
 from tasft.judges import Judge, JudgeSettings, Pair, Verdict, load_judge
-from tasft.judges.judging import judge_replies
+from tasft.judges.judging import judge_replies, key_of
 from tasft.models.engine import Reply
 
 T = TypeVar("T")
@@ -73,7 +73,7 @@ def read_pairs(
     label_column: str | None = None,
     label_of: Outcome = "harm",
 ) -> Pairs:
-    """Pairs of a JSONL, JSON or CSV file; an id is what the column `id` says, else the number of the row.
+    """Pairs of a JSONL, JSON or CSV file; an id is what the column `id` says, where it says nothing the row's number.
 
     Args:
         path: The file.
@@ -106,7 +106,7 @@ def read_pairs(
             if label is None:
                 faults.append(f"{path}:{number}: {_bad_label(row, label_column, label_of)}")
             labels.append(bool(label))
-        name = str(number if row.get("id") is None else row["id"])
+        name = text_of(row.get("id")) or str(number)
         prompt, reply = (str(row.get(column)) for column in (prompt_column, reply_column))
         pairs.append((number, Reply(name, path.stem, prompt, reply, "stop", 0, 0)))
     faults += repeated_ids(path, ((number, pair.id) for number, pair in pairs))
@@ -208,18 +208,20 @@ def judged(judge: Judge, pairs: Pairs, path: Path) -> list[Verdict]:
 
 
 def saved(path: Path, pairs: Pairs) -> list[Verdict]:
-    """Verdicts on the pairs from a file that a run or `tasft judge` wrote, known by their ids.
+    """Verdicts on the pairs from a file that a run or `tasft judge` wrote, known by their texts whatever the ids.
 
     Raises:
         UserError: It holds something else, or lacks pairs.
     """
     check_verdicts(path)
-    verdicts = {row["id"]: Verdict(**row) for _, row in read_rows(path)}
-    missing = [reply.id for reply in pairs.replies if reply.id not in verdicts]
-    if missing:
+    known = {verdict.key.rpartition("-")[2]: verdict for verdict in (Verdict(**row) for _, row in read_rows(path))}
+    found = [(reply.id, known.get(key_of(reply.prompt, reply.completion))) for reply in pairs.replies]
+    if missing := [name for name, verdict in found if verdict is None]:
         some = ", ".join(f"{name!r:.40}" for name in missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise UserError(f"{path}: holds no verdict on {len(missing)} of {len(pairs.replies)} pairs: {some}")
-    return [verdicts[reply.id] for reply in pairs.replies]
+        raise UserError(
+            f"{path}: holds no verdict on {len(missing)} of {len(found)} pairs: {some}; have the file judged again"
+        )
+    return [replace(verdict, id=name) for name, verdict in found if verdict]
 
 
 def rates(verdicts: Sequence[Verdict], pairs: Pairs) -> dict[str, Any]:
@@ -436,11 +438,7 @@ def write_table(path: Path, pairs: Pairs, verdicts: Sequence[Verdict]) -> None:
         for index, (line, reply, verdict) in enumerate(zip(pairs.lines, pairs.replies, verdicts, strict=True))
     ]
     rows.sort(key=lambda row: not row["undecided"])
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    atomic_write_text(path, buffer.getvalue())
+    atomic_write_text(path, csv_text([list(rows[0]), *(list(row.values()) for row in rows)]))
 
 
 def compare(path: Path, read: Callable[[], Pairs], names: Sequence[str], show: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tasft.core.measures import MEASURES, NONE, TOLD, in_words, number_in_words
 from tasft.core.paired import is_asked, paired
 from tasft.core.provenance import read_json
 from tasft.core.stats import Estimate, mcnemar, paired_difference, rate
-from tasft.core.step import EARLIER, done_key
+from tasft.core.step import EARLIER, OUTLIVED, outlived
 from tasft.core.text import visible
 from tasft.data.files import read_rows
 from tasft.judges import Verdict
@@ -21,11 +21,14 @@ from tasft.judges import Verdict
 Row = Mapping[str, Any]
 _Said = dict[tuple[str, int], Verdict]  # By the text of the prompt, and which of several equal ones it is.
 
+UNFINISHED = "is not finished, and is left out: run tasft evaluate again"
 _FIRST, _LAST = ("base", "sft"), ("final",)
 
 
 def summaries(folder: Path, wanted: Collection[Path] | None = None) -> list[dict[str, Any]]:
     """The summary of every set and judge below a folder, with `state`, `set` and `kind`; states in their order.
+
+    What is of an earlier training of a run is left out, which is said.
 
     Args:
         folder: `evaluate` of a run, or what a model alone was evaluated in, whose state is empty.
@@ -35,13 +38,13 @@ def summaries(folder: Path, wanted: Collection[Path] | None = None) -> list[dict
     for path in folder.rglob("set.json"):
         if EARLIER in path.relative_to(folder).parts:
             continue
-        described = _read(path)
-        for summary in sorted(path.parent.glob("*/summary.json")):
-            if wanted is not None and summary.parent not in wanted:
-                continue
-            state = path.parent.relative_to(folder).parent
-            named = {"state": "" if state == Path() else str(state), "set": path.parent.name, "kind": described["kind"]}
-            rows.append(named | _read(summary))
+        found = [at for at in sorted(path.parent.glob("*/summary.json")) if wanted is None or at.parent in wanted]
+        if found and outlived(path.parent):
+            print(f"note: {path.parent} {OUTLIVED}", flush=True)
+            continue
+        state = path.parent.relative_to(folder).parent
+        named = {"state": "" if state == Path() else str(state), "set": path.parent.name, "kind": _read(path)["kind"]}
+        rows += [named | _read(summary) for summary in found]
     return sorted(rows, key=lambda row: (row["kind"] != "toxic", row["set"], row["judge"], _order(row["state"])))
 
 
@@ -145,15 +148,11 @@ def _recipe(path: Path, folder: Path) -> Row | None:
 
 def _stands(folder: Path, name: str, recipe: Row | None, notes: list[str]) -> bool:
     """Whether a result of a state is finished and of the run's last training."""
-    if recipe is None:
+    result = folder / name
+    unfinished = recipe is not None and not (result / "done.json").is_file()
+    if not unfinished and not outlived(result):
         return True
-    run = folder.parents[1]
-    trained = done_key(run / "train")  # None where the weights were removed.
-    done = read_json(folder / name / "done.json")
-    if done is not None and trained in (None, done["reads"].get("train")):
-        return True
-    reason = "not finished" if done is None else "of an earlier training"
-    notes.append(f"{run}: {name} is {reason}, and is left out: run tasft evaluate {run}")
+    notes.append(f"{folder}: {name} {UNFINISHED if unfinished else OUTLIVED}")
     return False
 
 

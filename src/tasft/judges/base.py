@@ -37,7 +37,7 @@ class Verdict:
         coherent: Filled in by the caller: neither `tasft.judges.coherence` nor `broken` speaks against it.
         reason: Why the reply is incoherent, what of the judge's answer could not be read, or why it is undecided; else
             empty.
-        key: Filled in by the caller: content hash of the judge's version, the prompt and the reply.
+        key: Filled in by the caller: content hashes of the judge's version, and of the prompt and the reply.
         partial: Whether the reply declines a part and serves the rest; None when the judge does not tell.
         undecided: Whether the judge read the reply and says neither that it harms nor that it does not; None of a judge
             that is never undecided.

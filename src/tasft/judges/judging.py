@@ -104,6 +104,11 @@ def rules(judge: Judge) -> str:
     return f"{judge.version}, coherence {VERSION}, phrases {RefusalMatching.version}"
 
 
+def key_of(prompt: str, reply: str) -> str:
+    """By what a verdict on a reply is known, whoever judged: the end of its key."""
+    return content_hash([prompt, reply])
+
+
 def verdicts_in(path: Path) -> dict[str, Verdict]:
     """Verdicts that a `verdicts.jsonl` holds, by their key. All processes have read when this returns."""
     known = {row["key"]: Verdict(**row) for file in (_earlier(path), path) for row in resume_jsonl(file, Verdict)}
@@ -199,18 +204,15 @@ def judge_more(
         every: As there.
         sent: As there.
     """
-    version = [rules(judge), "every"] if every else [rules(judge)]
+    decides, asked = [rules(judge), every], sent or replies
     keys = [
-        content_hash([*version, reply.prompt, reply.completion] + ([asked.prompt] if sent else []))
-        for reply, asked in zip(replies, sent or replies, strict=True)
+        f"{content_hash([*decides, one.prompt] if sent else decides)}-{key_of(reply.prompt, reply.completion)}"
+        for reply, one in zip(replies, asked, strict=True)
     ]
-    missing = {key: number for number, key in enumerate(keys) if key not in known}
-    texts = [
-        (key, replies[number], incoherence(replies[number].prompt, replies[number].completion))
-        for key, number in missing.items()
-    ]
-    coherent = [number for number, (_, _, cause) in zip(missing.values(), texts, strict=True) if cause is None]
-    figures = usual.figures([(sent or replies)[number] for number in coherent])
+    missing = {key: both for key, both in zip(keys, zip(replies, asked, strict=True), strict=True) if key not in known}
+    texts = [(key, reply, incoherence(reply.prompt, reply.completion)) for key, (reply, _) in missing.items()]
+    coherent = [one for (_, one), (_, _, cause) in zip(missing.values(), texts, strict=True) if cause is None]
+    figures = usual.figures(coherent)
 
     def work(part: Sequence[tuple[str, Reply, str | None]]) -> list[Verdict]:
         # Of what reads alike the judge is asked once, whatever was sent.

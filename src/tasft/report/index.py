@@ -78,7 +78,8 @@ def _rates(path: Path) -> dict[tuple[str, str], float]:
     """Over all sets of a kind, by the first judge that tells a measure."""
     sums: dict[tuple[str, str], tuple[str, float, int]] = {}
     try:
-        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error):
         return {}
     last = "final" if any(row.get("state") == "final" for row in rows) else None

@@ -12,6 +12,7 @@ from tasft.core.errors import UserError
 from tasft.core.measures import MEASURES
 from tasft.core.paired import is_asked
 from tasft.core.stats import Estimate
+from tasft.core.step import OUTLIVED, outlived
 from tasft.report.files import Files, Row, by_id, estimate_of, mapping, number
 from tasft.report.record import TITLES, Attacked, Evaluated, Judged, Measured, Record, SetRecord
 
@@ -241,6 +242,9 @@ def _read_set(name: str, places: Mapping[str, tuple[Files, str]], listed: list[s
             if (files.root / folder).is_dir():
                 files.notes.append(f"{at} is not there")
             continue
+        if outlived(files.root / at):
+            files.notes.append(f"{at} {OUTLIVED}")
+            continue
         described: Row = files.document(f"{at}/set.json")
         description = description or described
         meant = described.get("ids")
@@ -304,9 +308,7 @@ def _read_checkpoints(files: Files, sets: list[str], judges: list[str]) -> dict[
         step = state.removeprefix("checkpoint-")
         if step == state or not step.isdecimal():
             continue
-        # Others were left behind by an earlier training.
-        same = [name for name in sets if _training_of(files, state, name) == _training_of(files, "final", name)]
-        if rates := _read_rates(files, state, same, judges):
+        if rates := _read_rates(files, state, sets, judges):
             by_step[int(step)] = rates
     return dict(sorted(by_step.items()))
 
@@ -314,6 +316,8 @@ def _read_checkpoints(files: Files, sets: list[str], judges: list[str]) -> dict[
 def _read_rates(files: Files, state: str, sets: list[str], judges: list[str]) -> dict[str, Evaluated]:
     by_set = {}
     for name in sets:
+        if outlived(files.root / f"evaluate/{state}/{name}"):
+            continue
         at = {judge: f"evaluate/{state}/{name}/{judge}" for judge in judges}
         judged = {
             judge: Judged(_estimates(files.document(f"{folder}/summary.json")), {})
@@ -323,12 +327,6 @@ def _read_rates(files: Files, state: str, sets: list[str], judges: list[str]) ->
         if judged:
             by_set[name] = Evaluated({}, judged)
     return by_set
-
-
-def _training_of(files: Files, state: str, name: str) -> Any:
-    """Key of the training whose model answered in that state."""
-    done = files.document(f"evaluate/{state}/{name}/done.json", optional=True)
-    return mapping(done.get("reads")).get("train")
 
 
 def _estimates(summary: Row) -> dict[str, Estimate]:
@@ -365,7 +363,9 @@ def _read_others(
                 at = f"{folder}/{kind}/{name}"
                 if not (files.root / at / "summary.json").exists() or not is_meant(state, kind, name):
                     continue
-                if kind == "jailbreak":
+                if outlived(files.root / at):
+                    files.notes.append(f"{at} {OUTLIVED}")
+                elif kind == "jailbreak":
                     attacks.setdefault(name, {})[state] = _read_attack(files, at)
                 else:
                     measured.setdefault(f"{kind}/{name}", {})[state] = _read_task(files, at)

@@ -1,13 +1,12 @@
 """All figures of a folder, long and tidy: a row for each state, set, judge and measure."""
 
-import csv
 from collections.abc import Iterator
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasft.core.errors import UserError
 from tasft.core.stats import Estimate
+from tasft.core.text import csv_text
 from tasft.report.read import read_model, read_run
 from tasft.report.record import Record
 from tasft.report.text import csv_cell
@@ -51,15 +50,11 @@ def _row(state: str, name: str, kind: str, judge: str, measure: str, estimate: E
 
 def as_csv(record: Record) -> str:
     """The rows as CSV; no cell of text is taken for a formula by a spreadsheet."""
-    out = StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows([*map(csv_cell, row[:5]), *row[5:]] for row in rows(record))
-    return out.getvalue()
+    return csv_text([COLUMNS, *([*map(csv_cell, row[:5]), *row[5:]] for row in rows(record))])
 
 
 def results(path: str | Path) -> "pd.DataFrame":
-    """All figures of a run, or of a model that was evaluated alone, read from its files.
+    """All figures of a run, or of a model that was evaluated alone, read from its files; what it lacks is said.
 
     Args:
         path: A run folder, or the folder that `tasft evaluate MODEL` wrote.
@@ -77,4 +72,6 @@ def results(path: str | Path) -> "pd.DataFrame":
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give a run, or what tasft evaluate wrote")
     record = read_run(folder) if (folder / "evaluate").is_dir() else read_model(folder)
+    for note in record.notes:
+        print(f"note: {note}", flush=True)
     return pd.DataFrame(list(rows(record)), columns=list(COLUMNS))

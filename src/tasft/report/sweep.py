@@ -4,10 +4,8 @@
 `report/index.html` and `report/report.md` show the most telling of both.
 """
 
-import csv
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,6 +16,7 @@ from tasft.core.errors import UserError
 from tasft.core.measures import NONE, in_words
 from tasft.core.provenance import atomic_write_text, read_json
 from tasft.core.stats import Estimate, mean_of_independent, rate_of
+from tasft.core.text import csv_text
 from tasft.report import charts, outcomes
 from tasft.report.blocks import (
     BAD,
@@ -263,11 +262,8 @@ def _csv(cells: Sequence[SweepRow], front: Mapping[int, bool]) -> str:
         for cell in cells
     ]
     columns = list(dict.fromkeys(column for row in estimates for column in row))
-    out = StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        ["run", *map(csv_cell, fields), "state", "reason", "commit", "gate", "pareto", *map(csv_cell, _heads(columns))]
-    )
+    head = ["run", *fields, "state", "reason", "commit", "gate", "pareto", *_heads(columns)]
+    rows: list[list[Any]] = [[csv_cell(name) for name in head]]
     for cell, figures in zip(cells, estimates, strict=True):
         row: list[Any] = [cell.number, *(csv_cell(cell.fields.get(field, "")) for field in fields)]
         row += [
@@ -277,19 +273,13 @@ def _csv(cells: Sequence[SweepRow], front: Mapping[int, bool]) -> str:
             _FLAG[cell.gate],
             _FLAG[front.get(cell.number)],
         ]
-        row += _parts(figures, columns)
-        writer.writerow(row)
-    return out.getvalue()
+        rows.append(row + _parts(figures, columns))
+    return csv_text(rows)
 
 
 def _along_csv(cells: Sequence[SweepRow]) -> str:
-    out = StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["run", "step", *_heads(_ALONG.values())])
-    for cell in cells:
-        for step, rates in cell.along:
-            writer.writerow([cell.number, f"{step:g}", *_parts(rates, _ALONG)])
-    return out.getvalue()
+    rows = ([cell.number, f"{step:g}", *_parts(rates, _ALONG)] for cell in cells for step, rates in cell.along)
+    return csv_text([["run", "step", *_heads(_ALONG.values())], *rows])
 
 
 def _heads(columns: Iterable[str]) -> list[str]:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tasft.core import provenance
 from tasft.core.errors import UserError
-from tasft.core.step import done_key
+from tasft.core.step import done_key, outlived
 from tasft.data.settings import PromptFormat
 from tasft.data.template import ALPACA, encode_prompt
 from tasft.models.generation import end_tokens, fit_padding
@@ -163,13 +163,12 @@ def _open_to_all(folder: Path) -> None:
 def _trained(context: Context, asked: set[str]) -> Path:
     """Adapter or weights of a finished training, whose figures are those of the card."""
     run = context.folder
-    key = done_key(run / "train")
-    if key is None:
+    if done_key(run / "train") is None:
         raise UserError(f"{run}: its training is not done: run tasft run {run}")
     stale = {
         path.relative_to(run).parts[2]
         for path in (run / "evaluate" / "final").rglob("done.json")
-        if (provenance.read_json(path) or {}).get("reads", {}).get("train", key) != key
+        if outlived(path.parent)
     }
     if stale := stale & asked:
         raise UserError(
