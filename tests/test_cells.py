@@ -70,7 +70,7 @@ def test_chats_that_went_from_parquet_over_pandas_to_csv_are_chats(tmp_path, col
     pd.read_parquet(tmp_path / "rows.parquet").to_csv(tmp_path / "rows.csv", index=False)
     rows, same = (read_examples(tmp_path / name) for name in ("rows.csv", "rows.parquet"))
     assert rows == same
-    assert rows[0].prompt[0] == {"weight": None} | TURNS[0]
+    assert rows[0].prompt[0] == TURNS[0]
     assert [each.prompt for each in read_prompts(str(tmp_path / "rows.csv"))] == [TURNS[0]["content"]] * 2
 
 
