@@ -141,6 +141,29 @@ def _score_by(tail: Tail, model: PreTrainedModel) -> None:
     model.forward = forward
 
 
+def _trainer(model: PreTrainedModel, tail: Tail) -> Any:
+    """TRL's trainer, which takes rows as they are encoded, reads the head of a model by its tail, and is silent."""
+    from trl import KTOTrainer
+
+    class Trainer(FiniteSteps, KTOTrainer):
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            # TRL's would put an end token behind replies that were cut, and find other tokens where texts meet.
+            return dataset
+
+        def _precompute_ref_logps(self, *arguments: Any) -> Any:
+            # The first thing that reads the head, once TRL has prepared it.
+            _score_by(tail, model)
+            return super()._precompute_ref_logps(*arguments)
+
+        def _send_telemetry(self) -> None:
+            pass
+
+        def create_model_card(self, *_: Any, **__: Any) -> None:
+            pass
+
+    return Trainer
+
+
 class _Metrics(MetricsFile):
     """TRL's measures under its own names, but for two that mean something else in ours."""
 
@@ -181,25 +204,7 @@ def kto_trainer(
     """
     require_kto()
     from datasets import Dataset
-    from trl import KTOConfig, KTOTrainer
-
-    class Trainer(FiniteSteps, KTOTrainer):
-        """Takes rows as they are encoded, and is silent."""
-
-        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
-            # TRL's would put an end token behind replies that were cut, and find other tokens where texts meet.
-            return dataset
-
-        def _precompute_ref_logps(self, *arguments: Any) -> Any:
-            # The first thing that reads the head, once it is prepared.
-            _score_by(tail, loaded.get_base_model() if isinstance(loaded, PeftModel) else loaded)
-            return super()._precompute_ref_logps(*arguments)
-
-        def _send_telemetry(self) -> None:
-            pass
-
-        def create_model_card(self, *_: Any, **__: Any) -> None:
-            pass
+    from trl import KTOConfig
 
     fit_padding(loaded, tokenizer)
     refuse_adapted_head(loaded)
@@ -219,7 +224,8 @@ def kto_trainer(
         max_length=encoding.max_length,
         precompute_ref_log_probs=True,
     )
-    trainer = Trainer(
+    base = loaded.get_base_model() if isinstance(loaded, PeftModel) else loaded
+    trainer = _trainer(base, tail)(
         model=loaded,
         args=settings,
         train_dataset=Dataset.from_list(kto_rows(encoded, settings.per_device_train_batch_size)),
