@@ -183,7 +183,7 @@ class Pipeline:
         """
         check_inputs(self.inputs)
         self._require_what_comes_before(stage)
-        spec = self.spec.train if stage == "train" else sft.settings_of(self.spec)
+        spec = self.spec.train.heeded() if stage == "train" else sft.settings_of(self.spec)
         if spec is None:
             raise UserError("the recipe has no sft section: there is nothing to show")
         rows = train.rows_of(self.context) if stage == "train" else self.inputs.imitate

@@ -124,10 +124,9 @@ def _score_by(tail: Tail, model: PreTrainedModel) -> None:
         head, said = tail.head(model), labels[:, 1:]
         counted = said != IGNORE_INDEX
         wanted = ("log_probs", "entropy", "mean_logits") if torch.is_grad_enabled() else ("log_probs",)
-        values = ChunkedLogProbFunction.apply(
-            *(states[0][:, :-1][counted], head.weight, head.bias, said[counted]),
-            *(1.0, CHUNK, head.softcap, head.scale, wanted),
-        )
+        before, temperature = states[0][:, :-1][counted], 1.0
+        rows = (before, head.weight, head.bias, said[counted])
+        values = ChunkedLogProbFunction.apply(*rows, temperature, CHUNK, head.softcap, head.scale, wanted)
         log_probs, entropy, _, mean_logits, _ = (
             None if value is None else value.new_zeros(said.shape).masked_scatter(counted, value) for value in values
         )
